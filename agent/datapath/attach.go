@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// Names of the pinned links; the observer's is followed by its kind.
+const (
+	pinTrack   = "link_track"
+	pinDeliver = "link_deliver"
+	pinObserve = "link_observe_"
+)
+
+// openLink opens a pinned link, or returns nil where there is none, and tells
+// whether it runs the same program as prog.
+func openLink(path string, prog *ebpf.Program) (l link.Link, same bool, err error) {
+	l, err = link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, false, nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("open link %s: %w", path, err)
+	}
+	info, err := l.Info()
+	if err == nil {
+		same, err = sameProgram(info.Program, prog)
+	}
+	if err != nil {
+		return nil, false, errors.Join(fmt.Errorf("inspect link %s: %w", path, err), l.Close())
+	}
+	return l, same, nil
+}
+
+// sameProgram compares by tag, the kernel's hash of the instructions.
+func sameProgram(id ebpf.ProgramID, prog *ebpf.Program) (bool, error) {
+	attached, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return false, fmt.Errorf("open the attached program: %w", err)
+	}
+	defer attached.Close()
+	have, err := attached.Info()
+	if err != nil {
+		return false, fmt.Errorf("inspect the attached program: %w", err)
+	}
+	want, err := prog.Info()
+	if err != nil {
+		return false, fmt.Errorf("inspect our program: %w", err)
+	}
+	return have.Tag == want.Tag, nil
+}
+
+// keep pins a link and remembers it.
+func (d *Datapath) keep(name, path string, l link.Link) error {
+	if err := l.Pin(path); err != nil {
+		return errors.Join(fmt.Errorf("pin link %s: %w", path, err), l.Close())
+	}
+	d.links[name] = l
+	return nil
+}
+
+// attachTrack attaches the sock_ops program to the cgroup. Other programs
+// there are left alone (bpf_link implies BPF_F_ALLOW_MULTI).
+func (d *Datapath) attachTrack(dir string) error {
+	prog := d.objects.Programs[bpf.ShortcutProgTrack]
+	path := filepath.Join(dir, pinTrack)
+	old, same, err := openLink(path, prog)
+	if err != nil {
+		return err
+	}
+	if old != nil {
+		ok, err := attachedTo(old, d.cfg.Cgroup)
+		if ok && !same {
+			d.log.Info("program of another build replaced", "program", bpf.ShortcutProgTrack)
+			err = old.Update(prog)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("update link %s: %w", path, err), old.Close())
+		}
+		if ok {
+			d.links[pinTrack] = old
+			return nil
+		}
+		d.log.Warn("pairing moves to another cgroup", "cgroup", d.cfg.Cgroup)
+		if err := errors.Join(old.Unpin(), old.Close()); err != nil {
+			return fmt.Errorf("detach from the former cgroup: %w", err)
+		}
+	}
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: d.cfg.Cgroup, Attach: ebpf.AttachCGroupSockOps, Program: prog})
+	if err != nil {
+		return fmt.Errorf("attach sock_ops to %s: %w", d.cfg.Cgroup, err)
+	}
+	return d.keep(pinTrack, path, l)
+}
+
+// attachedTo tells whether a link is on this very cgroup; a cgroup's id is its inode number.
+func attachedTo(l link.Link, cgroup string) (bool, error) {
+	info, err := l.Info()
+	if err != nil {
+		return false, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(cgroup, &st); err != nil {
+		return false, fmt.Errorf("stat cgroup %s: %w", cgroup, err)
+	}
+	return info.Cgroup() != nil && info.Cgroup().CgroupId == st.Ino, nil
+}
+
+// attachDeliver attaches the sk_msg program to the SOCKHASH: by a bpf_link from
+// Linux 6.10 on (699c23f02c65), before that by BPF_PROG_ATTACH, which lasts as
+// long as the map. Sockets take the program over when they join.
+func (d *Datapath) attachDeliver(dir string) error {
+	prog := d.objects.Programs[bpf.ShortcutProgDeliver]
+	sockets := d.objects.Maps[bpf.ShortcutMapSockets]
+	path := filepath.Join(dir, pinDeliver)
+	old, same, err := openLink(path, prog)
+	if err != nil {
+		return err
+	}
+	if old != nil {
+		if !same {
+			d.log.Info("program of another build replaced", "program", bpf.ShortcutProgDeliver)
+			if err := old.Update(prog); err != nil {
+				return errors.Join(fmt.Errorf("update link %s: %w", path, err), old.Close())
+			}
+		}
+		d.links[pinDeliver] = old
+		return nil
+	}
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: sockets.FD(), Program: prog, Attach: ebpf.AttachSkMsgVerdict})
+	if err == nil {
+		return d.keep(pinDeliver, path, l)
+	}
+	// On a kernel without the link this also replaces what is attached.
+	rawErr := link.RawAttachProgram(link.RawAttachProgramOptions{Target: sockets.FD(), Program: prog, Attach: ebpf.AttachSkMsgVerdict})
+	if rawErr != nil {
+		return fmt.Errorf("attach sk_msg to the SOCKHASH: %w", errors.Join(err, rawErr))
+	}
+	return nil
+}
+
+// attachObserver attaches one of the two observers and detaches the other. A
+// link of this kind cannot be updated: the old one goes first, since a read
+// that is counted by none only keeps its flow on TCP, while one that is
+// counted twice would hide a read that is not finished.
+func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) error {
+	for _, kind := range []string{ObserverFexit, ObserverTracepoint} {
+		path := filepath.Join(dir, pinObserve+kind)
+		old, same, err := openLink(path, prog)
+		if err != nil {
+			return err
+		}
+		if old == nil {
+			continue
+		}
+		if kind == observer && same {
+			d.links[pinObserve] = old
+			return nil
+		}
+		d.log.Info("observer replaced: flows that are read meanwhile stay on TCP", "from", kind, "to", observer)
+		if err := errors.Join(old.Unpin(), old.Close()); err != nil {
+			return fmt.Errorf("detach observer %s: %w", kind, err)
+		}
+	}
+	l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+	if err != nil {
+		return fmt.Errorf("attach observer %s: %w", observer, err)
+	}
+	return d.keep(pinObserve, filepath.Join(dir, pinObserve+observer), l)
+}
+
+// detach deletes the pins and with them, once this process lets go, everything
+// in the kernel. The caller has made sure that no redirected data is unread: it
+// would be lost here.
+func (d *Datapath) detach() error {
+	err := os.RemoveAll(d.cfg.PinDir)
+	return errors.Join(err, d.Close())
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package datapath is the sole owner of podshunt's kernel objects: it loads the
+// programs, attaches and pins them, says which pods take part and what is
+// allowed between them, reads what became of it, and takes everything out
+// again without losing a byte.
+//
+// Objects live under one directory of a bpffs. They outlive the process: flows
+// and new pairings go on while no agent runs, and the next Open takes them over.
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// Observers: how reads of applications are seen.
+const (
+	ObserverAuto       = "auto"
+	ObserverFexit      = "fexit"
+	ObserverTracepoint = "tracepoint"
+)
+
+// Config says where the kernel objects live and how large they are. Sizes take
+// effect when the objects are created: pins that are taken over keep theirs.
+type Config struct {
+	// Cgroup is a directory of a cgroup2; connections of the processes below it
+	// are seen. Empty means the root of the first cgroup2 mount.
+	Cgroup string
+	// PinDir is a directory in a bpffs; where there is none, one is mounted on
+	// its parent directory.
+	PinDir string
+	// Budget is how many bytes a receiver may leave unread before a direction
+	// spills to TCP.
+	Budget uint32
+	// MaxPods, MaxPolicies, MaxFlows and MaxHandshakes are the sizes of the maps.
+	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
+	// Observer is one of the constants above.
+	Observer string
+}
+
+// DefaultConfig returns what the agent runs with unless told otherwise.
+func DefaultConfig() Config {
+	return Config{
+		PinDir:        api.PinDir,
+		Budget:        1 << 20,
+		MaxPods:       1024,
+		MaxPolicies:   131072,
+		MaxFlows:      32768,
+		MaxHandshakes: 16384,
+		Observer:      ObserverAuto,
+	}
+}
+
+// Validate returns an error that says what is accepted.
+func (c Config) Validate() error {
+	switch c.Observer {
+	case ObserverAuto, ObserverFexit, ObserverTracepoint:
+	default:
+		return fmt.Errorf("observer %q: accepted are %q, %q and %q", c.Observer, ObserverAuto, ObserverFexit, ObserverTracepoint)
+	}
+	if !filepath.IsAbs(c.PinDir) {
+		return fmt.Errorf("pin directory %q: accepted is an absolute path in a bpffs such as %s", c.PinDir, api.PinDir)
+	}
+	if c.Budget < 4096 {
+		return fmt.Errorf("budget of %d bytes: accepted are 4096 and above", c.Budget)
+	}
+	if c.MaxPods == 0 || c.MaxPolicies == 0 || c.MaxFlows == 0 || c.MaxHandshakes == 0 {
+		return errors.New("size of a map is 0: accepted are 1 and above")
+	}
+	return nil
+}
+
+// Datapath is the open set of kernel objects. Its methods may be called from
+// several goroutines.
+type Datapath struct {
+	cfg      Config
+	log      *slog.Logger
+	observer string
+	objects  *ebpf.Collection
+	links    map[string]link.Link
+
+	mu       sync.Mutex // guards what follows, and writes to the policy map
+	policy   map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy
+	unloaded bool
+}
+
+var (
+	// ErrOtherBuild is returned by Open for pinned maps that another build has
+	// laid out differently.
+	ErrOtherBuild = errors.New("the pins are of another build: run that build's `podshunt-agent unload` first")
+	// ErrUnloaded is returned by every change after Unload.
+	ErrUnloaded = errors.New("unloaded: restart the agent to load again")
+)
+
+// Open loads the programs and attaches them, or takes over what an earlier
+// process has pinned; programs of another build are then replaced by those of
+// this one. The caller must see to it that only one process does so at a time.
+func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if err := rlimit.RemoveMemlock(); err != nil { // kernels before 5.11 count maps against it
+		return nil, fmt.Errorf("raise the limit of locked memory: %w", err)
+	}
+	var err error
+	if cfg.Cgroup, err = findCgroup(cfg.Cgroup); err != nil {
+		return nil, err
+	}
+	if err := ensureBPFFS(filepath.Dir(cfg.PinDir)); err != nil {
+		return nil, err
+	}
+	// A crash in a first bring-up leaves this; it was never published.
+	fresh := cfg.PinDir + "_new" // bpffs reserves names with a dot
+	if err := os.RemoveAll(fresh); err != nil {
+		return nil, fmt.Errorf("remove unfinished pins: %w", err)
+	}
+
+	d := &Datapath{cfg: cfg, log: log, links: map[string]link.Link{}}
+	if _, err := os.Stat(cfg.PinDir); err == nil {
+		if err := d.takeOver(); err != nil {
+			return nil, errors.Join(fmt.Errorf("take over the pins in %s: %w", cfg.PinDir, err), d.Close())
+		}
+		return d, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("look for pins: %w", err)
+	}
+	if err := d.create(fresh); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(fresh), d.Close())
+	}
+	return d, nil
+}
+
+// create makes everything anew, pinned in fresh, and publishes it by a rename.
+func (d *Datapath) create(fresh string) error {
+	if err := os.Mkdir(fresh, 0o700); err != nil {
+		return fmt.Errorf("make pin directory: %w", err)
+	}
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return err
+	}
+	for name, size := range d.cfg.sizes() {
+		spec.Maps[name].MaxEntries = size
+	}
+	if err := d.load(spec, nil, fresh); err != nil {
+		return err
+	}
+	for name := range sharedMaps(spec) {
+		if err := d.objects.Maps[name].Pin(filepath.Join(fresh, name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	if err := d.attach(fresh); err != nil {
+		return err
+	}
+	if err := os.Rename(fresh, d.cfg.PinDir); err != nil {
+		return fmt.Errorf("publish the pins: %w", err)
+	}
+	return nil
+}
+
+// takeOver goes on with the pinned maps. Sockets keep the program they joined
+// with; what changes for them is what the maps say.
+func (d *Datapath) takeOver() error {
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return err
+	}
+	pinned := map[string]*ebpf.Map{}
+	defer func() {
+		for _, m := range pinned {
+			m.Close()
+		}
+	}()
+	for name, want := range sharedMaps(spec) {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(d.cfg.PinDir, name), nil)
+		if err != nil {
+			return fmt.Errorf("open map %s: %w", name, err)
+		}
+		pinned[name] = m
+		want.MaxEntries = m.MaxEntries()
+		if err := want.Compatible(m); err != nil {
+			return fmt.Errorf("map %s: %w: %w", name, err, ErrOtherBuild)
+		}
+		if size, ok := d.cfg.sizes()[name]; ok && size != m.MaxEntries() {
+			d.log.Warn("a map keeps its size until the next unload", "map", name, "size", m.MaxEntries(), "wanted", size)
+		}
+	}
+	if err := d.load(spec, pinned, d.cfg.PinDir); err != nil {
+		return err
+	}
+	return d.attach(d.cfg.PinDir)
+}
+
+// sizes returns the configured sizes by map name. A SOCKHASH entry is needed for each end of a flow.
+func (c Config) sizes() map[string]uint32 {
+	return map[string]uint32{
+		bpf.ShortcutMapPods:       c.MaxPods,
+		bpf.ShortcutMapPolicies:   c.MaxPolicies,
+		bpf.ShortcutMapPairs:      c.MaxFlows,
+		bpf.ShortcutMapSockets:    2 * c.MaxFlows,
+		bpf.ShortcutMapHints:      c.MaxHandshakes,
+		bpf.ShortcutMapHandshakes: c.MaxHandshakes,
+	}
+}
+
+// sharedMaps returns the maps that all processes and programs must share: all but the constants (.rodata).
+func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
+	shared := maps.Clone(spec.Maps)
+	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool { return strings.HasPrefix(name, ".") })
+	return shared
+}
+
+// load loads the maps and programs, with the first observer that the kernel
+// takes, and attaches that observer.
+func (d *Datapath) load(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, dir string) error {
+	programs := map[string]string{ObserverFexit: bpf.ShortcutProgObserveFexit, ObserverTracepoint: bpf.ShortcutProgObserveTracepoint}
+	candidates := []string{ObserverFexit, ObserverTracepoint}
+	if d.cfg.Observer != ObserverAuto {
+		candidates = []string{d.cfg.Observer}
+	}
+	var errs []error
+	for _, observer := range candidates {
+		one := spec.Copy()
+		for name, program := range programs {
+			if name != observer {
+				delete(one.Programs, program)
+			}
+		}
+		objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned})
+		if err != nil {
+			errs = append(errs, fmt.Errorf("load with observer %s: %w", observer, err))
+			continue
+		}
+		if err := d.attachObserver(dir, observer, objects.Programs[programs[observer]]); err != nil {
+			objects.Close()
+			errs = append(errs, err)
+			continue
+		}
+		d.objects, d.observer = objects, observer
+		return nil
+	}
+	return errors.Join(errs...)
+}
+
+// attach sets the controls and attaches the rest. Pairing comes last, so that
+// no connection is paired before its messages are judged and its reads seen.
+func (d *Datapath) attach(dir string) error {
+	if err := d.setControl(func(s *bpf.ShortcutSettings) {
+		s.Redirect = 1
+		s.Budget = uint64(d.cfg.Budget)
+	}); err != nil {
+		return err
+	}
+	if err := d.attachDeliver(dir); err != nil {
+		return err
+	}
+	return d.attachTrack(dir)
+}
+
+func (d *Datapath) setControl(change func(*bpf.ShortcutSettings)) error {
+	var s bpf.ShortcutSettings
+	control := d.objects.Maps[bpf.ShortcutMapControl]
+	if err := control.Lookup(uint32(0), &s); err != nil {
+		return fmt.Errorf("read the controls: %w", err)
+	}
+	change(&s)
+	if err := control.Put(uint32(0), s); err != nil {
+		return fmt.Errorf("write the controls: %w", err)
+	}
+	return nil
+}
+
+// Close gives up this process's hold of the objects. The pins stay: flows and
+// pairing go on.
+func (d *Datapath) Close() error {
+	var errs []error
+	for _, l := range d.links {
+		errs = append(errs, l.Close())
+	}
+	clear(d.links)
+	if d.objects != nil {
+		d.objects.Close()
+		d.objects = nil
+	}
+	return errors.Join(errs...)
+}
+
+// Observer returns how reads are seen: ObserverFexit or ObserverTracepoint.
+func (d *Datapath) Observer() string { return d.observer }
+
+// Cgroup returns the cgroup whose connections are seen.
+func (d *Datapath) Cgroup() string { return d.cfg.Cgroup }

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// Flows returns the paired connections, in no order. It reads the live map, so
+// the numbers of one flow may be of slightly different moments.
+func (d *Datapath) Flows() ([]Flow, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.flows()
+}
+
+func (d *Datapath) flows() ([]Flow, error) {
+	if d.unloaded {
+		return nil, nil
+	}
+	pairs, err := entries[uint64, bpf.ShortcutPair](d.objects.Maps[bpf.ShortcutMapPairs])
+	if err != nil {
+		return nil, fmt.Errorf("read the pairs map: %w", err)
+	}
+	boot := time.Now().Add(-monotonic())
+	flows := make([]Flow, 0, len(pairs))
+	for id, p := range pairs {
+		flows = append(flows, Flow{
+			ID:          id,
+			ClientNetns: p.Netns[client],
+			ServerNetns: p.Netns[server],
+			Client:      address(p.ClientAddr, p.ClientPort),
+			Dialled:     address(p.DialledAddr, p.DialledPort),
+			Server:      address(p.ServerAddr, p.ServerPort),
+			Joined:      p.State&uint64(bpf.ShortcutPairStatePAIR_SERVER_JOINED) != 0,
+			Since:       boot.Add(time.Duration(p.SinceNs)),
+			ToServer:    direction(&p, client),
+			ToClient:    direction(&p, server),
+		})
+	}
+	return flows, nil
+}
+
+// The sides of a pair.
+const (
+	client = 0
+	server = 1
+)
+
+// direction describes what the socket of side from sends.
+func direction(p *bpf.ShortcutPair, from int) Direction {
+	s, r := p.Side[from].Sending, p.Side[1-from].Receiving
+	dir := Direction{
+		Shortcut:      s.Shortcut != 0,
+		Verdict:       Verdict(s.Verdict),
+		PolicyReason:  s.PolicyReason,
+		ReadFlags:     r.UnservedFlags,
+		ShortcutBytes: s.ShortcutBytes,
+		TCPBytes:      s.TcpBytes,
+		Switches:      s.Switches,
+		Spills:        s.Spills,
+	}
+	if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
+		dir.Reason = outcomes()[s.Reason].text
+	}
+	if !dir.Shortcut {
+		dir.TCPBytes += uint64(s.LastSize) // write_seq counts it with the next message
+	}
+	// A read may be seen before the count of what it read is.
+	if sent := dir.ShortcutBytes + dir.TCPBytes; sent > r.ReadBytes {
+		dir.Unread = sent - r.ReadBytes
+	}
+	// Redirected bytes are read before all TCP bytes that were sent after them.
+	receiverGone := bpf.ShortcutPairStatePAIR_SERVER_GONE
+	if from == server {
+		receiverGone = bpf.ShortcutPairStatePAIR_CLIENT_GONE
+	}
+	dir.Redirected = s.RedirectEnd > r.ReadBytes && p.State&uint64(receiverGone) == 0
+	return dir
+}
+
+// address converts from v4-mapped words in network byte order.
+func address(words [4]uint32, port uint16) netip.AddrPort {
+	var b [16]byte
+	for i, w := range words {
+		binary.NativeEndian.PutUint32(b[4*i:], w)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(b).Unmap(), port)
+}
+
+// monotonic returns the clock of bpf_ktime_get_ns.
+func monotonic() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		return 0 // the clock exists on every Linux
+	}
+	return time.Duration(ts.Nano())
+}
+
+// Maps returns how full the sized maps are.
+func (d *Datapath) Maps() ([]api.MapUsage, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil, nil
+	}
+	var usage []api.MapUsage
+	for _, name := range []string{
+		bpf.ShortcutMapPods, bpf.ShortcutMapPolicies, bpf.ShortcutMapPairs,
+		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes,
+	} {
+		m := d.objects.Maps[name]
+		n, err := size(m)
+		if err != nil {
+			return nil, fmt.Errorf("count map %s: %w", name, err)
+		}
+		usage = append(usage, api.MapUsage{Name: name, Entries: n, Max: int(m.MaxEntries())})
+	}
+	return usage, nil
+}
+
+// Sweep deletes what handshakes older than age have left that never ended.
+func (d *Datapath) Sweep(age time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil
+	}
+	limit := uint64(max(0, monotonic()-age))
+	return errors.Join(
+		sweep(d.objects.Maps[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
+		sweep(d.objects.Maps[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
+	)
+}
+
+func sweep[K comparable, V any](m *ebpf.Map, stale func(K, V) bool) error {
+	all, err := entries[K, V](m)
+	if err != nil {
+		return fmt.Errorf("read handshakes: %w", err)
+	}
+	for key, value := range all {
+		if !stale(key, value) {
+			continue
+		}
+		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete a stale handshake: %w", err)
+		}
+	}
+	return nil
+}
+
+// batch is how many entries are read with one system call. It must not be
+// smaller than the fullest bucket of a hash.
+const batch = 1024
+
+// entries reads a whole map. Entries that come or go meanwhile may be missed.
+func entries[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
+	var (
+		all    = map[K]V{}
+		keys   = make([]K, batch)
+		values = make([]V, batch)
+		cursor ebpf.MapBatchCursor
+	)
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, err
+		}
+		for i, key := range keys[:n] {
+			all[key] = values[i]
+		}
+		if err != nil {
+			return all, nil
+		}
+	}
+}
+
+// size counts the entries of a map of any kind, also one whose values cannot be read.
+func size(m *ebpf.Map) (int, error) {
+	n := 0
+	var last any
+	for range m.MaxEntries() {
+		key, err := m.NextKeyBytes(last)
+		if err != nil || key == nil {
+			return n, err
+		}
+		last = key
+		n++
+	}
+	return n, nil
+}

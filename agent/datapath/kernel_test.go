@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
+
+// node is a sandbox with an open datapath.
+type node struct {
+	*sandbox.Sandbox
+	*datapath.Datapath
+	cfg datapath.Config
+	log *slog.Logger
+}
+
+// mustNode opens a datapath in a sandbox of its own. At the end of the test it
+// is unloaded, and the test fails if that leaves pins.
+func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
+	tb.Helper()
+	s := sandbox.MustNew(tb, sandbox.Config{})
+	n := &node{Sandbox: s, cfg: datapath.DefaultConfig(), log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
+	n.cfg.Cgroup = s.Cgroup
+	n.cfg.PinDir = filepath.Join(s.BPF, "podshunt")
+	if change != nil {
+		change(&n.cfg)
+	}
+	n.mustOpen(tb)
+	tb.Cleanup(func() {
+		if flows, err := n.Unload(tb.Context()); err != nil && !errors.Is(err, datapath.ErrUnloaded) && tb.Context().Err() == nil {
+			tb.Errorf("unload: %v, waiting for %+v", err, flows)
+		}
+		n.Datapath.Close()
+	})
+	return n
+}
+
+func (n *node) mustOpen(tb testing.TB) {
+	tb.Helper()
+	d, err := datapath.Open(n.cfg, n.log)
+	if err != nil {
+		tb.Fatalf("%+v", err)
+	}
+	n.Datapath = d
+}
+
+// mustEnrol makes pods and enrols them.
+func (n *node) mustEnrol(tb testing.TB, names ...string) (pods []*sandbox.Pod, cookies []uint64) {
+	tb.Helper()
+	for _, name := range names {
+		pod := n.MustAddPod(tb, name, sandbox.PodOptions{})
+		cookie, err := n.Enrol(pod.Path)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		pods = append(pods, pod)
+		cookies = append(cookies, cookie)
+	}
+	return pods, cookies
+}
+
+// between returns a rule over all ports for every ordered pair.
+func between(verdict datapath.Verdict, cookies ...uint64) (rules []datapath.Rule) {
+	for _, client := range cookies {
+		for _, server := range cookies {
+			rules = append(rules, datapath.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
+		}
+	}
+	return rules
+}
+
+func (n *node) mustSetPolicy(tb testing.TB, rules []datapath.Rule) {
+	tb.Helper()
+	if err := n.SetPolicy(rules); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// counts returns the counters that are not zero.
+func (n *node) counts(tb testing.TB) map[string]uint64 {
+	tb.Helper()
+	outcomes, err := n.Outcomes()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	counts := map[string]uint64{}
+	for _, o := range outcomes {
+		if o.Count > 0 {
+			counts[o.Name] = o.Count
+		}
+	}
+	return counts
+}
+
+// usage returns the entries of the maps that hold any.
+func (n *node) usage(tb testing.TB) map[string]int {
+	tb.Helper()
+	maps, err := n.Maps()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	used := map[string]int{}
+	for _, m := range maps {
+		if m.Entries > 0 {
+			used[m.Name] = m.Entries
+		}
+	}
+	return used
+}
+
+// waitUsage waits until the maps hold just want: closing a socket is finished in the background.
+func (n *node) waitUsage(tb testing.TB, want map[string]int) {
+	tb.Helper()
+	var diff string
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if diff = cmp.Diff(want, n.usage(tb)); diff == "" {
+			return
+		}
+	}
+	tb.Errorf("map usage (-want +got):\n%s", diff)
+}
+
+const deadline = 30 * time.Second
+
+// connect dials address from client and returns both ends, which are closed at
+// the end of the test.
+func connect(tb testing.TB, from *sandbox.Netns, l net.Listener, network string, address netip.AddrPort) (client, server net.Conn) {
+	tb.Helper()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			close(accepted)
+			return
+		}
+		accepted <- c
+	}()
+	client = from.MustDial(tb, network, address.String())
+	select {
+	case server = <-accepted:
+	case <-time.After(deadline):
+	}
+	if server == nil {
+		tb.Fatalf("connection to %s was not accepted", address)
+	}
+	tb.Cleanup(func() { server.Close() })
+	if err := server.SetDeadline(time.Now().Add(deadline)); err != nil {
+		tb.Fatal(err)
+	}
+	return client, server
+}
+
+// pingPong exchanges messages of one size and checks every byte.
+func pingPong(tb testing.TB, a, b net.Conn, rounds, size int) {
+	tb.Helper()
+	message := bytes.Repeat([]byte("podshunt"), size/8+1)[:size]
+	answer := make([]byte, size)
+	for i := range rounds {
+		message[0] = byte(i)
+		for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+			if _, err := way[0].Write(message); err != nil {
+				tb.Fatalf("round %d: %v", i, err)
+			}
+			if _, err := io.ReadFull(way[1], answer); err != nil {
+				tb.Fatalf("round %d: %v", i, err)
+			}
+			if !bytes.Equal(answer, message) {
+				tb.Fatalf("round %d: bytes differ", i)
+			}
+		}
+	}
+}
+
+// listenerPort returns the port that the kernel chose.
+func listenerPort(l net.Listener) uint16 { return l.Addr().(*net.TCPAddr).AddrPort().Port() }
+
+// TestPairing: which connections find each other. In each, 10 messages go each
+// way; the first of each direction goes by TCP, because its receiver has not
+// been seen to read, and all others by the shortcut.
+func TestPairing(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	client, server := pods[0], pods[1]
+	vip4, vip6 := netip.MustParseAddrPort("10.96.0.10:80"), netip.MustParseAddrPort("[fd00:96::10]:80")
+
+	for _, tc := range []struct {
+		name            string
+		network         string
+		from            *sandbox.Pod
+		listen          string
+		dial            func(port uint16) netip.AddrPort
+		service         netip.AddrPort
+		clientC, serveC uint64
+	}{
+		{name: "pod IPv4", network: "tcp4", from: client, listen: server.IPv4.String()},
+		{name: "pod IPv6", network: "tcp6", from: client, listen: server.IPv6.String()},
+		{name: "dual-stack listener", network: "tcp", from: client, listen: server.IPv4.String()},
+		{name: "service IPv4", network: "tcp4", from: client, listen: server.IPv4.String(), service: vip4},
+		{name: "service IPv6", network: "tcp6", from: client, listen: server.IPv6.String(), service: vip6},
+		{name: "loopback IPv4", network: "tcp4", from: server, listen: "127.0.0.1"},
+		{name: "loopback IPv6", network: "tcp6", from: server, listen: "::1"},
+		{name: "own pod address", network: "tcp4", from: server, listen: server.IPv4.String()},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			bind := net.JoinHostPort(tc.listen, "0")
+			if tc.network == "tcp" {
+				bind = ":0"
+			}
+			l := server.MustListen(t, tc.network, bind)
+			address := netip.AddrPortFrom(netip.MustParseAddr(tc.listen), listenerPort(l))
+			dial := address
+			if tc.service.IsValid() {
+				if err := n.DNAT(tc.service, address); err != nil {
+					t.Fatal(err)
+				}
+				dial = tc.service
+			}
+			before := n.counts(t)
+			c, s := connect(t, tc.from.Netns, l, tc.network, dial)
+			pingPong(t, c, s, 10, 100)
+			got := n.counts(t)
+			for name := range got {
+				if got[name] -= before[name]; got[name] == 0 {
+					delete(got, name)
+				}
+			}
+			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 18}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("counters (-want +got):\n%s", diff)
+			}
+
+			flows, err := n.Flows()
+			if err != nil || len(flows) != 1 {
+				t.Fatalf("got %d flows (%v), want 1", len(flows), err)
+			}
+			clientCookie := cookies[0]
+			if tc.from == server {
+				clientCookie = cookies[1]
+			}
+			wantDirection := datapath.Direction{
+				Shortcut: true, Verdict: datapath.Allow, Switches: 1, ShortcutBytes: 900, TCPBytes: 100,
+				Reason: "the receiver has not been seen to read yet",
+			}
+			wantFlow := datapath.Flow{
+				ClientNetns: clientCookie, ServerNetns: cookies[1], Joined: true,
+				Client:   c.LocalAddr().(*net.TCPAddr).AddrPort(),
+				Dialled:  dial,
+				Server:   address,
+				ToServer: wantDirection, ToClient: wantDirection,
+			}
+			got1 := flows[0]
+			if age := time.Since(got1.Since); age < 0 || age > deadline {
+				t.Errorf("flow is %v old", age)
+			}
+			got1.ID, got1.Since = 0, time.Time{}
+			if diff := cmp.Diff(wantFlow, got1, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+				t.Errorf("flow (-want +got):\n%s", diff)
+			}
+			c.Close()
+			s.Close()
+			n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
+		})
+	}
+}
+
+var _ = api.Outcome{}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// findCgroup returns dir if it is in a cgroup2, and the first cgroup2 mount of
+// /proc/mounts where dir is empty.
+func findCgroup(dir string) (string, error) {
+	if dir == "" {
+		mounts, err := os.Open("/proc/mounts")
+		if err != nil {
+			return "", fmt.Errorf("look for cgroup2: %w", err)
+		}
+		defer mounts.Close()
+		for lines := bufio.NewScanner(mounts); lines.Scan(); {
+			if fields := strings.Fields(lines.Text()); len(fields) > 2 && fields[2] == "cgroup2" {
+				return fields[1], nil
+			}
+		}
+		return "", errors.New("no cgroup2 in /proc/mounts: mount one or name a directory of it")
+	}
+	if magic, err := filesystem(dir); err != nil {
+		return "", fmt.Errorf("look at cgroup %s: %w", dir, err)
+	} else if magic != unix.CGROUP2_SUPER_MAGIC {
+		return "", fmt.Errorf("cgroup %s: not in a cgroup2 file system; /proc/mounts says where one is", dir)
+	}
+	return dir, nil
+}
+
+// ensureBPFFS makes dir and mounts a bpffs on it unless it is in one.
+func ensureBPFFS(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make %s: %w", dir, err)
+	}
+	if magic, err := filesystem(dir); err != nil {
+		return fmt.Errorf("look at %s: %w", dir, err)
+	} else if magic == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	if err := unix.Mount("bpffs", dir, "bpf", 0, "mode=0700"); err != nil {
+		return fmt.Errorf("mount a bpffs on %s: %w", dir, err)
+	}
+	return nil
+}
+
+// filesystem returns the magic number of the file system that holds path.
+func filesystem(path string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Clean(path), &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Type), nil //nolint:unconvert // 32 bits wide on some architectures
+}
+
+// NetnsCookie returns the kernel's identity of the network namespace at path:
+// unique since boot and never used again.
+func NetnsCookie(path string) (uint64, error) {
+	var cookie uint64
+	err := inNetns(path, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open a socket: %w", err)
+		}
+		defer unix.Close(fd)
+		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		if err != nil {
+			return fmt.Errorf("read SO_NETNS_COOKIE (Linux 5.14 and later have it): %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("netns %s: %w", path, err)
+	}
+	return cookie, nil
+}
+
+// inNetns runs f on a thread of its own in the network namespace at path. The
+// thread ends with its goroutine, so it need not find its way back.
+func inNetns(path string, f func() error) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	defer unix.Close(fd)
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the runtime then ends the thread
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("enter: %w", err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}

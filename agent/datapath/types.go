@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Verdict is what the policy map says of the connections between two pods.
+type Verdict uint32
+
+const (
+	// Refuse leaves new connections alone and turns paired ones back to TCP.
+	// It is also the answer where the map has no entry.
+	Refuse Verdict = iota
+	// Allow pairs new connections and lets both directions be shortcut.
+	Allow
+	// Hold pairs new connections but keeps them on TCP, for a refusal that is
+	// known to end (a pause).
+	Hold
+)
+
+// Rule is one line of the policy: what holds for connections from the pod with
+// netns cookie Client to the server ports First to Last of the pod with netns
+// cookie Server. A rule over all ports (First 0, Last 65535) is the base of a
+// pair; narrower rules of the same pair override it and must not overlap each
+// other.
+type Rule struct {
+	Client, Server uint64
+	First, Last    uint16
+	Verdict        Verdict
+	// Reason is opaque to the datapath; flows give it back.
+	Reason uint32
+}
+
+// Flow is one paired connection, as the kernel's pair record has it.
+type Flow struct {
+	// ID is the socket cookie of the client's socket.
+	ID uint64
+	// ClientNetns and ServerNetns are netns cookies.
+	ClientNetns, ServerNetns uint64
+	Client, Dialled          netip.AddrPort
+	// Server is the server socket's own address; its address is the zero Addr
+	// until the server's socket has joined.
+	Server netip.AddrPort
+	// Joined tells whether the server's socket has joined.
+	Joined bool
+	Since  time.Time
+	// ToServer and ToClient are the two directions.
+	ToServer, ToClient Direction
+}
+
+// Direction is the state of one direction of a paired connection.
+type Direction struct {
+	// Shortcut tells how the last message went.
+	Shortcut bool
+	// Reason is why the last message that went by TCP did so; empty if none has.
+	Reason string
+	// Verdict and PolicyReason are what the policy map said when last asked.
+	Verdict      Verdict
+	PolicyReason uint32
+	// ReadFlags are the recv flags of the receiver that this kernel does not
+	// serve on redirected data (MSG_WAITALL and others); 0 if it used none.
+	ReadFlags uint32
+	// ShortcutBytes and TCPBytes count what the sender wrote.
+	ShortcutBytes, TCPBytes uint64
+	// Unread is what the receiver has not been seen to read, at most.
+	Unread uint64
+	// Redirected tells whether some of it was redirected: an unload waits for it.
+	Redirected bool
+	// Switches counts changes from TCP to the shortcut, Spills those back for
+	// want of budget.
+	Switches, Spills uint32
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// Unload takes everything out of the kernel without losing a byte: it stops
+// redirecting, waits until no redirected data is unread, and only then detaches
+// and deletes. Connections go on, on TCP. If ctx ends first, nothing is deleted
+// and the flows still waited for are returned with the error; redirecting stays
+// off until the next Unload, or Open.
+func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil, nil
+	}
+	if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Redirect = 0 }); err != nil {
+		return nil, err
+	}
+	waitForPrograms()
+	for {
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			flows, flowsErr := d.undrained()
+			if flowsErr != nil {
+				return nil, flowsErr
+			}
+			return flows, fmt.Errorf("wait until %d flows have read their redirected data: %w", len(flows), err)
+		}
+		flows, err := d.undrained()
+		if err != nil {
+			return nil, err
+		}
+		if len(flows) == 0 {
+			break
+		}
+	}
+	d.unloaded = true
+	return nil, d.detach()
+}
+
+func (d *Datapath) undrained() ([]Flow, error) {
+	all, err := d.flows()
+	if err != nil {
+		return nil, err
+	}
+	var waiting []Flow
+	for _, f := range all {
+		if f.ToServer.Redirected || f.ToClient.Redirected {
+			waiting = append(waiting, f)
+		}
+	}
+	return waiting, nil
+}
+
+// waitForPrograms returns when no run of a program is under way that has read
+// the controls before: MEMBARRIER_CMD_GLOBAL is the kernel's synchronize_rcu
+// (kernel/sched/membarrier.c), and programs run inside an RCU read section. It
+// is refused where CPUs are kept free of ticks; Unload's first pause, far longer
+// than a program runs, then has to do.
+func waitForPrograms() {
+	const membarrierGlobal = 1
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+}
+
+func sleep(ctx context.Context, t time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(t):
+		return nil
+	}
+}

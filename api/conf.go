@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// AttachmentsDir is where an attachment waits for an agent that did not answer
+// the plugin: one file per attachment, named by AttachmentID.FileName, that
+// holds an Attachment as JSON.
+const AttachmentsDir = RunDir + "/attachments"
+
+// maxSocketPath is what sockaddr_un holds besides the final NUL; the kernel
+// refuses to connect to a longer path, which would look like an absent agent.
+const maxSocketPath = 107
+
+// PluginConf is what podshunt's own keys in its section of a CNI conflist say.
+// Every key is optional.
+type PluginConf struct {
+	// AgentSocket (key "agentSocket") is the agent's unix socket.
+	AgentSocket string
+	// AgentTimeout (key "agentTimeout") is how long a pod may wait for the agent.
+	AgentTimeout time.Duration
+	// AttachmentsDir (key "attachmentsDir") must be the one that the agent reads.
+	AttachmentsDir string
+}
+
+// ParseConf reads the plugin's section of a conflist, as a runtime passes it.
+// Keys of the CNI specification are let through, whatever they hold; any other
+// key that is not ours, or a value that is not accepted, is an error that lists
+// what is. All faults are reported together, and the PluginConf is zero then.
+func ParseConf(section []byte) (PluginConf, error) {
+	var keys map[string]json.RawMessage
+	if err := json.Unmarshal(section, &keys); err != nil {
+		return PluginConf{}, fmt.Errorf("decode plugin section: %w", err)
+	}
+	conf := PluginConf{AgentSocket: Socket, AgentTimeout: PluginTimeout, AttachmentsDir: AttachmentsDir}
+	var errs []error
+	for _, key := range slices.Sorted(maps.Keys(keys)) {
+		var err error
+		switch key {
+		case "agentSocket":
+			conf.AgentSocket, err = parsePath(keys[key])
+			if err == nil && len(conf.AgentSocket) > maxSocketPath {
+				err = fmt.Errorf("%s: accepted are at most %d bytes", keys[key], maxSocketPath)
+			}
+		case "agentTimeout":
+			conf.AgentTimeout, err = parseTimeout(keys[key])
+		case "attachmentsDir":
+			conf.AttachmentsDir, err = parsePath(keys[key])
+		case "cniVersion", "name", "type", "args", "capabilities", "dns", "ipam", "prevResult", "runtimeConfig":
+		default:
+			if !strings.HasPrefix(key, "cni.dev/") {
+				err = errors.New("unknown key; accepted are agentSocket, agentTimeout and attachmentsDir")
+			}
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%q: %w", key, err))
+		}
+	}
+	if len(errs) > 0 {
+		return PluginConf{}, errors.Join(errs...)
+	}
+	return conf, nil
+}
+
+func parsePath(value json.RawMessage) (string, error) {
+	var path string
+	if err := json.Unmarshal(value, &path); err != nil || !filepath.IsAbs(path) {
+		return "", fmt.Errorf("%s: accepted is an absolute path", value)
+	}
+	return path, nil
+}
+
+func parseTimeout(value json.RawMessage) (time.Duration, error) {
+	var text string
+	err1 := json.Unmarshal(value, &text)
+	timeout, err2 := time.ParseDuration(text)
+	if err1 != nil || err2 != nil || timeout < time.Millisecond || timeout > 10*time.Second {
+		return 0, fmt.Errorf(`%s: accepted is a duration from "1ms" to "10s"`, value)
+	}
+	return timeout, nil
+}
+
+// FileName returns the name of the attachment's file. It is the same for equal
+// IDs only, and free of what a container ID or a network name could smuggle
+// into a path.
+func (id AttachmentID) FileName() string {
+	sum := sha256.Sum256([]byte(id.Network + "\x00" + id.ContainerID + "\x00" + id.IfName))
+	return hex.EncodeToString(sum[:16]) + ".json"
+}

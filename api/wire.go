@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Routes of the agent's HTTP service on its unix socket. Bodies are JSON; a
+// failure is answered with a status of 400 or above and an Error.
+const (
+	// PathAttachments: PUT an Attachment (answer: Admission), DELETE an AttachmentID.
+	PathAttachments = "/v1/attachments"
+	// PathGC: POST a GCRequest; every attachment of its network that is not listed is dropped.
+	PathGC = "/v1/gc"
+	// PathStatus: GET a Status.
+	PathStatus = "/v1/status"
+	// PathFlows: GET a list of Flow.
+	PathFlows = "/v1/flows"
+	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go duration.
+	PathUnload = "/v1/unload"
+)
+
+// Error is the body of every failed request.
+type Error struct {
+	Error string `json:"error"`
+}
+
+// PodRef names a pod. UID may be empty where the runtime does not give it.
+type PodRef struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	UID       string `json:"uid,omitempty"`
+}
+
+// String returns namespace/name.
+func (p PodRef) String() string { return p.Namespace + "/" + p.Name }
+
+// AttachmentID is what the CNI specification calls an attachment: one
+// interface of one container (a pod sandbox) on one network.
+type AttachmentID struct {
+	Network     string `json:"network"`
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+}
+
+// Attachment is what a CNI ADD tells of a pod sandbox.
+type Attachment struct {
+	AttachmentID
+	// Netns is the path of the pod's network namespace, as the runtime gave it.
+	Netns     string       `json:"netns"`
+	Pod       PodRef       `json:"pod"`
+	Addresses []netip.Addr `json:"addresses,omitempty"`
+}
+
+// Admission answers an ADD. The pod starts in either case.
+type Admission struct {
+	// Enrolled tells whether the pod takes part from its first connection on.
+	Enrolled bool `json:"enrolled"`
+	// Reason says why it does not.
+	Reason string `json:"reason,omitempty"`
+}
+
+// GCRequest lists the attachments of Network that are still valid. The network
+// of each entry in Valid is Network, whatever the entry says.
+type GCRequest struct {
+	Network string         `json:"network"`
+	Valid   []AttachmentID `json:"valid"`
+}
+
+// Status is the state of the agent, its kernel objects and its pods.
+type Status struct {
+	Version string `json:"version"`
+	// Kernel is the running kernel's release.
+	Kernel string `json:"kernel"`
+	// Unloaded is set after an unload: nothing is shortcut until the agent starts again.
+	Unloaded bool `json:"unloaded,omitempty"`
+	// Observer is how reads of applications are seen: "fexit" or "tracepoint".
+	Observer string   `json:"observer"`
+	Cgroup   string   `json:"cgroup"`
+	PinDir   string   `json:"pinDir"`
+	Hazards  []Hazard `json:"hazards"`
+	// HazardsAccepted is true with --kernel-hazards=accept.
+	HazardsAccepted bool        `json:"hazardsAccepted"`
+	Pods            []PodStatus `json:"pods"`
+	// SourceError is why the source of pod annotations cannot be read at present; the last good content stays in force.
+	SourceError string `json:"sourceError,omitempty"`
+	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
+	PolicyError string     `json:"policyError,omitempty"`
+	Maps        []MapUsage `json:"maps"`
+	// Outcomes counts every decision the kernel programs have taken since they were loaded.
+	Outcomes []Outcome `json:"outcomes"`
+}
+
+// Hazard is one way in which this kernel serves sockets of the shortcut
+// differently from plain TCP, as measured on it.
+type Hazard struct {
+	Name    string `json:"name"`
+	Present bool   `json:"present"`
+	// Detail is what was observed, or why the test could not be run.
+	Detail string `json:"detail"`
+	// Fatal hazards keep every pod on TCP unless they are accepted.
+	Fatal bool `json:"fatal"`
+}
+
+// PodStatus is one attachment as the agent sees it.
+type PodStatus struct {
+	Pod         PodRef       `json:"pod"`
+	ContainerID string       `json:"containerID"`
+	Netns       string       `json:"netns"`
+	Addresses   []netip.Addr `json:"addresses,omitempty"`
+	// NetnsCookie is the kernel's identity of the pod's network namespace; 0 if it could not be read.
+	NetnsCookie uint64 `json:"netnsCookie,omitempty"`
+	Enrolled    bool   `json:"enrolled"`
+	// Reason says why the pod does not take part, or takes part with a restriction (a pause).
+	Reason string `json:"reason,omitempty"`
+}
+
+// MapUsage is how full a kernel map is.
+type MapUsage struct {
+	Name    string `json:"name"`
+	Entries int    `json:"entries"`
+	Max     int    `json:"max"`
+}
+
+// Outcome is one counter of the kernel programs.
+type Outcome struct {
+	Name string `json:"name"`
+	// Count is in messages or connections, as Name says; Bytes only where messages are counted.
+	Count uint64 `json:"count"`
+	Bytes uint64 `json:"bytes,omitempty"`
+}
+
+// Flow is one TCP connection of an opted-in pod. Client is the end that
+// connected.
+type Flow struct {
+	Client FlowEnd `json:"client"`
+	Server FlowEnd `json:"server"`
+	// Dialled is where the client connected to; it differs from the server's
+	// own address when a Service or another NAT lies between.
+	Dialled netip.AddrPort `json:"dialled"`
+	// Paired is false for a connection that podshunt left alone; Reason then says why.
+	Paired bool   `json:"paired"`
+	Reason string `json:"reason,omitempty"`
+	// Since is when the connection was paired.
+	Since time.Time `json:"since,omitzero"`
+	// ToServer and ToClient are the two directions of a paired connection.
+	ToServer *Direction `json:"toServer,omitempty"`
+	ToClient *Direction `json:"toClient,omitempty"`
+}
+
+// FlowEnd is one end of a connection. Pod is the zero PodRef when unknown.
+type FlowEnd struct {
+	Pod     PodRef         `json:"pod"`
+	Address netip.AddrPort `json:"address"`
+}
+
+// Direction is the state of one direction of a paired connection.
+type Direction struct {
+	// Shortcut tells how the last message went.
+	Shortcut bool `json:"shortcut"`
+	// Reason is why the last message that went by TCP did so; Detail names the
+	// policy or the flags behind it where there are any.
+	Reason string `json:"reason,omitempty"`
+	Detail string `json:"detail,omitempty"`
+	// ShortcutBytes and TCPBytes count what the sender wrote.
+	ShortcutBytes uint64 `json:"shortcutBytes"`
+	TCPBytes      uint64 `json:"tcpBytes"`
+	// UnreadBytes is what the receiver has not been seen to read yet.
+	UnreadBytes uint64 `json:"unreadBytes"`
+	// Switches counts changes from TCP to the shortcut.
+	Switches uint32 `json:"switches"`
+}
+
+// UnloadResult tells how an unload ended.
+type UnloadResult struct {
+	// Done is true when nothing is left in the kernel.
+	Done bool `json:"done"`
+	// Waiting lists connections whose receiver still has redirected data to
+	// read; nothing is deleted while there are any.
+	Waiting []Flow `json:"waiting,omitempty"`
+}

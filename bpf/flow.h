@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Keys and records of a flow: a TCP connection between two enrolled pods of
+ * this node. Addresses are IPv6 or v4-mapped IPv6 in network byte order, so
+ * that one key type serves both families; ports are in host byte order (in the
+ * sock_ops context local_port is in host order already, while remote_port is in
+ * network order in 32 bits). Netns are netns cookies, sockets socket cookies.
+ */
+#ifndef PODSHUNT_FLOW_H
+#define PODSHUNT_FLOW_H
+
+#include <linux/types.h>
+
+#include "outcome.h"
+
+/* The client's end as both sides see it; netns is 0 unless the address is a loopback one. */
+struct client_key {
+	__be32 addr[4];
+	__u64 netns;
+	__u32 port;
+	__u32 reserved;
+};
+
+/* What a listener knows of a connection to come. */
+struct hint {
+	__u64 server_netns;
+	__u64 written_ns; /* CLOCK_MONOTONIC */
+	__u32 server_port;
+	__u32 claimed; /* a client of an enrolled pod has picked it up */
+};
+
+/*
+ * Both sides know both initial sequence numbers, no NAT rewrites them, and
+ * nobody else can guess them.
+ */
+struct handshake_key {
+	__u32 client_seq;
+	__u32 server_seq;
+	__be32 addr[4];
+	__u32 port;
+	__u32 reserved;
+};
+
+struct handshake {
+	__u64 pair;
+	__u64 written_ns;
+};
+
+/* A socket's way to its pair record. */
+struct member {
+	__u64 pair;
+	__u32 side;
+	__u32 reserved;
+};
+
+enum side_index { SIDE_CLIENT, SIDE_SERVER, SIDE_MAX };
+
+enum pair_state {
+	PAIR_CLIENT_JOINED = 1,
+	PAIR_SERVER_JOINED = 2,
+	PAIR_CLIENT_GONE = 4,
+	PAIR_SERVER_GONE = 8,
+	/* The pair's id stands above these bits: a compare-and-swap fails on a recycled record. */
+	PAIR_STATE_BITS = 4,
+};
+
+enum verdict {
+	VERDICT_REFUSE, /* leave new connections alone, paired ones go by TCP */
+	VERDICT_ALLOW,
+	VERDICT_HOLD, /* pair new connections, but keep them on TCP */
+};
+
+/*
+ * One direction, written only by deliver under the sending socket's lock. TCP
+ * bytes are told from write_seq, so that bytes which reach TCP without passing
+ * deliver count as well.
+ */
+struct sending {
+	__u64 shortcut_bytes;
+	__u64 tcp_bytes; /* up to last_seq */
+	__u32 last_seq; /* write_seq when deliver last ran */
+	__u32 drained_seq; /* write_seq for which copied_seq of the peer was last seen equal */
+	__u32 last_size; /* of the last message, in bytes */
+	__u32 generation; /* of the policy that verdict is from */
+	enum verdict verdict;
+	__u32 policy_reason;
+	__u32 shortcut; /* how the last message went */
+	enum outcome reason; /* why the last message that went by TCP did so */
+	__u32 switches; /* from TCP to the shortcut */
+	__u32 spills;
+	__u64 redirect_end; /* bytes written when the last redirect ended, on either way */
+};
+
+enum read_state { READ_SEEN = 1, READ_UNSERVED = 2 };
+
+/* One receiver, written only by the receive observer. */
+struct receiving {
+	__u64 read_bytes;
+	enum read_state state;
+	__u32 unserved_flags; /* of recv */
+	__u64 reserved[6];
+};
+
+struct side {
+	struct sending sending;
+	struct receiving receiving;
+};
+
+/*
+ * A flow. The record starts with 8 bytes and goes on in blocks of 64: behind
+ * the kernel's 48 byte element header and the 8 byte key, what the two sockets
+ * write lies on cache lines of its own.
+ */
+struct pair {
+	__u64 state; /* id << PAIR_STATE_BITS | enum pair_state */
+
+	__u64 cookie[SIDE_MAX];
+	__u64 sock[SIDE_MAX]; /* kernel address of the tcp_sock */
+	__u64 netns[SIDE_MAX];
+	__u64 since_ns; /* CLOCK_MONOTONIC */
+
+	__be32 client_addr[4];
+	__be32 dialled_addr[4]; /* differs from server_addr behind a Service */
+	__be32 server_addr[4];
+	__u16 client_port;
+	__u16 dialled_port;
+	__u16 server_port;
+	__u16 reserved[5];
+	__u32 client_seq;
+	__u32 server_seq;
+
+	struct side side[SIDE_MAX];
+};
+
+_Static_assert(sizeof(struct client_key) == 32, "no padding in keys");
+_Static_assert(sizeof(struct handshake_key) == 32, "no padding in keys");
+_Static_assert(sizeof(struct sending) == 64, "a cache line");
+_Static_assert(sizeof(struct receiving) == 64, "a cache line");
+_Static_assert(sizeof(struct pair) == 8 + 64 + 64 + 4 * 64, "whole cache lines behind the state");
+
+/*
+ * Key of the policy, a longest-prefix match: the client's and the server's
+ * netns must match whole (128 bits), of the port as many bits as the prefix
+ * has (a range of ports is a few prefixes).
+ */
+struct policy_key {
+	__u32 prefixlen;
+	__u32 client[2]; /* the cookie in two words: an LPM key has no 64-bit alignment */
+	__u32 server[2];
+	__be16 port;
+	__u16 reserved;
+};
+
+enum { POLICY_PREFIX_PODS = 128, POLICY_PREFIX_PORT = 144 };
+
+struct policy {
+	enum verdict verdict;
+	__u32 reason; /* opaque here */
+};
+
+struct settings {
+	__u32 generation; /* of the policy: raised after every change of it */
+	__u32 redirect; /* 0 sends every message by TCP */
+	__u64 budget; /* bytes a receiver may leave unread */
+};
+
+struct count {
+	__u64 number;
+	__u64 bytes;
+};
+
+#endif

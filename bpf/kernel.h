@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * The few fields of kernel structures that are read, relocated by CO-RE to the
+ * layout of the running kernel (DESIGN section 4).
+ */
+#ifndef PODSHUNT_KERNEL_H
+#define PODSHUNT_KERNEL_H
+
+#include <linux/types.h>
+
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpadded"
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+
+struct sock_common {
+	atomic64_t skc_cookie;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	int sk_rcvlowat;
+	__u8 sk_shutdown;
+};
+
+struct inet_sock {
+	struct sock sk;
+};
+
+struct tcp_ulp_ops;
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+	const struct tcp_ulp_ops *icsk_ulp_ops;
+};
+
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+	__u32 copied_seq;
+	__u32 write_seq;
+	_Bool is_mptcp;
+};
+
+#pragma clang attribute pop
+#pragma clang diagnostic pop
+
+#endif

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+#ifndef PODSHUNT_OUTCOME_H
+#define PODSHUNT_OUTCOME_H
+
+/*
+ * What became of a message (each run of deliver) or of a connection (the
+ * decisions of track). Every decision is counted once, under one of these.
+ * agent/datapath/outcome.go has the names; a test walks to OUTCOME_MAX.
+ */
+enum outcome {
+	/* Messages, in bytes and number. The first is the shortcut, all others went by TCP. */
+	OUTCOME_SHORTCUT,
+	OUTCOME_UNKNOWN_SOCKET, /* in the SOCKHASH, but its pair record is gone */
+	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
+	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
+	OUTCOME_PEER_GONE, /* the peer's socket is closed */
+	OUTCOME_NOT_ALLOWED, /* policy */
+	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
+	OUTCOME_ULP, /* kTLS or another upper layer protocol on either socket */
+	OUTCOME_LOWAT, /* the receiver has SO_RCVLOWAT above 1 */
+	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
+	OUTCOME_UNSERVED, /* the receiver reads with flags that are not served */
+	OUTCOME_DRAINING, /* TCP bytes are still unread */
+	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
+	OUTCOME_BUDGET, /* spill: the receiver has left too much unread */
+	OUTCOME_REDIRECT_REFUSED, /* the kernel did not take the redirect: the peer is closing */
+	/* Connections, in number. */
+	OUTCOME_PAIRED, /* both sockets have joined */
+	OUTCOME_POLICY_REFUSED,
+	OUTCOME_MPTCP,
+	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
+	OUTCOME_HINTS_FULL,
+	OUTCOME_HANDSHAKES_FULL,
+	OUTCOME_PAIRS_FULL,
+	OUTCOME_SOCKETS_FULL,
+	OUTCOME_SOCKET_BUSY, /* another product's sk_msg program holds the socket */
+	OUTCOME_NO_MEMORY, /* socket storage or psock could not be allocated */
+	OUTCOME_UNMATCHED, /* a client announced itself, but the sequence numbers differ */
+	OUTCOME_CLIENT_LEFT, /* the client's socket closed before the server's joined */
+	OUTCOME_MAX,
+};
+
+#endif

@@ -1,0 +1,727 @@
+//go:build ignore
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "flow.h"
+#include "kernel.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SEND_SHUTDOWN 2 /* include/net/sock.h */
+#define TCP_CLOSE 7 /* enum in include/net/tcp_states.h */
+
+/*
+ * Flags of recv that redirected data is served with as TCP data is: MSG_PEEK,
+ * MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, MSG_CMSG_CLOEXEC,
+ * MSG_CMSG_COMPAT. A receiver seen with any other stays on TCP.
+ */
+#define MSG_PEEK 0x2
+#define RECV_SERVED (MSG_PEEK | 0x40 | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
+
+/* Defaults; the loader raises or lowers them. */
+#define PODS_MAX 1024
+#define POLICY_MAX 131072
+#define PAIRS_MAX 32768
+#define HANDSHAKES_MAX 16384
+
+/* Enrolled pods by netns cookie. Agent: writes. Full: the agent cannot enrol, the pod stays on TCP. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u64);
+	__type(value, __u32);
+} pods SEC(".maps");
+
+/* What the agent allows. Agent: writes. Full, or no entry: TCP. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, POLICY_MAX);
+	__type(key, struct policy_key);
+	__type(value, struct policy);
+} policies SEC(".maps");
+
+/* One entry, read for every message. Agent: writes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} control SEC(".maps");
+
+/*
+ * A SYN reached a listener of an enrolled pod. track: writes, reads, deletes
+ * at the end of the handshake; the agent sweeps what never ended. Full: the
+ * oldest goes, and its connection stays on TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, HANDSHAKES_MAX);
+	__type(key, struct client_key);
+	__type(value, struct hint);
+} hints SEC(".maps");
+
+/* A client that found its hint waits for the server's socket. As hints. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, HANDSHAKES_MAX);
+	__type(key, struct handshake_key);
+	__type(value, struct handshake);
+} handshakes SEC(".maps");
+
+/*
+ * Flows by the client's socket cookie. track: creates, and deletes when both
+ * sockets are closed. Full: the connection stays on TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PAIRS_MAX);
+	__type(key, __u64);
+	__type(value, struct pair);
+} pairs SEC(".maps");
+
+/* Both sockets of every pair by socket cookie. The kernel deletes on close. Full: TCP. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 2 * PAIRS_MAX);
+	__type(key, __u64);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+/* A socket's membership in its pair; lives and dies with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct member);
+} members SEC(".maps");
+
+/* Every decision, by enum outcome. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, OUTCOME_MAX);
+	__type(key, enum outcome);
+	__type(value, struct count);
+} outcomes SEC(".maps");
+
+/* Keeps the type in the BTF that bpf2go reads. */
+const enum pair_state *pair_state_type __attribute__((unused));
+
+/* What a new pair starts from: the record is too large for the stack. */
+static const struct pair blank;
+
+static __always_inline void count(enum outcome outcome, __u64 bytes)
+{
+	struct count *count = bpf_map_lookup_elem(&outcomes, &outcome);
+
+	if (count) {
+		count->number++;
+		count->bytes += bytes;
+	}
+}
+
+static __always_inline struct settings *get_settings(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&control, &zero);
+}
+
+static __always_inline void look_up_policy(__u64 client, __u64 server, __u16 port,
+					   struct policy *policy)
+{
+	struct policy_key key = {
+		.prefixlen = POLICY_PREFIX_PORT,
+		.client = { (__u32)client, client >> 32 },
+		.server = { (__u32)server, server >> 32 },
+		.port = bpf_htons(port),
+	};
+	struct policy *found = bpf_map_lookup_elem(&policies, &key);
+
+	if (found)
+		*policy = *found;
+}
+
+/*
+ * deliver: which way a message goes.
+ */
+
+/* The peer's memory may have been freed and used again: the cookie read last says for whom. */
+static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __u32 write_seq)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
+	__u32 copied_seq;
+	__s64 cookie;
+
+	if (bpf_core_read(&copied_seq, sizeof(copied_seq), &tp->copied_seq) ||
+	    bpf_core_read(&cookie, sizeof(cookie),
+			  &tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter))
+		return false;
+	return copied_seq == write_seq && (__u64)cookie == pair->cookie[peer];
+}
+
+/* A failed read counts as present: the socket is going away, TCP knows what to do. */
+static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32 peer)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
+	void *ulp;
+	int lowat;
+
+	if (bpf_core_read(&ulp, sizeof(ulp), &tp->inet_conn.icsk_ulp_ops) || ulp)
+		return OUTCOME_ULP;
+	if (bpf_core_read(&lowat, sizeof(lowat), &tp->inet_conn.icsk_inet.sk.sk_rcvlowat) ||
+	    lowat > 1)
+		return OUTCOME_LOWAT;
+	return OUTCOME_SHORTCUT;
+}
+
+/*
+ * The state machine of one direction (DESIGN section 4). Redirected data is
+ * read before TCP data, so the order of bytes rests on one condition: every
+ * byte that was ever written to TCP has been read. write_seq cannot move while
+ * we hold the sender's lock, and the peer's copied_seq can only grow up to it:
+ * once equal they stay equal until write_seq moves, however it is moved.
+ *
+ * To start redirecting, all these bytes must also have been returned by
+ * finished recv calls. A recv that has taken bytes but still waits for more
+ * (MSG_WAITALL, SO_RCVLOWAT) waits for TCP and would not see redirected data;
+ * neither would one that takes bytes by splice.
+ */
+static __always_inline enum outcome choose(struct pair *pair, __u32 own, const struct settings *set,
+					   const struct tcp_sock *tp, __u32 size)
+{
+	__u32 peer = own ^ 1;
+	struct sending *dir = &pair->side[own & 1].sending;
+	const struct receiving *reader = &pair->side[peer & 1].receiving;
+	__u32 write_seq = tp->write_seq;
+	enum outcome obstacle;
+	__s64 unread;
+
+	dir->tcp_bytes += write_seq - dir->last_seq;
+	dir->last_seq = write_seq;
+
+	if (!(pair->state & PAIR_SERVER_JOINED))
+		return OUTCOME_PEER_MISSING;
+	if (pair->state & (PAIR_CLIENT_GONE | PAIR_SERVER_GONE))
+		return OUTCOME_PEER_GONE;
+	if (!set->redirect)
+		return OUTCOME_SWITCHED_OFF;
+	if (dir->generation != set->generation) {
+		struct policy policy = {};
+
+		dir->generation = set->generation;
+		look_up_policy(pair->netns[SIDE_CLIENT], pair->netns[SIDE_SERVER],
+			       pair->server_port, &policy);
+		dir->verdict = policy.verdict;
+		dir->policy_reason = policy.reason;
+	}
+	if (dir->verdict != VERDICT_ALLOW)
+		return OUTCOME_NOT_ALLOWED;
+	if (tp->inet_conn.icsk_inet.sk.sk_shutdown & SEND_SHUTDOWN)
+		return OUTCOME_SHUT_DOWN;
+	if (tp->inet_conn.icsk_ulp_ops)
+		return OUTCOME_ULP;
+	if (reader->state & READ_UNSERVED)
+		return OUTCOME_UNSERVED;
+	if (!(reader->state & READ_SEEN))
+		return OUTCOME_NOT_SEEN;
+	if (write_seq != dir->drained_seq) {
+		if (!peer_drained(pair, peer & 1, write_seq))
+			return OUTCOME_DRAINING;
+		dir->drained_seq = write_seq;
+	}
+	unread = dir->shortcut_bytes + dir->tcp_bytes - reader->read_bytes;
+	if (!dir->shortcut && unread > 0)
+		return OUTCOME_UNOBSERVED;
+	if (unread + size > (__s64)set->budget)
+		return OUTCOME_BUDGET;
+	obstacle = peer_obstacle(pair, peer & 1);
+	if (obstacle != OUTCOME_SHORTCUT)
+		return obstacle;
+	return OUTCOME_SHORTCUT;
+}
+
+SEC("sk_msg")
+int deliver(struct sk_msg_md *msg)
+{
+	struct settings *set = get_settings();
+	struct bpf_sock *sk = msg->sk;
+	enum outcome outcome = OUTCOME_UNKNOWN_SOCKET;
+	__u32 size = msg->size;
+	struct sending *dir;
+	struct member *self;
+	struct tcp_sock *tp;
+	struct pair *pair;
+	__u32 own;
+
+	if (!sk || !set)
+		goto pass;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		goto pass;
+	own = self->side & 1;
+	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	if (!pair)
+		goto pass;
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		goto pass;
+
+	dir = &pair->side[own].sending;
+	outcome = choose(pair, own, set, tp, size);
+	/* SK_DROP here means that the peer has left the SOCKHASH: TCP then answers as always. */
+	if (outcome == OUTCOME_SHORTCUT &&
+	    bpf_msg_redirect_hash(msg, &sockets, &pair->cookie[own ^ 1], BPF_F_INGRESS) != SK_PASS)
+		outcome = OUTCOME_REDIRECT_REFUSED;
+	dir->last_size = size;
+	if (outcome == OUTCOME_SHORTCUT) {
+		dir->shortcut_bytes += size;
+		dir->redirect_end = dir->shortcut_bytes + dir->tcp_bytes;
+		dir->switches += !dir->shortcut;
+		dir->shortcut = true;
+	} else {
+		dir->spills += dir->shortcut && outcome == OUTCOME_BUDGET;
+		dir->reason = outcome;
+		dir->shortcut = false;
+	}
+pass:
+	count(outcome, size);
+	return SK_PASS;
+}
+
+/*
+ * observe: what the application has read.
+ */
+
+static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags)
+{
+	struct receiving *reader;
+	struct member *self;
+	struct pair *pair;
+
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	if (!pair)
+		return;
+	reader = &pair->side[self->side & 1].receiving;
+	if (flags & ~RECV_SERVED) {
+		reader->unserved_flags |= flags & ~RECV_SERVED;
+		reader->state |= READ_UNSERVED;
+	}
+	if (flags & MSG_PEEK)
+		return;
+	/* Several threads may read one socket at once. */
+	__sync_fetch_and_add(&reader->read_bytes, bytes);
+	reader->state |= READ_SEEN;
+}
+
+/* Kernels from 6.3 on; needs no trampoline. Fires for every socket of the node that receives. */
+SEC("tp_btf/sock_recv_length")
+int observe_tracepoint(__u64 *ctx)
+{
+	int bytes = ctx[1];
+
+	if (bytes > 0)
+		observe_read((struct sock *)ctx[0], bytes, ctx[2]);
+	return 0;
+}
+
+/* Where the kernel allows trampolines. Fires for sockets that sit in a sockmap only. */
+SEC("fexit/tcp_bpf_recvmsg")
+int observe_fexit(__u64 *ctx)
+{
+	/* The number of arguments has changed over time, so the result is asked for (5.17). */
+	__u64 ret = 0;
+
+	if (bpf_get_func_ret(ctx, &ret) == 0 && (int)ret > 0)
+		observe_read((struct sock *)ctx[0], (int)ret, ctx[3]);
+	return 0;
+}
+
+/*
+ * track: pairing by handshake (DESIGN section 3).
+ */
+
+static __always_inline bool enrolled(__u64 netns)
+{
+	return bpf_map_lookup_elem(&pods, &netns) != NULL;
+}
+
+/*
+ * The two families' last words pass through barrier_var: clang 19 would merge
+ * the loads of both branches into one from a computed offset, and the verifier
+ * rejects that for a context.
+ */
+static __always_inline void local_address(const struct bpf_sock_ops *ctx, __be32 addr[4])
+{
+	__be32 last;
+
+	if (ctx->family == AF_INET) {
+		addr[0] = 0;
+		addr[1] = 0;
+		addr[2] = bpf_htonl(0xffff);
+		last = ctx->local_ip4;
+		barrier_var(last);
+	} else {
+		addr[0] = ctx->local_ip6[0];
+		addr[1] = ctx->local_ip6[1];
+		addr[2] = ctx->local_ip6[2];
+		last = ctx->local_ip6[3];
+	}
+	addr[3] = last;
+}
+
+static __always_inline void remote_address(const struct bpf_sock_ops *ctx, __be32 addr[4])
+{
+	__be32 last;
+
+	if (ctx->family == AF_INET) {
+		addr[0] = 0;
+		addr[1] = 0;
+		addr[2] = bpf_htonl(0xffff);
+		last = ctx->remote_ip4;
+		barrier_var(last);
+	} else {
+		addr[0] = ctx->remote_ip6[0];
+		addr[1] = ctx->remote_ip6[1];
+		addr[2] = ctx->remote_ip6[2];
+		last = ctx->remote_ip6[3];
+	}
+	addr[3] = last;
+}
+
+static __always_inline __u16 remote_port(const struct bpf_sock_ops *ctx)
+{
+	return bpf_ntohl(ctx->remote_port);
+}
+
+/* Loopback addresses are the same in every pod. */
+static __always_inline bool is_loopback(const __be32 addr[4])
+{
+	if (addr[0] || addr[1])
+		return false;
+	if (addr[2] == bpf_htonl(0xffff))
+		return (addr[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return addr[2] == 0 && addr[3] == bpf_htonl(1);
+}
+
+static __always_inline void complete_client_key(struct client_key *key, __u16 port, __u64 netns)
+{
+	key->port = port;
+	key->reserved = 0;
+	key->netns = is_loopback(key->addr) ? netns : 0;
+}
+
+/* The result of bpf_sock_hash_update as an outcome. */
+static __always_inline enum outcome join_failure(int err)
+{
+	switch (err) {
+	case -E2BIG:
+		return OUTCOME_SOCKETS_FULL;
+	case -EBUSY:
+		return OUTCOME_SOCKET_BUSY;
+	default:
+		return OUTCOME_NO_MEMORY;
+	}
+}
+
+/*
+ * Puts a socket where deliver will find it. The socket storage comes first, so
+ * that no message meets a socket of the SOCKHASH without it.
+ */
+static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 pair,
+					 __u32 side, __u64 cookie)
+{
+	struct member self = { .pair = pair, .side = side };
+	int err;
+
+	if (!bpf_sk_storage_get(&members, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
+		return OUTCOME_NO_MEMORY;
+	err = bpf_sock_hash_update(ctx, &sockets, &cookie, BPF_NOEXIST);
+	if (err) {
+		bpf_sk_storage_delete(&members, sk);
+		return join_failure(err);
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	return OUTCOME_PAIRED;
+}
+
+/* Undoes join for a socket that nothing has been redirected to. */
+static __always_inline void leave(struct bpf_sock *sk, __u64 cookie)
+{
+	bpf_map_delete_elem(&sockets, &cookie);
+	bpf_sk_storage_delete(&members, sk);
+}
+
+static __always_inline void handshake_of(const struct pair *pair, struct handshake_key *key)
+{
+	key->client_seq = pair->client_seq;
+	key->server_seq = pair->server_seq;
+	__builtin_memcpy(key->addr, pair->client_addr, sizeof(key->addr));
+	key->port = pair->client_port;
+	key->reserved = 0;
+}
+
+/* Before the SYN-ACK is sent: leave a hint for the client. ctx->sk is NULL here. */
+static __always_inline void on_syn(struct bpf_sock_ops *ctx)
+{
+	struct hint hint = {};
+	struct client_key key;
+
+	hint.server_netns = bpf_get_netns_cookie(ctx);
+	if (!enrolled(hint.server_netns))
+		return;
+	remote_address(ctx, key.addr);
+	complete_client_key(&key, remote_port(ctx), hint.server_netns);
+	hint.written_ns = bpf_ktime_get_ns();
+	hint.server_port = ctx->local_port;
+	if (bpf_map_update_elem(&hints, &key, &hint, BPF_ANY))
+		count(OUTCOME_HINTS_FULL, 0);
+}
+
+static __always_inline void start_direction(struct sending *dir, __u32 seq,
+					    const struct settings *set, const struct policy *policy)
+{
+	dir->last_seq = seq;
+	dir->drained_seq = seq;
+	dir->generation = set->generation;
+	dir->verdict = policy->verdict;
+	dir->policy_reason = policy->reason;
+	dir->reason = OUTCOME_NOT_SEEN;
+}
+
+static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 netns,
+						const struct client_key *client,
+						const struct hint *hint)
+{
+	struct settings *set = get_settings();
+	struct bpf_sock *sk = ctx->sk;
+	struct policy policy = {};
+	struct handshake_key key;
+	struct handshake value;
+	enum outcome outcome;
+	struct tcp_sock *tp;
+	struct pair *pair;
+
+	if (!set || !sk)
+		return OUTCOME_NO_MEMORY;
+	look_up_policy(netns, hint->server_netns, hint->server_port, &policy);
+	if (policy.verdict == VERDICT_REFUSE)
+		return OUTCOME_POLICY_REFUSED;
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return OUTCOME_NO_MEMORY;
+	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
+		return OUTCOME_MPTCP;
+	if (tp->inet_conn.icsk_ulp_ops)
+		return OUTCOME_CLIENT_ULP;
+
+	value.pair = bpf_get_socket_cookie(ctx);
+	value.written_ns = hint->written_ns;
+	if (bpf_map_update_elem(&pairs, &value.pair, &blank, BPF_NOEXIST))
+		return OUTCOME_PAIRS_FULL;
+	pair = bpf_map_lookup_elem(&pairs, &value.pair);
+	if (!pair)
+		return OUTCOME_PAIRS_FULL;
+	/* Nobody else knows the record before the socket joins. */
+	pair->cookie[SIDE_CLIENT] = value.pair;
+	pair->sock[SIDE_CLIENT] = (__u64)tp;
+	pair->netns[SIDE_CLIENT] = netns;
+	pair->netns[SIDE_SERVER] = hint->server_netns;
+	pair->since_ns = hint->written_ns;
+	__builtin_memcpy(pair->client_addr, client->addr, sizeof(pair->client_addr));
+	remote_address(ctx, pair->dialled_addr);
+	pair->client_port = client->port;
+	pair->dialled_port = remote_port(ctx);
+	pair->server_port = hint->server_port;
+	pair->client_seq = ctx->snd_nxt;
+	pair->server_seq = ctx->rcv_nxt;
+	start_direction(&pair->side[SIDE_CLIENT].sending, pair->client_seq, set, &policy);
+	start_direction(&pair->side[SIDE_SERVER].sending, pair->server_seq, set, &policy);
+	pair->state = value.pair << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
+
+	outcome = join(ctx, sk, value.pair, SIDE_CLIENT, value.pair);
+	if (outcome != OUTCOME_PAIRED)
+		goto forget;
+	handshake_of(pair, &key);
+	/* Two connections with the same numbers cannot be told apart: neither is paired. */
+	if (bpf_map_update_elem(&handshakes, &key, &value, BPF_NOEXIST)) {
+		outcome = OUTCOME_HANDSHAKES_FULL;
+		leave(sk, value.pair);
+		goto forget;
+	}
+	return OUTCOME_PAIRED;
+forget:
+	bpf_map_delete_elem(&pairs, &value.pair);
+	return outcome;
+}
+
+/* The client's handshake is done. No hint: the peer is no enrolled pod of this node. */
+static __always_inline void on_active(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	enum outcome outcome;
+	struct client_key key;
+	struct hint *hint;
+
+	if (!enrolled(netns))
+		return;
+	local_address(ctx, key.addr);
+	complete_client_key(&key, ctx->local_port, netns);
+	hint = bpf_map_lookup_elem(&hints, &key);
+	if (!hint)
+		return;
+	outcome = pair_client(ctx, netns, &key, hint);
+	if (outcome == OUTCOME_PAIRED)
+		hint->claimed = true; /* counted when the server joins */
+	else
+		count(outcome, 0);
+}
+
+static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 netns,
+						const struct client_key *client)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct handshake *handshake;
+	struct handshake_key key;
+	enum outcome outcome;
+	__u64 cookie, id, state;
+	struct tcp_sock *tp;
+	struct pair *pair;
+
+	if (!sk)
+		return OUTCOME_UNMATCHED;
+	key.client_seq = ctx->rcv_nxt;
+	key.server_seq = ctx->snd_nxt;
+	__builtin_memcpy(key.addr, client->addr, sizeof(key.addr));
+	key.port = client->port;
+	key.reserved = 0;
+	handshake = bpf_map_lookup_elem(&handshakes, &key);
+	if (!handshake)
+		return OUTCOME_UNMATCHED;
+	id = handshake->pair;
+	bpf_map_delete_elem(&handshakes, &key);
+	pair = bpf_map_lookup_elem(&pairs, &id);
+	if (!pair)
+		return OUTCOME_CLIENT_LEFT;
+	/* The client was let in for the pod and port of the hint. */
+	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
+		return OUTCOME_UNMATCHED;
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return OUTCOME_NO_MEMORY;
+	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
+		return OUTCOME_MPTCP;
+	cookie = bpf_get_socket_cookie(ctx);
+	pair->cookie[SIDE_SERVER] = cookie;
+	pair->sock[SIDE_SERVER] = (__u64)tp;
+	local_address(ctx, pair->server_addr);
+	outcome = join(ctx, sk, id, SIDE_SERVER, cookie);
+	if (outcome != OUTCOME_PAIRED)
+		return outcome;
+	/* From here on deliver may redirect, unless the client's socket was closed meanwhile. */
+	state = id << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
+	if (__sync_val_compare_and_swap(&pair->state, state, state | PAIR_SERVER_JOINED) != state) {
+		leave(sk, cookie);
+		return OUTCOME_CLIENT_LEFT;
+	}
+	return OUTCOME_PAIRED;
+}
+
+/* The server's handshake is done, before any data of the client is looked at. */
+static __always_inline void on_passive(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct client_key key;
+	struct hint *hint;
+	bool claimed;
+
+	if (!enrolled(netns))
+		return;
+	remote_address(ctx, key.addr);
+	complete_client_key(&key, remote_port(ctx), netns);
+	hint = bpf_map_lookup_elem(&hints, &key);
+	if (!hint)
+		return;
+	claimed = hint->claimed;
+	/* Another server's SYN from the same client port has replaced ours. */
+	if (hint->server_netns == netns)
+		bpf_map_delete_elem(&hints, &key);
+	if (claimed)
+		count(pair_server(ctx, netns, &key), 0);
+}
+
+/* A client leaves before its server came: nobody else would delete what it wrote. */
+static __always_inline void withdraw(const struct pair *pair)
+{
+	struct handshake_key handshake;
+	struct client_key client;
+
+	handshake_of(pair, &handshake);
+	bpf_map_delete_elem(&handshakes, &handshake);
+	__builtin_memcpy(client.addr, pair->client_addr, sizeof(client.addr));
+	complete_client_key(&client, pair->client_port, pair->netns[SIDE_CLIENT]);
+	bpf_map_delete_elem(&hints, &client);
+}
+
+/* A socket of a pair is closed; the second one of the two deletes the pair. */
+static __always_inline void on_close(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct member *self;
+	struct pair *pair;
+	__u64 gone, other, state;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	if (!pair)
+		return;
+	gone = self->side == SIDE_CLIENT ? PAIR_CLIENT_GONE : PAIR_SERVER_GONE;
+	other = self->side == SIDE_CLIENT ? PAIR_SERVER_GONE : PAIR_CLIENT_GONE;
+	state = __sync_fetch_and_or(&pair->state, gone);
+	if (!(state & PAIR_SERVER_JOINED))
+		withdraw(pair);
+	else if (!(state & other))
+		return;
+	bpf_map_delete_elem(&pairs, &self->pair);
+}
+
+/* Returns 1 from every path: 0 would be taken for an error (DESIGN section 3). */
+SEC("sockops")
+int track(struct bpf_sock_ops *ctx)
+{
+	if (ctx->family != AF_INET && ctx->family != AF_INET6)
+		return 1;
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_RWND_INIT:
+		if (!ctx->is_fullsock)
+			on_syn(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		on_active(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_passive(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] == TCP_CLOSE)
+			on_close(ctx);
+		break;
+	}
+	return 1;
+}
+
+char __license[] SEC("license") = "Dual BSD/GPL";
