@@ -650,8 +650,10 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 	remote_address(ctx, key.addr);
 	complete_client_key(&key, remote_port(ctx), netns);
 	hint = bpf_map_lookup_elem(&hints, &key);
-	if (!hint)
+	if (!hint) {
+		count(OUTCOME_HINT_LOST, 0);
 		return;
+	}
 	claimed = hint->claimed;
 	/* Another server's SYN from the same client port has replaced ours. */
 	if (hint->server_netns == netns)

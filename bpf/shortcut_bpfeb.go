@@ -80,14 +80,15 @@ const (
 	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 17
 	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 18
 	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_CLIENT_LEFT      ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_CLIENT_LEFT      ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 28
 )
 
 type ShortcutPair struct {

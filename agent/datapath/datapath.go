@@ -10,6 +10,7 @@
 package datapath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -49,6 +50,8 @@ type Config struct {
 	Budget uint32
 	// MaxPods, MaxPolicies, MaxFlows and MaxHandshakes are the sizes of the maps.
 	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
+	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
+	MaxSockets uint32
 	// Observer is one of the constants above.
 	Observer string
 }
@@ -207,13 +210,13 @@ func (d *Datapath) takeOver() error {
 	return d.attach(d.cfg.PinDir)
 }
 
-// sizes returns the configured sizes by map name. A SOCKHASH entry is needed for each end of a flow.
+// sizes returns the configured sizes by map name.
 func (c Config) sizes() map[string]uint32 {
 	return map[string]uint32{
 		bpf.ShortcutMapPods:       c.MaxPods,
 		bpf.ShortcutMapPolicies:   c.MaxPolicies,
 		bpf.ShortcutMapPairs:      c.MaxFlows,
-		bpf.ShortcutMapSockets:    2 * c.MaxFlows,
+		bpf.ShortcutMapSockets:    cmp.Or(c.MaxSockets, 2*c.MaxFlows),
 		bpf.ShortcutMapHints:      c.MaxHandshakes,
 		bpf.ShortcutMapHandshakes: c.MaxHandshakes,
 	}

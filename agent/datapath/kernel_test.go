@@ -17,7 +17,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
-	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -280,5 +279,3 @@ func TestPairing(t *testing.T) {
 		})
 	}
 }
-
-var _ = api.Outcome{}

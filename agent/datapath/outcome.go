@@ -33,6 +33,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_MPTCP:            {"connection_mptcp", ""},
 		bpf.ShortcutOutcomeOUTCOME_CLIENT_ULP:       {"connection_client_ulp", ""},
 		bpf.ShortcutOutcomeOUTCOME_HINTS_FULL:       {"connection_hints_full", ""},
+		bpf.ShortcutOutcomeOUTCOME_HINT_LOST:        {"connection_hint_lost", ""},
 		bpf.ShortcutOutcomeOUTCOME_HANDSHAKES_FULL:  {"connection_handshakes_full", ""},
 		bpf.ShortcutOutcomeOUTCOME_PAIRS_FULL:       {"connection_pairs_full", ""},
 		bpf.ShortcutOutcomeOUTCOME_SOCKETS_FULL:     {"connection_sockets_full", ""},

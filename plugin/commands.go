@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+func add(args *skel.CmdArgs, stdout io.Writer) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	printed, result, err := conf.prevResult()
+	if err != nil {
+		return err
+	}
+	announce(conf.own, conf.attachment(args, result))
+	if _, err := stdout.Write(printed); err != nil {
+		return types.NewError(types.ErrIOFailure, "write result", err.Error())
+	}
+	return nil
+}
+
+// check announces the attachment again, for an agent that has missed its ADD.
+func check(args *skel.CmdArgs) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	_, result, err := conf.prevResult()
+	if err != nil {
+		return err
+	}
+	announce(conf.own, conf.attachment(args, result))
+	return nil
+}
+
+func del(args *skel.CmdArgs) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	id := conf.attachmentID(args)
+	// An agent that cannot be told finds out when the network namespace is
+	// gone; an error would only make the runtime keep a dead pod.
+	_ = tell(conf.own, http.MethodDelete, api.PathAttachments, id, nil)
+	_ = os.Remove(filepath.Join(conf.own.AttachmentsDir, id.FileName()))
+	return nil
+}
+
+func gc(args *skel.CmdArgs) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	request := api.GCRequest{Network: conf.Name, Valid: []api.AttachmentID{}}
+	valid := map[api.AttachmentID]bool{}
+	for _, v := range conf.ValidAttachments {
+		id := api.AttachmentID{Network: conf.Name, ContainerID: v.ContainerID, IfName: v.IfName}
+		request.Valid = append(request.Valid, id)
+		valid[id] = true
+	}
+	_ = tell(conf.own, http.MethodPost, api.PathGC, request, nil)
+	files, _ := os.ReadDir(conf.own.AttachmentsDir)
+	for _, file := range files {
+		path := filepath.Join(conf.own.AttachmentsDir, file.Name())
+		var waiting api.Attachment
+		content, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(content, &waiting) != nil {
+			continue
+		}
+		if waiting.Network == conf.Name && !valid[waiting.AttachmentID] {
+			_ = os.Remove(path)
+		}
+	}
+	return nil
+}
+
+// status only judges our configuration. CNI asks whether an ADD can be served,
+// and an ADD can without the agent.
+func status(args *skel.CmdArgs) error {
+	_, err := parseConfig(args.StdinData)
+	return err
+}
+
+// announce tells the agent of an attachment, or leaves it where an agent that
+// comes back looks. If that fails as well the pod stays on TCP.
+func announce(conf api.PluginConf, attachment api.Attachment) {
+	var admission api.Admission // Whatever does not answer with one is not our agent.
+	if tell(conf, http.MethodPut, api.PathAttachments, attachment, &admission) != nil {
+		_ = leave(conf.AttachmentsDir, attachment)
+	}
+}
+
+// leave writes the attachment's file in one step: a reader finds all of it or nothing.
+func leave(dir string, attachment api.Attachment) error {
+	content, err := json.Marshal(attachment)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	path := filepath.Join(dir, attachment.FileName())
+	temporary := path + ".plugin"
+	if err := os.WriteFile(temporary, content, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(temporary, path)
+}
