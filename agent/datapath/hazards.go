@@ -5,13 +5,13 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"runtime"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -153,35 +153,32 @@ func waitReadable(fd int) error {
 // namespace of its own, both ends in a sockmap. With redirect, what the sender
 // writes is moved to the receiver's queue.
 func withPair(redirect bool, f func(sender, receiver int) error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread and its namespace end here
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("make a network namespace: %w", err)
-			}
-			lo, err := netlink.LinkByName("lo")
-			if err != nil {
-				return err
-			}
-			if err := netlink.LinkSetUp(lo); err != nil {
-				return fmt.Errorf("bring up lo: %w", err)
-			}
-			sender, receiver, err := tcpPair()
-			if err != nil {
-				return fmt.Errorf("connect over loopback: %w", err)
-			}
-			defer unix.Close(sender)
-			defer unix.Close(receiver)
-			sockets, err := probeMap(redirect, sender, receiver)
-			if err != nil {
-				return err
-			}
-			defer sockets.Close()
-			return f(sender, receiver)
-		}()
-	}()
-	return <-done
+	private, err := ns.TempNetNS()
+	if err != nil {
+		return fmt.Errorf("make a network namespace: %w", err)
+	}
+	defer private.Close()
+	return private.Do(func(ns.NetNS) error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("find lo: %w", err)
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			return fmt.Errorf("bring up lo: %w", err)
+		}
+		sender, receiver, err := tcpPair()
+		if err != nil {
+			return fmt.Errorf("connect over loopback: %w", err)
+		}
+		defer unix.Close(sender)
+		defer unix.Close(receiver)
+		sockets, err := probeMap(redirect, sender, receiver)
+		if err != nil {
+			return err
+		}
+		defer sockets.Close()
+		return f(sender, receiver)
+	})
 }
 
 // probeMap puts both ends into a sockmap, the receiver under key 0.

@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
+	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
 )
 
@@ -67,7 +67,7 @@ func filesystem(path string) (int64, error) {
 // unique since boot and never used again.
 func NetnsCookie(path string) (uint64, error) {
 	var cookie uint64
-	err := inNetns(path, func() error {
+	err := ns.WithNetNSPath(path, func(ns.NetNS) error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("open a socket: %w", err)
@@ -80,27 +80,7 @@ func NetnsCookie(path string) (uint64, error) {
 		return nil
 	})
 	if err != nil {
-		return 0, fmt.Errorf("netns %s: %w", path, err)
+		return 0, fmt.Errorf("identify netns %s: %w", path, err)
 	}
 	return cookie, nil
-}
-
-// inNetns runs f on a thread of its own in the network namespace at path. The
-// thread ends with its goroutine, so it need not find its way back.
-func inNetns(path string, f func() error) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open: %w", err)
-	}
-	defer unix.Close(fd)
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the runtime then ends the thread
-		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter: %w", err)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }

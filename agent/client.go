@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// ask sends a request without a body to the agent at a socket and decodes its answer.
+func ask(ctx context.Context, socket, method, path string, timeout time.Duration, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
+			return fmt.Errorf("no agent at %s (%w): start one with `podshunt-agent run`, or name its socket with --socket", socket, op.Err)
+		}
+		return fmt.Errorf("ask the agent at %s: %w", socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		var failure api.Error
+		if err := json.NewDecoder(resp.Body).Decode(&failure); err != nil {
+			return fmt.Errorf("agent at %s answers %s", socket, resp.Status)
+		}
+		return fmt.Errorf("agent at %s: %s", socket, failure.Error)
+	}
+	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+		return fmt.Errorf("decode the answer of the agent at %s: %w", socket, err)
+	}
+	return nil
+}

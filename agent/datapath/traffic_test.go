@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+// traffic is one direction of a connection: bytes that only the seed decides,
+// in pieces of random size.
+type traffic struct {
+	seed     byte
+	bytes    int
+	maxWrite int
+	maxRead  int
+	// pauseAfter makes the writer and the reader rest for up to 2 ms after so many bytes; 0 never.
+	writerPause, readerPause int
+}
+
+// source yields the bytes of a direction, and random sizes from another seed.
+func (s traffic) source() (*rand.ChaCha8, *rand.Rand) {
+	return rand.NewChaCha8([32]byte{s.seed}), rand.New(rand.NewPCG(uint64(s.seed), 1))
+}
+
+func (s traffic) write(w io.Writer) error {
+	content, sizes := s.source()
+	buf := make([]byte, s.maxWrite)
+	for sent, rest := 0, s.writerPause; sent < s.bytes; {
+		n := min(1+sizes.IntN(s.maxWrite), s.bytes-sent)
+		_, _ = content.Read(buf[:n]) // never fails
+		if _, err := w.Write(buf[:n]); err != nil {
+			return fmt.Errorf("write at %d: %w", sent, err)
+		}
+		sent += n
+		if rest -= n; s.writerPause > 0 && rest <= 0 {
+			time.Sleep(time.Duration(sizes.IntN(2000)) * time.Microsecond)
+			rest = s.writerPause
+		}
+	}
+	return nil
+}
+
+func (s traffic) read(r io.Reader) error {
+	content, sizes := s.source()
+	got, want := make([]byte, s.maxRead), make([]byte, s.maxRead)
+	for received, rest := 0, s.readerPause; received < s.bytes; {
+		n, err := r.Read(got[:min(1+sizes.IntN(s.maxRead), s.bytes-received)])
+		if err != nil {
+			return fmt.Errorf("read at %d: %w", received, err)
+		}
+		_, _ = content.Read(want[:n])
+		if !bytes.Equal(got[:n], want[:n]) {
+			i := 0
+			for got[i] == want[i] {
+				i++
+			}
+			return fmt.Errorf("byte %d differs", received+i)
+		}
+		received += n
+		if rest -= n; s.readerPause > 0 && rest <= 0 {
+			time.Sleep(time.Duration(sizes.IntN(2000)) * time.Microsecond)
+			rest = s.readerPause
+		}
+	}
+	return nil
+}
+
+// exchange runs both directions of a connection at once.
+func exchange(a, b io.ReadWriter, toB, toA traffic) error {
+	return together(
+		func() error { return toB.write(a) }, func() error { return toB.read(b) },
+		func() error { return toA.write(b) }, func() error { return toA.read(a) },
+	)
+}
+
+// finish closes both ends' sending sides; each must then see the other's end of file.
+func finish(a, b io.ReadWriter) error {
+	return errors.Join(closeWrite(a), closeWrite(b), wantEOF(a), wantEOF(b))
+}
+
+func together(fs ...func() error) error {
+	errs := make([]error, len(fs))
+	var wg sync.WaitGroup
+	for i, f := range fs {
+		wg.Go(func() { errs[i] = f() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func closeWrite(c io.Writer) error {
+	if tcp, ok := c.(interface{ CloseWrite() error }); ok {
+		return tcp.CloseWrite()
+	}
+	return nil
+}
+
+func wantEOF(r io.Reader) error {
+	if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		return fmt.Errorf("after the last byte: got %d bytes and %v, want EOF", n, err)
+	}
+	return nil
+}
+
+// blocking puts a connection's socket into blocking mode, as programs in C use
+// it: each read and write holds a thread in the kernel.
+func blocking(tb testing.TB, c net.Conn) io.ReadWriter {
+	tb.Helper()
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { f.Close() })
+	fd := int(f.Fd())
+	timeout := unix.NsecToTimeval(deadline.Nanoseconds())
+	if err := errors.Join(unix.SetNonblock(fd, false),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout)); err != nil {
+		tb.Fatal(err)
+	}
+	return blockingSocket(fd)
+}
+
+type blockingSocket int
+
+// call repeats what the Go runtime's own signals interrupt.
+func (fd blockingSocket) call(f func(int, []byte) (int, error), p []byte) (int, error) {
+	for {
+		if n, err := f(int(fd), p); err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func (fd blockingSocket) Read(p []byte) (int, error) {
+	n, err := fd.call(unix.Read, p)
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (fd blockingSocket) Write(p []byte) (int, error) {
+	sent := 0
+	for sent < len(p) {
+		n, err := fd.call(unix.Write, p[sent:])
+		sent += n
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
+
+func (fd blockingSocket) CloseWrite() error { return unix.Shutdown(int(fd), unix.SHUT_WR) }
+
+// mustListenOn listens on the pod's IPv4 address.
+func mustListenOn(tb testing.TB, pod *sandbox.Pod) (net.Listener, netip.AddrPort) {
+	tb.Helper()
+	l := pod.MustListen(tb, "tcp4", net.JoinHostPort(pod.IPv4.String(), "0"))
+	return l, netip.AddrPortFrom(pod.IPv4, listenerPort(l))
+}
+
+// TestStreams: no byte is lost, changed or moved, whatever way each takes, and
+// both ways are taken.
+func TestStreams(t *testing.T) {
+	const mib = 1 << 20
+	n := mustNode(t, func(c *datapath.Config) { c.Budget = 256 << 10 })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+
+	for _, tc := range []struct {
+		name        string
+		connections int
+		blocking    bool
+		traffic     traffic
+	}{
+		{name: "256 MiB each way", connections: 1, traffic: traffic{bytes: 256 * mib, maxWrite: 100_000, maxRead: 150_000}},
+		{name: "256 MiB each way, blocking", connections: 1, blocking: true, traffic: traffic{bytes: 256 * mib, maxWrite: 100_000, maxRead: 150_000}},
+		{name: "large messages", connections: 2, traffic: traffic{bytes: 64 * mib, maxWrite: 2 * mib, maxRead: 2 * mib}},
+		{name: "small messages", connections: 4, traffic: traffic{bytes: 4 * mib, maxWrite: 300, maxRead: 5000}},
+		{name: "slow readers", connections: 16, traffic: traffic{bytes: 8 * mib, maxWrite: 50_000, maxRead: 20_000, readerPause: 100_000}},
+		{name: "slow readers, blocking", connections: 16, blocking: true, traffic: traffic{bytes: 8 * mib, maxWrite: 50_000, maxRead: 20_000, readerPause: 100_000}},
+		{name: "slow writers", connections: 16, traffic: traffic{bytes: 4 * mib, maxWrite: 50_000, maxRead: 20_000, writerPause: 100_000}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := n.counts(t)
+			var exchanges, ends []func() error
+			for i := range tc.connections {
+				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+				limit := time.Now().Add(2 * time.Minute)
+				if err := errors.Join(c.SetDeadline(limit), s.SetDeadline(limit)); err != nil {
+					t.Fatal(err)
+				}
+				var a, b io.ReadWriter = c, s
+				if tc.blocking {
+					a, b = blocking(t, c), blocking(t, s)
+				}
+				toB, toA := tc.traffic, tc.traffic
+				toB.seed, toA.seed = byte(2*i), byte(2*i+1)
+				exchanges = append(exchanges, func() error {
+					if err := exchange(a, b, toB, toA); err != nil {
+						return fmt.Errorf("connection %d: %w", i, err)
+					}
+					return nil
+				})
+				ends = append(ends, func() error { return finish(a, b) })
+			}
+			if err := together(exchanges...); err != nil {
+				t.Fatal(err)
+			}
+			flows, err := n.Flows()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var sum datapath.Direction
+			for _, f := range flows {
+				for _, d := range []datapath.Direction{f.ToServer, f.ToClient} {
+					sum.ShortcutBytes += d.ShortcutBytes
+					sum.TCPBytes += d.TCPBytes
+					sum.Switches += d.Switches
+					sum.Spills += d.Spills
+				}
+			}
+			after := n.counts(t)
+			for name := range after {
+				after[name] -= before[name]
+			}
+			t.Logf("%d%% by shortcut, %d switches to it, %d spills; %v", 100*sum.ShortcutBytes/(sum.ShortcutBytes+sum.TCPBytes), sum.Switches, sum.Spills, after)
+			if got, want := after["connection_paired"], uint64(tc.connections); got != want {
+				t.Errorf("got %d connections paired, want %d", got, want)
+			}
+			if sum.ShortcutBytes == 0 {
+				t.Error("nothing took the shortcut")
+			}
+			if got, want := sum.ShortcutBytes+sum.TCPBytes, uint64(2*tc.connections*tc.traffic.bytes); got != want {
+				t.Errorf("got %d bytes accounted for, want %d", got, want)
+			}
+			if tc.traffic.readerPause > 0 && (sum.Spills == 0 || int(sum.Switches) <= 2*tc.connections) {
+				t.Errorf("got %d spills and %d switches to the shortcut, want both spill and resume", sum.Spills, sum.Switches)
+			}
+			if err := together(ends...); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
+}
+
+// TestShortConnections: 5,000 connections whose client sends immediately after
+// connect, 16 at a time.
+func TestShortConnections(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+
+	const connections, workers = 5000, 16
+	var serve, work sync.WaitGroup
+	serve.Go(func() {
+		for {
+			s, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serve.Go(func() {
+				defer s.Close()
+				s.SetDeadline(time.Now().Add(deadline))
+				if _, err := io.Copy(struct{ io.Writer }{s}, struct{ io.Reader }{s}); err != nil { // without splice
+					t.Errorf("server: %v", err)
+				}
+			})
+		}
+	})
+	var next atomic.Int64
+	for range workers {
+		work.Go(func() {
+			for i := next.Add(1); i <= connections; i = next.Add(1) {
+				if err := shortConnection(pods[0].Netns, address, fmt.Appendf(nil, "message %d", i)); err != nil {
+					t.Errorf("connection %d: %v", i, err)
+					return
+				}
+			}
+		})
+	}
+	work.Wait()
+	l.Close()
+	serve.Wait()
+	counts := n.counts(t)
+	t.Log(counts)
+	if counts["connection_paired"] != connections || counts["message_peer_missing"] != 0 {
+		t.Errorf("got %d connections paired, %d messages before that, want %d and 0", counts["connection_paired"], counts["message_peer_missing"], connections)
+	}
+	n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
+}
+
+// shortConnection sends a message, half-closes, and wants it back and then the end.
+func shortConnection(from *sandbox.Netns, address netip.AddrPort, message []byte) error {
+	c, err := from.Dial("tcp4", address.String(), deadline)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(deadline))
+	if _, err := c.Write(message); err != nil {
+		return err
+	}
+	if err := closeWrite(c); err != nil {
+		return err
+	}
+	got, err := io.ReadAll(c)
+	if err == nil && !bytes.Equal(got, message) {
+		err = fmt.Errorf("got %q, want %q", got, message)
+	}
+	return err
+}
+
+// TestPolicyFlips: the policy changes 1,000 times under streams, which go on
+// byte for byte.
+func TestPolicyFlips(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	verdicts := []datapath.Verdict{datapath.Allow, datapath.Hold, datapath.Allow, datapath.Refuse}
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	for i := range 4 {
+		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		wg.Go(func() {
+			// Round after round until all flips are done.
+			for round := 0; !stop.Load(); round++ {
+				down := traffic{seed: byte(i + round), bytes: 1 << 20, maxWrite: 30_000, maxRead: 40_000}
+				up := traffic{seed: byte(i + round + 100), bytes: 1 << 20, maxWrite: 300, maxRead: 5000}
+				if err := exchange(c, s, down, up); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for i := range 1000 {
+		n.mustSetPolicy(t, between(verdicts[i%len(verdicts)], cookies...))
+		time.Sleep(500 * time.Microsecond)
+	}
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	stop.Store(true)
+	wg.Wait()
+	flows, err := n.Flows()
+	if err != nil || len(flows) != 4 {
+		t.Fatalf("got %d flows (%v), want 4", len(flows), err)
+	}
+	var switches uint32
+	for _, f := range flows {
+		switches += f.ToServer.Switches + f.ToClient.Switches
+	}
+	counts := n.counts(t)
+	t.Logf("%d switches to the shortcut; %v", switches, counts)
+	if switches < 500 || counts["message_not_allowed"] == 0 || counts["message_shortcut"] == 0 {
+		t.Errorf("got %d switches, %v; want hundreds of switches and messages both ways", switches, counts)
+	}
+}
+
+// TestStalledReader: what a sender can write before it is stopped is bounded by
+// what plain TCP takes and the budget, and all of it arrives.
+func TestStalledReader(t *testing.T) {
+	const budget, message = 256 << 10, 16 << 10
+	n := mustNode(t, func(c *datapath.Config) { c.Budget = budget })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	l, address := mustListenOn(t, pods[1])
+
+	fill := func(verdict datapath.Verdict) (accepted int) {
+		n.mustSetPolicy(t, between(verdict, cookies...))
+		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		pingPong(t, c, s, 10, 100)
+		content, _ := traffic{seed: 7}.source()
+		buf := make([]byte, message)
+		for {
+			_, _ = content.Read(buf)
+			c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+			n, err := c.Write(buf)
+			accepted += n
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil || accepted > 256<<20 {
+				t.Fatalf("after %d bytes: %v", accepted, err)
+			}
+		}
+		// The end of file, so that the reader sees that nothing follows.
+		if err := closeWrite(c); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join((traffic{seed: 7, bytes: accepted, maxRead: 100_000}).read(s), wantEOF(s)); err != nil {
+			t.Fatal(err)
+		}
+		return accepted
+	}
+	plain := fill(datapath.Refuse)
+	before := n.counts(t)["message_budget"]
+	shortcut := fill(datapath.Allow)
+	t.Logf("a stalled reader takes %d bytes on TCP, %d with the shortcut and a budget of %d", plain, shortcut, budget)
+	if n.counts(t)["message_budget"] == before {
+		t.Error("nothing was spilt to TCP")
+	}
+	// TCP's own share varies with the sizes of its buffers' growth.
+	if limit := plain + plain/2 + budget; shortcut > limit {
+		t.Errorf("got %d bytes accepted, want at most %d", shortcut, limit)
+	}
+}

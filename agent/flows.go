@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/pods"
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/api"
+)
+
+// view is what the pods of the node are at one moment.
+type view struct {
+	pods      []pods.Pod // one per network namespace
+	byCookie  map[uint64]*pods.Pod
+	byAddress map[netip.Addr]*pods.Pod
+	now       time.Time
+}
+
+func newView(attachments []pods.Pod, now time.Time) *view {
+	v := &view{byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, now: now}
+	for _, a := range attachments {
+		if a.NetnsCookie == 0 {
+			continue
+		}
+		if v.byCookie[a.NetnsCookie] == nil {
+			v.byCookie[a.NetnsCookie] = &a
+			v.pods = append(v.pods, a)
+		}
+		for _, address := range a.Addresses {
+			v.byAddress[address.Unmap()] = v.byCookie[a.NetnsCookie]
+		}
+	}
+	return v
+}
+
+// wants tells whether a pod is to be explained.
+func wants(p *pods.Pod) bool { return p != nil && (p.Enrolled || p.Settings.Enabled) }
+
+func (v *view) anyWants() bool {
+	return slices.ContainsFunc(v.pods, func(p pods.Pod) bool { return wants(&p) })
+}
+
+// why returns why the connections of two pods to a server port are on TCP, or ""
+// if the policy does not keep them there.
+func (v *view) why(client, server *pods.Pod, port uint16) string {
+	for _, p := range []*pods.Pod{client, server} {
+		if p != nil && !p.Enrolled {
+			return fmt.Sprintf("%s: %s", p.Pod, p.Reason)
+		}
+	}
+	if client == nil || server == nil {
+		return "the other end is not a pod of this node that takes part"
+	}
+	d := policy.Explain(policy.Pod{ID: client.NetnsCookie, Settings: client.Settings},
+		policy.Pod{ID: server.NetnsCookie, Settings: server.Settings}, port, v.now)
+	if d.Verdict == policy.Allow {
+		return ""
+	}
+	return d.Reason.String()
+}
+
+func end(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
+	if p == nil {
+		return api.FlowEnd{Address: address}
+	}
+	return api.FlowEnd{Pod: p.Pod, Address: address}
+}
+
+// paired describes the connections that the datapath knows.
+func (v *view) paired(flows []datapath.Flow) []api.Flow {
+	described := []api.Flow{}
+	for _, f := range flows {
+		client, server := v.byCookie[f.ClientNetns], v.byCookie[f.ServerNetns]
+		address := f.Server
+		if !f.Joined {
+			address = netip.AddrPort{}
+		}
+		direction := func(d datapath.Direction) *api.Direction {
+			return &api.Direction{
+				Shortcut:      d.Shortcut,
+				Reason:        d.Reason,
+				Detail:        v.detail(d, client, server, f.Server.Port()),
+				ShortcutBytes: d.ShortcutBytes,
+				TCPBytes:      d.TCPBytes,
+				UnreadBytes:   d.Unread,
+				Switches:      d.Switches,
+			}
+		}
+		described = append(described, api.Flow{
+			Client: end(client, f.Client), Server: end(server, address), Dialled: f.Dialled,
+			Paired: true, Since: f.Since,
+			ToServer: direction(f.ToServer), ToClient: direction(f.ToClient),
+		})
+	}
+	return described
+}
+
+// detail names the policy or the flags behind a direction's reason.
+func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint16) string {
+	switch {
+	case d.Reason == "":
+		return ""
+	case d.Verdict != datapath.Allow:
+		// What the kernel was told when the direction last had something to send;
+		// that a pod has left is known here only.
+		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
+			return reason.String()
+		}
+		return cmp.Or(v.why(client, server, port), policy.NoRule.String())
+	case d.ReadFlags != 0:
+		return flagNames(d.ReadFlags)
+	}
+	return ""
+}
+
+// flagNames returns the names of recv flags.
+func flagNames(flags uint32) string {
+	var names []string
+	for _, f := range []struct {
+		bit  uint32
+		name string
+	}{
+		{unix.MSG_OOB, "MSG_OOB"},
+		{unix.MSG_PEEK, "MSG_PEEK"},
+		{unix.MSG_TRUNC, "MSG_TRUNC"},
+		{unix.MSG_WAITALL, "MSG_WAITALL"},
+		{unix.MSG_ERRQUEUE, "MSG_ERRQUEUE"},
+		{unix.MSG_ZEROCOPY, "MSG_ZEROCOPY"},
+	} {
+		if flags&f.bit != 0 {
+			names = append(names, f.name)
+			flags &^= f.bit
+		}
+	}
+	if flags != 0 {
+		names = append(names, fmt.Sprintf("%#x", flags))
+	}
+	return strings.Join(names, " ")
+}
+
+// unpaired describes the connections among sockets that have an end in a pod
+// that wants to take part and are not among known. Each is listed once, also
+// where both its ends are.
+func (v *view) unpaired(sockets []socket, known []datapath.Flow) []api.Flow {
+	m := newMatcher(sockets, known)
+	var flows []api.Flow
+	describe := func(client, server *socket) {
+		var f api.Flow
+		var from, to *pods.Pod
+		if client != nil {
+			from = v.byCookie[client.netns]
+			f.Client, f.Dialled = end(from, client.local), client.remote
+		} else {
+			from = v.byAddress[server.remote.Addr()]
+			f.Client, f.Dialled = end(from, server.remote), server.local
+		}
+		if server != nil {
+			to = v.byCookie[server.netns]
+			f.Server = end(to, server.local)
+		} else {
+			to = v.byAddress[client.remote.Addr()]
+			f.Server = end(to, client.remote)
+		}
+		if wants(from) || wants(to) {
+			f.Reason = cmp.Or(v.why(from, to, f.Server.Address.Port()),
+				"connected before both pods took part, or by a handshake that cannot be matched (SNAT, TCP Fast Open): reconnect to try again")
+			flows = append(flows, f)
+		}
+	}
+	for i := range m.open {
+		s := &m.open[i]
+		if m.used[s] || m.serves(s) {
+			continue
+		}
+		m.used[s] = true
+		peer := m.peer(s)
+		if peer != nil {
+			m.used[peer] = true
+			// Where no listener tells who the server is, the lower port is taken for it.
+			if !m.serves(peer) && s.local.Port() < peer.local.Port() {
+				s, peer = peer, s
+			}
+		}
+		describe(s, peer)
+	}
+	for i := range m.open {
+		if s := &m.open[i]; !m.used[s] {
+			describe(nil, s)
+		}
+	}
+	return flows
+}
+
+// matcher finds the two sockets of a connection.
+type matcher struct {
+	open      []socket // established and not known
+	used      map[*socket]bool
+	listeners map[place]bool
+	mirrored  map[tuple]*socket
+	accepted  map[netip.AddrPort][]*socket // servers' sockets by remote address
+}
+
+// place is a port of a network namespace.
+type place struct {
+	netns uint64
+	port  uint16
+}
+
+// tuple names a socket. A loopback address means another thing in every network
+// namespace, so there netns is part of the name; else it is 0.
+type tuple struct {
+	netns         uint64
+	local, remote netip.AddrPort
+}
+
+func newTuple(netns uint64, local, remote netip.AddrPort) tuple {
+	if !local.Addr().IsLoopback() {
+		netns = 0
+	}
+	return tuple{netns, local, remote}
+}
+
+func newMatcher(sockets []socket, known []datapath.Flow) *matcher {
+	type end struct {
+		netns  uint64
+		port   uint16
+		remote netip.AddrPort
+	}
+	clients, servers := map[uint64]bool{}, map[end]bool{}
+	for _, f := range known {
+		clients[f.ID] = true
+		servers[end{f.ServerNetns, f.Server.Port(), f.Client}] = true
+	}
+	m := &matcher{
+		used: map[*socket]bool{}, listeners: map[place]bool{},
+		mirrored: map[tuple]*socket{}, accepted: map[netip.AddrPort][]*socket{},
+	}
+	for _, s := range sockets {
+		if s.listening {
+			m.listeners[place{s.netns, s.local.Port()}] = true
+		} else if !clients[s.cookie] && !servers[end{s.netns, s.local.Port(), s.remote}] {
+			m.open = append(m.open, s)
+		}
+	}
+	for i := range m.open {
+		s := &m.open[i]
+		m.mirrored[newTuple(s.netns, s.local, s.remote)] = s
+		if m.serves(s) {
+			m.accepted[s.remote] = append(m.accepted[s.remote], s)
+		}
+	}
+	return m
+}
+
+// serves tells whether a socket was accepted rather than connected.
+func (m *matcher) serves(s *socket) bool { return m.listeners[place{s.netns, s.local.Port()}] }
+
+// peer returns the other socket of a client's connection if it is among ours:
+// the one with the mirrored addresses, or behind a NAT of the destination the
+// one that sees the client's address.
+func (m *matcher) peer(s *socket) *socket {
+	if p := m.mirrored[newTuple(s.netns, s.remote, s.local)]; p != nil && p != s && !m.used[p] {
+		return p
+	}
+	for _, p := range m.accepted[s.local] {
+		if !m.used[p] && (p.netns == s.netns || !s.local.Addr().IsLoopback()) {
+			return p
+		}
+	}
+	return nil
+}
+
+func sortFlows(flows []api.Flow) {
+	slices.SortFunc(flows, func(a, b api.Flow) int {
+		return cmp.Or(
+			cmp.Compare(a.Client.Pod.String(), b.Client.Pod.String()),
+			a.Client.Address.Compare(b.Client.Address),
+			a.Dialled.Compare(b.Dialled),
+		)
+	})
+}

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
+
+// agent is the agent of a sandbox; it runs between mustStart and stop.
+type agent struct {
+	*sandbox.Sandbox
+	podsFile string
+	stop     func()
+}
+
+func mustAgent(t testing.TB) *agent {
+	t.Helper()
+	s := sandbox.MustNew(t, sandbox.Config{Podshunt: true})
+	return &agent{Sandbox: s, podsFile: filepath.Join(s.Base, "pods.yaml")}
+}
+
+// places returns the flags that a command needs to find this agent.
+func (a *agent) places() []string {
+	return []string{
+		"--run-dir=" + filepath.Dir(a.AttachmentsDir), "--socket=" + a.AgentSocket,
+		"--pin-dir=" + filepath.Join(a.BPF, "podshunt"), "--cgroup=" + a.Cgroup,
+	}
+}
+
+// mustStart runs the agent until stop is called or the test ends.
+func (a *agent) mustStart(t testing.TB, flags ...string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	args := slices.Concat([]string{"run", "--pods-file=" + a.podsFile}, a.places(), flags)
+	go func() { done <- run(ctx, args, io.Discard, t.Output()) }()
+	stopped := false
+	a.stop = func() {
+		t.Helper()
+		cancel()
+		if stopped {
+			return
+		}
+		stopped = true
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("agent: %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("the agent does not stop")
+		}
+	}
+	t.Cleanup(a.stop)
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		conn, err := net.DialTimeout("unix", a.AgentSocket, time.Second)
+		if err == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case err := <-done:
+			stopped = true
+			t.Fatalf("agent: %v", err)
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the agent does not listen")
+		}
+	}
+}
+
+func (a *agent) mustWritePods(t testing.TB, entries ...string) {
+	t.Helper()
+	text := "pods:\n"
+	for _, e := range entries {
+		name, annotations, _ := strings.Cut(e, " ")
+		text += fmt.Sprintf("- {namespace: default, name: %s, annotations: {%s}}\n", name, annotations)
+	}
+	if err := os.WriteFile(a.podsFile+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(a.podsFile+".new", a.podsFile); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mustShow runs a command with -o json.
+func mustShow[T any](t testing.TB, a *agent, command string) T {
+	t.Helper()
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{command, "-o", "json", "--socket=" + a.AgentSocket}, &out, t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	var answer T
+	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+		t.Fatal(err)
+	}
+	return answer
+}
+
+// waitFor waits until the agent shows what is wanted, for at most the second
+// that a change may take.
+func waitFor[T any](t testing.TB, what string, get func() T, ok func(T) bool) T {
+	t.Helper()
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
+		got := get()
+		if ok(got) {
+			return got
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after a second: %+v", what, got)
+		}
+	}
+}
+
+// states returns "pod: takes part" or "pod: reason".
+func (a *agent) states(t testing.TB) []string {
+	t.Helper()
+	var states []string
+	for _, p := range mustShow[api.Status](t, a, "status").Pods {
+		state := "takes part"
+		if !p.Enrolled {
+			state = p.Reason
+		}
+		states = append(states, p.Pod.Name+": "+state)
+	}
+	slices.Sort(states)
+	return states
+}
+
+// connection is a TCP connection with both ends.
+type connection struct{ client, server net.Conn }
+
+func mustConnect(t testing.TB, from, to *sandbox.Pod, l net.Listener) connection {
+	t.Helper()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		if conn, err := l.Accept(); err == nil {
+			accepted <- conn
+		}
+	}()
+	port := l.Addr().(*net.TCPAddr).Port
+	c := connection{client: from.MustDial(t, "tcp4", net.JoinHostPort(to.IPv4.String(), fmt.Sprint(port)))}
+	select {
+	case c.server = <-accepted:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the connection is not accepted")
+	}
+	t.Cleanup(func() { c.server.Close() })
+	if err := c.server.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// mustPing sends a message each way a few times.
+func (c connection) mustPing(t testing.TB) {
+	t.Helper()
+	for range 5 {
+		for _, way := range [][2]net.Conn{{c.client, c.server}, {c.server, c.client}} {
+			got := make([]byte, 100)
+			if _, err := way[0].Write(got); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], got); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// flow returns what the agent shows of a connection.
+func (c connection) flow(t testing.TB, a *agent) api.Flow {
+	t.Helper()
+	var found []api.Flow
+	for _, f := range mustShow[[]api.Flow](t, a, "flows") {
+		if f.Client.Address.String() == c.client.LocalAddr().String() && f.Dialled.String() == c.client.RemoteAddr().String() {
+			found = append(found, f)
+		}
+	}
+	if len(found) != 1 {
+		t.Fatalf("got %d flows for one connection: %+v", len(found), found)
+	}
+	return found[0]
+}
+
+func shortcut(f api.Flow) bool { return f.Paired && f.ToServer.Shortcut && f.ToClient.Shortcut }
+
+func TestAgent(t *testing.T) {
+	a := mustAgent(t)
+	const on = "podshunt.io/shortcut: enabled"
+	a.mustWritePods(t, "client "+on, "web "+on+", podshunt.io/exclude-ports: '2222'")
+	// The agent is not there yet: the plugin leaves word.
+	client := a.MustAddPod(t, "client", sandbox.PodOptions{})
+	a.mustStart(t, "--kernel-hazards=accept")
+	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	plain := a.MustAddPod(t, "plain", sandbox.PodOptions{})
+	notListed := "not opted in: no entry in " + a.podsFile
+	wantDiff(t, "pods", []string{"client: takes part", "plain: " + notListed, "web: takes part"}, a.states(t))
+
+	all := web.MustListen(t, "tcp4", ":0")
+	c := mustConnect(t, client, web, all)
+	c.mustPing(t)
+	if f := c.flow(t, a); !shortcut(f) || f.Client.Pod.Name != "client" || f.Server.Pod.Name != "web" {
+		t.Errorf("got %+v, want a shortcut from client to web", f)
+	}
+	excluded := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":2222"))
+	wantDiff(t, "excluded port", "server port in podshunt.io/exclude-ports", excluded.flow(t, a).Reason)
+	toPlain := mustConnect(t, client, plain, plain.MustListen(t, "tcp4", ":0"))
+	wantDiff(t, "plain pod", "default/plain: "+notListed, toPlain.flow(t, a).Reason)
+
+	if err := run(t.Context(), append([]string{"run", "--pods-file=x"}, a.places()...), io.Discard, io.Discard); err == nil ||
+		!strings.Contains(err.Error(), fmt.Sprintf("process %d holds", os.Getpid())) {
+		t.Errorf("second agent: got error %v, want one that names the process of the first", err)
+	}
+
+	// Opted in later: the open connection stays on TCP and says why.
+	a.mustWritePods(t, "client "+on, "web "+on+", podshunt.io/exclude-ports: '2222'", "plain "+on)
+	waitFor(t, "plain opted in", func() []string { return a.states(t) }, func(s []string) bool { return s[1] == "plain: takes part" })
+	if got, want := toPlain.flow(t, a).Reason, "connected before both pods took part"; !strings.HasPrefix(got, want) {
+		t.Errorf("got reason %q, want %q", got, want)
+	}
+
+	// A restart is not noticed.
+	a.stop()
+	c.mustPing(t)
+	a.mustStart(t, "--kernel-hazards=accept")
+	c.mustPing(t)
+	if f := c.flow(t, a); !shortcut(f) || f.ToServer.Switches != 1 || f.ToServer.TCPBytes != 100 {
+		t.Errorf("got %+v %+v, want it on the shortcut all the time", f, f.ToServer)
+	}
+
+	// A pause ends by itself.
+	end := time.Now().Add(3 * time.Second).Truncate(time.Second)
+	a.mustWritePods(t, "client "+on, "web "+on+", podshunt.io/paused-until: '"+end.Format(time.RFC3339)+"'")
+	waitFor(t, "pause", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, func(f api.Flow) bool {
+		return !f.ToServer.Shortcut && f.ToServer.Detail == "server paused by podshunt.io/paused-until"
+	})
+	time.Sleep(time.Until(end))
+	waitFor(t, "end of the pause", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, shortcut)
+
+	// Opted out, the connection is back on TCP.
+	a.mustWritePods(t, "client "+on, "web podshunt.io/shortcut: disabled")
+	waitFor(t, "opted out", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, func(f api.Flow) bool {
+		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Detail == "default/web: not opted in by podshunt.io/shortcut"
+	})
+
+	var out bytes.Buffer
+	if err := run(t.Context(), append([]string{"unload"}, a.places()...), &out, t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	wantDiff(t, "unload", "unloaded: nothing of podshunt is left in the kernel\n", out.String())
+	if status := mustShow[api.Status](t, a, "status"); !status.Unloaded || status.Pods[0].Enrolled {
+		t.Errorf("got %+v, want it unloaded", status)
+	}
+	c.mustPing(t)
+	if err := a.DelPod(plain); err != nil {
+		t.Fatal(err)
+	}
+	wantDiff(t, "pods after DEL", 2, len(a.states(t)))
+}
+
+func TestUnloadWithoutAgent(t *testing.T) {
+	a := mustAgent(t)
+	a.mustWritePods(t, "web podshunt.io/shortcut: enabled")
+	a.mustStart(t, "--kernel-hazards=accept")
+	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	l := web.MustListen(t, "tcp4", ":0")
+	c := mustConnect(t, web, web, l)
+	c.mustPing(t)
+	if _, err := c.client.Write([]byte("unread")); err != nil {
+		t.Fatal(err)
+	}
+	a.stop()
+
+	unload := func(timeout string) (string, error) {
+		var out bytes.Buffer
+		err := run(t.Context(), append([]string{"unload", "--timeout=" + timeout}, a.places()...), &out, t.Output())
+		return out.String(), err
+	}
+	out, err := unload("100ms")
+	if err == nil || !strings.Contains(err.Error(), "1 connections have not read") || !strings.Contains(out, c.client.LocalAddr().String()) {
+		t.Errorf("got error %v and\n%s\nwant the connection that has not read", err, out)
+	}
+	if _, err := io.ReadFull(c.server, make([]byte, len("unread"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unload("10s"); err != nil {
+		t.Errorf("unload: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); !os.IsNotExist(err) {
+		t.Errorf("got %v for the pin directory, want it gone", err)
+	}
+	if _, err := unload("10s"); err != nil {
+		t.Errorf("unload again: %v", err)
+	}
+}
+
+// On a kernel with a fatal hazard nobody takes part unless it is accepted.
+func TestHazardsRefused(t *testing.T) {
+	a := mustAgent(t)
+	a.mustWritePods(t, "web podshunt.io/shortcut: enabled")
+	a.mustStart(t)
+	a.MustAddPod(t, "web", sandbox.PodOptions{})
+	status := mustShow[api.Status](t, a, "status")
+	want := refuseHazards(status.Hazards)
+	got := status.Pods[0]
+	if got.Reason != want || got.Enrolled != (want == "") {
+		t.Errorf("got %+v, want the reason %q", got, want)
+	}
+	var out bytes.Buffer
+	if err := run(t.Context(), append([]string{"unload"}, a.places()...), &out, t.Output()); err != nil {
+		t.Error(err)
+	}
+}

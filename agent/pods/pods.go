@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package pods knows the pods of this node and keeps the kernel in line with
+// what they ask for. It owns the directory of attachments, where the CNI plugin
+// leaves what the runtime told it, and reads the annotations from the pods
+// file. Every change of either is in force within a second. It never releases a
+// pod that still takes part, so that live connections do not notice a restart.
+package pods
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/api"
+)
+
+// pollInterval is how often files and network namespaces are looked at. A poll
+// without a change is two stat calls per attachment.
+const pollInterval = 250 * time.Millisecond
+
+// Datapath is what the registry does to the kernel.
+type Datapath interface {
+	// Enrol takes in the pod with the network namespace at path and returns its
+	// cookie. It and Release are idempotent.
+	Enrol(netns string) (cookie uint64, err error)
+	Release(cookie uint64) error
+	// Enrolled lists the pods that are in, those of an earlier agent included.
+	Enrolled() ([]uint64, error)
+	// SetPolicy replaces the whole policy.
+	SetPolicy(rules []policy.Rule) error
+}
+
+// Config is what a Registry works with; all of it but Refusal is required.
+type Config struct {
+	// Dir is the directory of attachments; it is made if needed.
+	Dir string
+	// PodsFile is where the annotations of the pods are read from.
+	PodsFile string
+	// HostNetns are cookies of network namespaces that are the node's own.
+	HostNetns []uint64
+	// Refusal is why no pod at all may take part; empty if they may.
+	Refusal  string
+	Datapath Datapath
+	// NetnsCookie reads the cookie of the network namespace at a path.
+	NetnsCookie func(path string) (uint64, error)
+	// Now is the clock.
+	Now func() time.Time
+	Log *slog.Logger
+}
+
+// Pod is an attachment with what its pod asks for.
+type Pod struct {
+	api.PodStatus
+	ID api.AttachmentID
+	// Settings are zero if the pod's annotations are not known or not accepted.
+	Settings api.Settings
+}
+
+// Snapshot is the state of the registry.
+type Snapshot struct {
+	Pods []Pod
+	// SourceError and PolicyError are those of api.Status.
+	SourceError, PolicyError error
+}
+
+// Registry is safe for concurrent use.
+type Registry struct {
+	cfg Config
+
+	mu      sync.Mutex
+	entries map[string]*entry // by file name
+	source  source
+	stopped string // why nothing is done any more
+	pods    []Pod  // the result of the last sync, in the order of file names
+
+	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
+	enrolled map[uint64]bool
+	// The policy in the kernel was compiled from policyPods and holds until policyEnd.
+	policyPods []policy.Pod
+	policyEnd  time.Time
+	policySet  bool
+	policyErr  error
+
+	// faults are those that have been logged and still last.
+	faults map[string]string
+}
+
+// New returns a Registry that keeps what an earlier agent has enrolled until
+// the first Sync decides on it.
+func New(cfg Config) (*Registry, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	cookies, err := cfg.Datapath.Enrolled()
+	if err != nil {
+		return nil, fmt.Errorf("list enrolled pods: %w", err)
+	}
+	r := &Registry{
+		cfg:      cfg,
+		source:   source{path: cfg.PodsFile},
+		enrolled: map[uint64]bool{},
+		faults:   map[string]string{},
+	}
+	for _, cookie := range cookies {
+		r.enrolled[cookie] = false
+	}
+	return r, nil
+}
+
+// Run keeps the kernel in line until ctx ends.
+func (r *Registry) Run(ctx context.Context) error {
+	ticker := time.NewTicker(pollInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			r.Sync()
+		}
+	}
+}
+
+// Sync brings the kernel in line with the files as they are now. What could not
+// be done is in the Snapshot, and is tried again by the next Sync.
+func (r *Registry) Sync() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.sync()
+}
+
+// Put keeps the attachment and says whether its pod takes part from now on.
+func (r *Registry) Put(a api.Attachment) (api.Admission, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := writeAttachment(r.cfg.Dir, a); err != nil {
+		return api.Admission{}, fmt.Errorf("keep attachment: %w", err)
+	}
+	r.sync()
+	for _, p := range r.pods {
+		if p.ID == a.AttachmentID {
+			return api.Admission{Enrolled: p.Enrolled, Reason: p.Reason}, nil
+		}
+	}
+	return api.Admission{Reason: "network namespace " + a.Netns + " does not exist"}, nil
+}
+
+// Remove forgets an attachment. It succeeds if there is none.
+func (r *Registry) Remove(id api.AttachmentID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := removeAttachment(r.cfg.Dir, id.FileName()); err != nil {
+		return err
+	}
+	r.sync()
+	return nil
+}
+
+// Collect forgets the attachments of a network that are not valid any more.
+func (r *Registry) Collect(req api.GCRequest) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	valid := map[string]bool{}
+	for _, id := range req.Valid {
+		id.Network = req.Network
+		valid[id.FileName()] = true
+	}
+	entries, err := readAttachments(r.cfg.Dir, r.entries)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for name, e := range entries {
+		if e.fileErr == nil && e.attachment.Network == req.Network && !valid[name] {
+			errs = append(errs, removeAttachment(r.cfg.Dir, name))
+		}
+	}
+	r.sync()
+	return errors.Join(errs...)
+}
+
+// Stop ends all dealings with the kernel; every pod's reason is then the given one.
+func (r *Registry) Stop(reason string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopped = reason
+	r.sync()
+}
+
+// Snapshot returns the result of the last Sync.
+func (r *Registry) Snapshot() Snapshot {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return Snapshot{Pods: slices.Clone(r.pods), SourceError: r.source.err, PolicyError: r.policyErr}
+}
+
+func (r *Registry) sync() {
+	var err error
+	r.entries, err = readAttachments(r.cfg.Dir, r.entries)
+	r.complain("attachments", "attachments not read, the last ones stay in force", err)
+	for _, name := range slices.Sorted(maps.Keys(r.entries)) {
+		r.findNetns(name)
+	}
+	r.source.read()
+	r.complain("source", "pods file not accepted, the last good content stays in force", r.source.err)
+
+	r.decide()
+	if r.stopped == "" && !r.waiting() {
+		r.enrol()
+		r.setPolicy()
+		r.release()
+	}
+	for i := range r.pods {
+		r.finish(&r.pods[i])
+	}
+}
+
+// findNetns reads the cookie of an attachment's network namespace if it may have
+// changed, and drops the attachment if the namespace is not there any more.
+func (r *Registry) findNetns(name string) {
+	e := r.entries[name]
+	if e.fileErr != nil {
+		if e.told == "" {
+			e.told = e.fileErr.Error()
+			r.cfg.Log.Warn("attachment ignored", "err", e.fileErr)
+		}
+		return
+	}
+	now, err := readStamp(e.attachment.Netns)
+	if err == nil && now == e.netns {
+		return
+	}
+	var cookie uint64
+	if err == nil {
+		cookie, err = r.cfg.NetnsCookie(e.attachment.Netns)
+	}
+	gone := errors.Is(err, fs.ErrNotExist) || err == nil && e.cookie != 0 && e.cookie != cookie
+	if gone {
+		delete(r.entries, name)
+		r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
+		r.complain("remove "+name, "attachment of a gone network namespace not deleted", removeAttachment(r.cfg.Dir, name))
+		return
+	}
+	e.netnsErr = err
+	if err == nil {
+		e.netns, e.cookie = now, cookie
+	}
+}
+
+// waiting tells whether the pods' wishes are still unknown, so that the state
+// left by an earlier agent has to stay.
+func (r *Registry) waiting() bool { return r.source.pods == nil && r.cfg.Refusal == "" }
+
+// decide fills r.pods. A pod without a reason is to be enrolled.
+func (r *Registry) decide() {
+	owner := map[uint64]string{}
+	shared := map[uint64]bool{}
+	r.pods = nil
+	for _, name := range slices.Sorted(maps.Keys(r.entries)) {
+		e := r.entries[name]
+		if e.fileErr != nil {
+			continue
+		}
+		p := Pod{PodStatus: api.PodStatus{
+			Pod:         e.attachment.Pod,
+			ContainerID: e.attachment.ContainerID,
+			Netns:       e.attachment.Netns,
+			Addresses:   e.attachment.Addresses,
+			NetnsCookie: e.cookie,
+		}, ID: e.attachment.AttachmentID}
+		pod := p.Pod.String()
+		p.Settings, p.Reason = r.wish(pod)
+		switch {
+		case r.stopped != "":
+			p.Reason = r.stopped
+		case e.cookie == 0:
+			p.Reason = e.netnsErr.Error()
+		case slices.Contains(r.cfg.HostNetns, e.cookie):
+			p.Reason = "it runs in the node's own network namespace (hostNetwork)"
+		case r.cfg.Refusal != "":
+			p.Reason = r.cfg.Refusal
+		}
+		if other, ok := owner[e.cookie]; ok && e.cookie != 0 && other != pod {
+			shared[e.cookie] = true
+		}
+		owner[e.cookie] = pod
+		r.pods = append(r.pods, p)
+	}
+	for i, p := range r.pods {
+		if shared[p.NetnsCookie] && p.Reason == "" {
+			r.pods[i].Reason = "another pod is attached to the same network namespace"
+		}
+	}
+}
+
+// wish returns what a pod asks for, and why it cannot take part.
+func (r *Registry) wish(pod string) (api.Settings, string) {
+	if r.source.pods == nil {
+		return api.Settings{}, fmt.Sprintf("waiting for the pods file: %v", r.source.err)
+	}
+	w, ok := r.source.pods[pod]
+	switch {
+	case !ok:
+		return api.Settings{}, "not opted in: no entry in " + r.source.path
+	case w.err != nil:
+		return api.Settings{}, w.err.Error()
+	case !w.settings.Enabled:
+		return w.settings, "not opted in by " + api.AnnotationShortcut
+	}
+	return w.settings, ""
+}
+
+// enrol takes in the pods that decide has picked; a failure becomes the reason.
+func (r *Registry) enrol() {
+	for i := range r.pods {
+		p := &r.pods[i]
+		if p.Reason != "" || r.enrolled[p.NetnsCookie] {
+			continue
+		}
+		cookie, err := r.cfg.Datapath.Enrol(p.Netns)
+		if err == nil {
+			r.enrolled[cookie] = true
+			if cookie != p.NetnsCookie {
+				// release takes it out again, and the next findNetns drops the attachment.
+				err = fmt.Errorf("network namespace %s was replaced meanwhile", p.Netns)
+			}
+		}
+		// A pod that an earlier agent has enrolled is in all the same.
+		if _, in := r.enrolled[p.NetnsCookie]; err != nil && !in {
+			p.Reason = err.Error()
+			err = nil
+		}
+		r.complain("enrol "+p.Netns, "pod not enrolled again, it stays as the earlier agent left it", err)
+	}
+}
+
+// setPolicy writes the policy for the pods that take part if it is not in force yet.
+func (r *Registry) setPolicy() {
+	var taking []policy.Pod
+	for _, p := range r.pods {
+		if p.Reason == "" {
+			taking = append(taking, policy.Pod{ID: p.NetnsCookie, Settings: p.Settings})
+		}
+	}
+	byID := func(a, b policy.Pod) int { return cmp.Compare(a.ID, b.ID) }
+	slices.SortFunc(taking, byID)
+	taking = slices.CompactFunc(taking, func(a, b policy.Pod) bool { return a.ID == b.ID })
+
+	now := r.cfg.Now()
+	ended := !r.policyEnd.IsZero() && !now.Before(r.policyEnd)
+	if r.policySet && r.policyErr == nil && !ended && reflect.DeepEqual(taking, r.policyPods) {
+		return
+	}
+	rules, end := policy.Compile(taking, now)
+	err := r.cfg.Datapath.SetPolicy(rules)
+	r.policyPods, r.policyEnd, r.policySet, r.policyErr = taking, end, true, err
+	r.complain("policy", "policy not complete, what is missing stays on TCP", err)
+}
+
+// release takes out the pods that do not take part any more. Their policy is
+// revoked already, so that their connections are back on TCP.
+func (r *Registry) release() {
+	keep := map[uint64]bool{}
+	for _, p := range r.pods {
+		if p.Reason == "" {
+			keep[p.NetnsCookie] = true
+		}
+	}
+	for cookie := range r.enrolled {
+		if keep[cookie] {
+			continue
+		}
+		err := r.cfg.Datapath.Release(cookie)
+		r.complain(fmt.Sprint("release ", cookie), "pod not released", err)
+		if err == nil {
+			delete(r.enrolled, cookie)
+		}
+	}
+}
+
+// finish completes a pod's status and logs it if it has changed.
+func (r *Registry) finish(p *Pod) {
+	switch _, in := r.enrolled[p.NetnsCookie]; {
+	case r.stopped != "":
+	case r.waiting():
+		p.Enrolled = in
+	case p.Reason == "":
+		p.Enrolled = true
+		if end := p.Settings.PausedUntil; end.After(r.cfg.Now()) {
+			p.Reason = "paused until " + end.Format(time.RFC3339)
+		}
+	}
+	e := r.entries[p.ID.FileName()]
+	told := fmt.Sprint(p.Enrolled, p.NetnsCookie, p.Reason)
+	if e.told == told {
+		return
+	}
+	e.told = told
+	msg := "pod stays on tcp"
+	if p.Enrolled {
+		msg = "pod takes part"
+	}
+	r.cfg.Log.Info(msg, "pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
+}
+
+// complain logs a fault when it appears or changes.
+func (r *Registry) complain(subject, msg string, err error) {
+	if err == nil {
+		delete(r.faults, subject)
+		return
+	}
+	if r.faults[subject] != err.Error() {
+		r.faults[subject] = err.Error()
+		r.cfg.Log.Warn(msg, "err", err)
+	}
+}

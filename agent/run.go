@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/pods"
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/server"
+	"github.com/podshunt/podshunt/api"
+)
+
+const (
+	// sweepInterval is how often what handshakes have left is looked through.
+	sweepInterval = 30 * time.Second
+	// handshakeAge is when one has surely ended: a SYN is retried for longer, but writes its entry again.
+	handshakeAge = time.Minute
+)
+
+// config is what the flags of run say.
+type config struct {
+	runDir    string
+	socket    string // empty: agent.sock in runDir
+	podsFile  string
+	hazards   string
+	logFormat string
+	logLevel  slog.Level
+	datapath  datapath.Config
+}
+
+func defaults() config {
+	return config{
+		runDir:    api.RunDir,
+		hazards:   "refuse",
+		logFormat: "auto",
+		logLevel:  slog.LevelInfo,
+		datapath:  datapath.DefaultConfig(),
+	}
+}
+
+// parseConfig reads and checks the flags of run. It touches nothing.
+func parseConfig(args []string, stderr io.Writer) (config, error) {
+	cfg := defaults()
+	flags := newFlags("run", stderr)
+	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "`directory` of the lock, the socket and the attachments")
+	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket to listen on (default agent.sock in the run directory)")
+	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods; required")
+	flags.StringVar(&cfg.hazards, "kernel-hazards", cfg.hazards,
+		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent status\" lists the hazards")
+	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
+	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
+	d := &cfg.datapath
+	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
+	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
+	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
+	flags.Var((*count)(&d.Budget), "budget", "`bytes` a receiver may leave unread before its sender is put on TCP")
+	flags.Var((*count)(&d.MaxPods), "max-pods", "`size` of the map of pods")
+	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
+	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
+	flags.Var((*count)(&d.MaxHandshakes), "max-handshakes", "`size` of the maps of unfinished handshakes")
+	if err := parse(flags, args); err != nil {
+		return config{}, err
+	}
+	if cfg.socket == "" {
+		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
+	}
+	return cfg, cfg.validate()
+}
+
+func (c config) validate() error {
+	var errs []error
+	oneOf := func(flag, value string, accepted ...string) {
+		if !slices.Contains(accepted, value) {
+			errs = append(errs, fmt.Errorf("--%s=%q: accepted are %s", flag, value, strings.Join(accepted, ", ")))
+		}
+	}
+	oneOf("kernel-hazards", c.hazards, "refuse", "accept")
+	oneOf("log-format", c.logFormat, "auto", "text", "json")
+	if c.podsFile == "" {
+		errs = append(errs, errors.New("--pods-file is required: it says which pods take part"))
+	}
+	if len(c.socket) > server.MaxSocketPath {
+		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
+	}
+	return errors.Join(append(errs, c.datapath.Validate())...)
+}
+
+// count is a flag of 32 bits.
+type count uint32
+
+var _ flag.Value = (*count)(nil)
+
+func (c *count) String() string { return strconv.FormatUint(uint64(*c), 10) }
+
+func (c *count) Set(text string) error {
+	n, err := strconv.ParseUint(text, 10, 32)
+	if err != nil {
+		return errors.New("accepted are numbers from 0 to 4294967295")
+	}
+	*c = count(n)
+	return nil
+}
+
+func newLogger(w io.Writer, cfg config) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "text" || cfg.logFormat == "auto" && isTerminal(w) {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
+	cfg, err := parseConfig(args, stderr)
+	if err != nil {
+		return err
+	}
+	log := newLogger(stderr, cfg)
+
+	lock, err := lockRunDir(cfg.runDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	host, err := hostNetns(log)
+	if err != nil {
+		return err
+	}
+	hazards := datapath.Hazards()
+	refusal := ""
+	if cfg.hazards == "refuse" {
+		refusal = refuseHazards(hazards)
+	}
+	d, err := datapath.Open(cfg.datapath, log)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	registry, err := pods.New(pods.Config{
+		Dir:         filepath.Join(cfg.runDir, filepath.Base(api.AttachmentsDir)),
+		PodsFile:    cfg.podsFile,
+		HostNetns:   host,
+		Refusal:     refusal,
+		Datapath:    kernel{d},
+		NetnsCookie: datapath.NetnsCookie,
+		Now:         time.Now,
+		Log:         log,
+	})
+	if err != nil {
+		return err
+	}
+	registry.Sync()
+	n, err := newNode(registry, d, cfg, hazards, log)
+	if err != nil {
+		return err
+	}
+	listener, err := server.Listen(cfg.socket)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(cfg.socket)
+	log.Info("agent started", "version", version, "socket", cfg.socket, "pin_dir", cfg.datapath.PinDir,
+		"cgroup", d.Cgroup(), "observer", d.Observer())
+	if refusal != "" {
+		log.Error("no pod takes part", "reason", refusal)
+	}
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return registry.Run(ctx) })
+	group.Go(func() error { return server.Serve(ctx, listener, registry, n, log) })
+	group.Go(func() error { return sweep(ctx, d, log) })
+	err = group.Wait()
+	log.Info("agent stopped")
+	return err
+}
+
+// sweep deletes what handshakes that never ended have left, until ctx ends.
+func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
+	ticker := time.NewTicker(sweepInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			if err := d.Sweep(handshakeAge); err != nil {
+				log.Warn("unfinished handshakes not swept", "err", err)
+			}
+		}
+	}
+}
+
+// hostNetns returns the cookies of the network namespaces that are no pod's:
+// the agent's own and that of the node.
+func hostNetns(log *slog.Logger) ([]uint64, error) {
+	const node = "/proc/1/ns/net"
+	paths := []string{"/proc/self/ns/net"}
+	if _, err := os.Stat(node); err == nil {
+		paths = append(paths, node)
+	} else {
+		log.Warn("hostNetwork pods are known by the agent's own network namespace only", "err", err)
+	}
+	var cookies []uint64
+	for _, path := range paths {
+		cookie, err := datapath.NetnsCookie(path)
+		if err != nil {
+			return nil, fmt.Errorf("read the node's own network namespace: %w", err)
+		}
+		cookies = append(cookies, cookie)
+	}
+	return cookies, nil
+}
+
+// refuseHazards returns why no pod may take part on this kernel, or "".
+func refuseHazards(hazards []api.Hazard) string {
+	var fatal []string
+	for _, h := range hazards {
+		if h.Present && h.Fatal {
+			fatal = append(fatal, h.Name)
+		}
+	}
+	if len(fatal) == 0 {
+		return ""
+	}
+	return "kernel hazards " + strings.Join(fatal, ", ") +
+		" (status says what they do): run the agent with --kernel-hazards=accept to take part all the same"
+}
+
+// kernel is the datapath as the registry wants it.
+type kernel struct {
+	*datapath.Datapath
+}
+
+func (k kernel) SetPolicy(rules []policy.Rule) error {
+	converted := make([]datapath.Rule, len(rules))
+	for i, r := range rules {
+		converted[i] = datapath.Rule{
+			Client: r.Client, Server: r.Server, First: r.Ports.First, Last: r.Ports.Last,
+			Verdict: verdict(r.Decision.Verdict), Reason: uint32(r.Decision.Reason),
+		}
+	}
+	return k.Datapath.SetPolicy(converted)
+}
+
+func verdict(v policy.Verdict) datapath.Verdict {
+	switch v {
+	case policy.Allow:
+		return datapath.Allow
+	case policy.Hold:
+		return datapath.Hold
+	}
+	return datapath.Refuse
+}

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package server serves the CNI plugin and the command line on the agent's unix
+// socket: the routes of api, nothing else. It checks what it is sent and leaves
+// every decision to those behind it.
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// maxBody bounds a request. A GC lists every attachment of the node; each takes
+// about 150 bytes.
+const maxBody = 1 << 20
+
+// MaxSocketPath is how long the path given to Listen may be: sockaddr_un holds
+// 107 bytes, of which Listen needs four while it makes the socket.
+const MaxSocketPath = 103
+
+// Attachments is what the plugin's requests go to.
+type Attachments interface {
+	Put(api.Attachment) (api.Admission, error)
+	Remove(api.AttachmentID) error
+	Collect(api.GCRequest) error
+}
+
+// Node is what the command line's requests go to.
+type Node interface {
+	Status() (api.Status, error)
+	Flows(context.Context) ([]api.Flow, error)
+	// Unload returns when nothing is left, or when ctx ends.
+	Unload(context.Context) (api.UnloadResult, error)
+}
+
+// Listen makes the socket at path and the directories above it. A socket file
+// that nobody serves is replaced; one that somebody serves is an error.
+func Listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		return nil, errors.Join(fmt.Errorf("listen on %s: it is served by another process", path), conn.Close())
+	}
+	// Made under another name, so that nobody can connect before the mode is right.
+	temp := path + ".new"
+	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	err = os.Chmod(temp, 0o600)
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close(), os.Remove(temp))
+	}
+	return l, nil
+}
+
+// Serve answers on l until ctx ends, and closes it. It gives requests that are
+// being served two seconds to end.
+func Serve(ctx context.Context, l net.Listener, attachments Attachments, node Node, log *slog.Logger) error {
+	s := &http.Server{
+		Handler: handler(attachments, node, log),
+		// No ReadTimeout and WriteTimeout: an unload takes as long as its caller
+		// lets it, and the former would cancel its context.
+		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       time.Minute,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve unix socket: %w", err)
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if s.Shutdown(grace) != nil {
+		// Whoever still waits for an answer finds the connection closed.
+		return s.Close()
+	}
+	return nil
+}
+
+func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("PUT "+api.PathAttachments, func(w http.ResponseWriter, r *http.Request) {
+		var a api.Attachment
+		if !decode(w, r, &a, func() error { return errors.Join(checkID(a.AttachmentID), checkNetns(a.Netns)) }) {
+			return
+		}
+		start := time.Now()
+		admission, err := attachments.Put(a)
+		log.Info("plugin add", append(facts(a.AttachmentID), "pod", a.Pod.String(), "netns", a.Netns,
+			"enrolled", admission.Enrolled, "reason", admission.Reason, "took", time.Since(start).String())...)
+		answer(w, log, admission, err)
+	})
+	mux.HandleFunc("DELETE "+api.PathAttachments, func(w http.ResponseWriter, r *http.Request) {
+		var id api.AttachmentID
+		if !decode(w, r, &id, func() error { return checkID(id) }) {
+			return
+		}
+		err := attachments.Remove(id)
+		log.Info("plugin del", facts(id)...)
+		answer(w, log, struct{}{}, err)
+	})
+	mux.HandleFunc("POST "+api.PathGC, func(w http.ResponseWriter, r *http.Request) {
+		var req api.GCRequest
+		if !decode(w, r, &req, func() error { return required("network", req.Network) }) {
+			return
+		}
+		err := attachments.Collect(req)
+		log.Debug("plugin gc", "network", req.Network, "valid", len(req.Valid))
+		answer(w, log, struct{}{}, err)
+	})
+	mux.HandleFunc("GET "+api.PathStatus, func(w http.ResponseWriter, _ *http.Request) {
+		status, err := node.Status()
+		answer(w, log, status, err)
+	})
+	mux.HandleFunc("GET "+api.PathFlows, func(w http.ResponseWriter, r *http.Request) {
+		flows, err := node.Flows(r.Context())
+		answer(w, log, flows, err)
+	})
+	mux.HandleFunc("POST "+api.PathUnload, func(w http.ResponseWriter, r *http.Request) {
+		timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
+		if err != nil || timeout <= 0 {
+			refuse(w, http.StatusBadRequest, errors.New(`query parameter timeout: accepted is a positive duration such as "30s"`))
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), timeout)
+		defer cancel()
+		log.Info("unload", "timeout", timeout.String())
+		result, err := node.Unload(ctx)
+		log.Info("unload ended", "done", result.Done, "waiting", len(result.Waiting))
+		answer(w, log, result, err)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		refuse(w, http.StatusNotFound, fmt.Errorf("no such request: %s %s", r.Method, r.URL.Path))
+	})
+	return mux
+}
+
+// facts returns log attributes.
+func facts(id api.AttachmentID) []any {
+	return []any{"network", id.Network, "container_id", id.ContainerID, "ifname", id.IfName}
+}
+
+func checkID(id api.AttachmentID) error {
+	return errors.Join(required("network", id.Network), required("containerID", id.ContainerID), required("ifName", id.IfName))
+}
+
+func checkNetns(path string) error {
+	if !filepath.IsAbs(path) {
+		return fmt.Errorf("netns %q: accepted is an absolute path", path)
+	}
+	return nil
+}
+
+func required(key, value string) error {
+	if value == "" {
+		return fmt.Errorf("%s: required", key)
+	}
+	return nil
+}
+
+// decode reads the one JSON value of a request and checks it. It answers the
+// request itself if it returns false.
+func decode(w http.ResponseWriter, r *http.Request, to any, check func() error) bool {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	err := d.Decode(to)
+	if err == nil {
+		if _, more := d.Token(); !errors.Is(more, io.EOF) {
+			err = errors.New("more than one JSON value")
+		}
+	}
+	if err == nil {
+		err = check()
+	}
+	if err != nil {
+		refuse(w, http.StatusBadRequest, fmt.Errorf("request body: %w", err))
+	}
+	return err == nil
+}
+
+func answer(w http.ResponseWriter, log *slog.Logger, body any, err error) {
+	if err != nil {
+		log.Warn("request failed", "err", err)
+		refuse(w, http.StatusInternalServerError, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(body); err != nil {
+		log.Debug("answer not sent", "err", err)
+	}
+}
+
+func refuse(w http.ResponseWriter, code int, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	// The caller is gone if this cannot be written.
+	_ = json.NewEncoder(w).Encode(api.Error{Error: err.Error()})
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sandbox
+
+import (
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+)
+
+// testTimeout is the deadline of connections that tests make.
+const testTimeout = 30 * time.Second
+
+// MustNew is New for a test, which closes the Sandbox at its end. Without root
+// the test is skipped, or fails if the environment has REQUIRE_ROOT=1.
+func MustNew(tb testing.TB, cfg Config) *Sandbox {
+	tb.Helper()
+	s, err := New(cfg)
+	if errors.Is(err, ErrNotRoot) && os.Getenv("REQUIRE_ROOT") != "1" {
+		tb.Skip(err)
+	}
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return s
+}
+
+// MustAddPod is AddPod for a test.
+func (s *Sandbox) MustAddPod(tb testing.TB, name string, opts PodOptions) *Pod {
+	tb.Helper()
+	p, err := s.AddPod(name, opts)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return p
+}
+
+// MustListen is Listen for a test, which closes the listener at its end.
+func (n *Netns) MustListen(tb testing.TB, network, address string) net.Listener {
+	tb.Helper()
+	l, err := n.Listen(network, address)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { l.Close() })
+	return l
+}
+
+// MustDial is Dial for a test, which closes the connection at its end. The
+// connection has a deadline of 30 s, which the test may change.
+func (n *Netns) MustDial(tb testing.TB, network, address string) net.Conn {
+	tb.Helper()
+	c, err := n.Dial(network, address, testTimeout)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { c.Close() })
+	if err := c.SetDeadline(time.Now().Add(testTimeout)); err != nil {
+		tb.Fatal(err)
+	}
+	return c
+}

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/hack/measure"
+)
+
+// port is the server's.
+const port = 8000
+
+// warmUp lets TCP open its windows and the shortcut see the receivers read.
+const warmUp = 50 * time.Millisecond
+
+// row is one line of the result.
+type row struct {
+	kind measure.Kind
+	size int
+	// bare rows are measured with nothing loaded as well.
+	bare bool
+}
+
+func rows() []row {
+	return []row{
+		{measure.PingPong, 1, true},
+		{measure.PingPong, 1 << 10, false},
+		{measure.PingPong, 16 << 10, false},
+		{measure.PingPong, 64 << 10, false},
+		{measure.Stream, 128, false},
+		{measure.Stream, 512, false},
+		{measure.Stream, 1 << 10, false},
+		{measure.Stream, 4 << 10, false},
+		{measure.Stream, 16 << 10, true},
+		{measure.Stream, 64 << 10, false},
+		{measure.Stream, 128 << 10, false},
+		{measure.Connect, 0, true},
+	}
+}
+
+// variant is a way for the two pods to be connected.
+type variant int
+
+const (
+	// tcp runs where no program of podshunt is attached.
+	tcp variant = iota
+	shortcut
+	// clientOnly and serverOnly have the other pod not enrolled.
+	clientOnly
+	serverOnly
+	unixSocket
+)
+
+// variants of a row, in the order of the first round.
+func (r row) variants() []variant {
+	if r.kind == measure.Connect {
+		return []variant{tcp, shortcut, clientOnly, serverOnly, unixSocket}
+	}
+	return []variant{tcp, shortcut, clientOnly, unixSocket}
+}
+
+// placement says which CPUs the ends are pinned to.
+type placement struct {
+	name           string
+	server, client int
+}
+
+// sample is one measurement.
+type sample struct {
+	measure.Result
+	// share is the part of the bytes sent that took the shortcut.
+	share float64
+}
+
+// table holds the samples of a row by variant, one per round.
+type table map[variant][]sample
+
+// bench is two pods and two cgroups, of which one is watched by podshunt. The
+// receive observer is attached to the whole machine.
+type bench struct {
+	sandbox        *sandbox.Sandbox
+	client, server *sandbox.Pod
+	plain, watched string
+	duration       time.Duration
+	datapath       *datapath.Datapath // nil while nothing is loaded
+	observer       string
+}
+
+func newBench(duration time.Duration) (_ *bench, err error) {
+	b := &bench{duration: duration}
+	if b.sandbox, err = sandbox.New(sandbox.Config{}); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
+	b.plain, b.watched = filepath.Join(b.sandbox.Cgroup, "plain"), filepath.Join(b.sandbox.Cgroup, "watched")
+	for _, dir := range []string{b.plain, b.watched} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if b.client, err = b.sandbox.AddPod("client", sandbox.PodOptions{}); err != nil {
+		return nil, err
+	}
+	if b.server, err = b.sandbox.AddPod("server", sandbox.PodOptions{}); err != nil {
+		return nil, err
+	}
+	for _, p := range []*sandbox.Pod{b.client, b.server} {
+		// Else the thousands of connections of one measurement would still be
+		// around, in TIME_WAIT, to take ports and time from the next.
+		if err := p.Sysctl("net.ipv4.tcp_max_tw_buckets", "0"); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// close takes everything down; the measurements have ended.
+func (b *bench) close() error {
+	var errs []error
+	if b.datapath != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		errs = append(errs, b.unload(ctx))
+	}
+	for _, dir := range []string{b.plain, b.watched} {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(append(errs, b.sandbox.Close())...)
+}
+
+// load attaches podshunt to the watched cgroup and allows all connections from
+// the client to the server, once both are enrolled.
+func (b *bench) load() error {
+	cfg := datapath.DefaultConfig()
+	cfg.Cgroup, cfg.PinDir = b.watched, filepath.Join(b.sandbox.BPF, "podshunt")
+	d, err := datapath.Open(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		return err
+	}
+	b.datapath, b.observer = d, d.Observer()
+	client, err := datapath.NetnsCookie(b.client.Path)
+	if err != nil {
+		return err
+	}
+	server, err := datapath.NetnsCookie(b.server.Path)
+	if err != nil {
+		return err
+	}
+	return d.SetPolicy([]datapath.Rule{{Client: client, Server: server, First: 0, Last: 65535, Verdict: datapath.Allow}})
+}
+
+func (b *bench) unload(ctx context.Context) error {
+	_, err := b.datapath.Unload(ctx)
+	err = errors.Join(err, b.datapath.Close())
+	b.datapath = nil
+	return err
+}
+
+// alternate measures the variants in turn. Every second round goes backwards,
+// so that none always has the same one before it.
+func (b *bench) alternate(ctx context.Context, r row, p placement, variants []variant, rounds int) (table, error) {
+	t := table{}
+	for range rounds {
+		for _, v := range variants {
+			s, err := b.measure(ctx, r, p, v)
+			if err != nil {
+				return nil, err
+			}
+			t[v] = append(t[v], s)
+		}
+		variants = slices.Clone(variants)
+		slices.Reverse(variants)
+	}
+	return t, nil
+}
+
+func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sample, error) {
+	spec := measure.Spec{
+		Kind: r.kind, Size: r.size, Duration: b.duration, WarmUp: warmUp,
+		Listen: netip.AddrPortFrom(b.server.IPv4, port).String(),
+	}
+	if v == unixSocket {
+		spec.Listen = filepath.Join(b.sandbox.Base, "server.sock")
+	}
+	cgroup := b.watched
+	if v == tcp || v == unixSocket {
+		cgroup = b.plain
+	}
+	if b.datapath != nil {
+		if err := errors.Join(b.enrol(b.client, v == shortcut || v == clientOnly), b.enrol(b.server, v == shortcut || v == serverOnly)); err != nil {
+			return sample{}, err
+		}
+	}
+	before, err := b.count()
+	if err != nil {
+		return sample{}, err
+	}
+	result, err := measure.Run(ctx, spec, in(b.server, cgroup, p.server), in(b.client, cgroup, p.client))
+	if err != nil {
+		return sample{}, err
+	}
+	after, err := b.count()
+	if err != nil {
+		return sample{}, err
+	}
+	counted := after.minus(before)
+	if (counted.paired > 0) != (v == shortcut) || (r.kind != measure.Connect && (counted.shortcut > 0) != (v == shortcut)) {
+		return sample{}, fmt.Errorf("%s: this is not what was to be measured: %d connections paired, %d bytes by shortcut",
+			r.name(), counted.paired, counted.shortcut)
+	}
+	s := sample{Result: result}
+	if counted.sent > 0 {
+		s.share = float64(counted.shortcut) / float64(counted.sent)
+	}
+	return s, nil
+}
+
+// enrol makes a pod take part or not.
+func (b *bench) enrol(p *sandbox.Pod, takesPart bool) error {
+	cookie, err := b.datapath.Enrol(p.Path)
+	if err != nil || takesPart {
+		return err
+	}
+	return b.datapath.Release(cookie)
+}
+
+// in places an end in a pod, a cgroup and on a CPU.
+func in(p *sandbox.Pod, cgroup string, cpu int) measure.End {
+	return measure.End{CPU: cpu, Start: func(cmd *exec.Cmd) error {
+		dir, err := os.Open(cgroup)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+		return p.Start(cmd)
+	}}
+}
+
+// counts are what the kernel programs have counted: connections, and bytes that
+// enrolled sockets have sent.
+type counts struct {
+	paired, shortcut, sent uint64
+}
+
+func (c counts) minus(o counts) counts {
+	return counts{c.paired - o.paired, c.shortcut - o.shortcut, c.sent - o.sent}
+}
+
+func (b *bench) count() (counts, error) {
+	var c counts
+	if b.datapath == nil {
+		return c, nil
+	}
+	outcomes, err := b.datapath.Outcomes()
+	for _, o := range outcomes {
+		switch {
+		case o.Name == "connection_paired":
+			c.paired = o.Count
+		case o.Name == "message_shortcut":
+			c.shortcut = o.Bytes
+			c.sent += o.Bytes
+		case strings.HasPrefix(o.Name, "message_"):
+			c.sent += o.Bytes
+		}
+	}
+	return c, err
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package measure times one connection between two processes: round trips,
+// streams, or how fast connections come and go. It measures the kernel: the two
+// ends are processes of their own, each pinned to a CPU, whose loops are system
+// calls on one thread with Go's scheduler and garbage collector kept out.
+//
+// It knows nothing of pods. Where a process runs is for its caller to say.
+package measure
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+// Kind is what is measured.
+type Kind string
+
+const (
+	// PingPong sends a message there and back, over and over.
+	PingPong Kind = "ping-pong"
+	// Stream sends messages one way as fast as they are taken. They are counted
+	// by the receiver, whose buffer is larger than most of them.
+	Stream Kind = "stream"
+	// Connect connects, sends a byte each way and closes, the client first.
+	Connect Kind = "connect"
+)
+
+// Spec is one measurement.
+type Spec struct {
+	Kind Kind
+	// Size is that of a message. Connect has none.
+	Size int
+	// Duration is how long it counts, after a warm-up of WarmUp.
+	Duration, WarmUp time.Duration
+	// Listen is an IPv4 address and port, or the absolute path of a unix socket.
+	Listen string
+	// Dial is where the client connects to, if not to Listen.
+	Dial string
+}
+
+// End is one of the two processes.
+type End struct {
+	// Start starts the process, such as in the network namespace of a pod.
+	Start func(*exec.Cmd) error
+	// CPU is the one that it is pinned to.
+	CPU int
+}
+
+// Result is what was measured.
+type Result struct {
+	// Rate is per second: bytes, connections, or round trips that take P50.
+	Rate float64
+	// P50 and P99 are percentiles of the round trips of a PingPong.
+	P50, P99 time.Duration
+	// Count is how many messages (Stream: bytes) or connections Rate is made from.
+	Count int
+}
+
+// grace is what a measurement may take besides its own time.
+const grace = 10 * time.Second
+
+// childArg as the first argument makes a process one end of a measurement; the
+// second is then a child as JSON.
+const childArg = "podshunt-measure-end"
+
+// child is what an end is told.
+type child struct {
+	Spec
+	Server bool
+	CPU    int
+}
+
+// Main calls body, and returns what it returns, except in the processes that
+// Run starts from the same program. Every program that calls Run must call Main
+// before anything else.
+func Main(body func() int) int {
+	if len(os.Args) != 3 || os.Args[1] != childArg {
+		return body()
+	}
+	var c child
+	err := json.Unmarshal([]byte(os.Args[2]), &c)
+	if err == nil {
+		err = c.run(os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// Run measures once. Its processes have ended when it returns; they are killed
+// if they do not end by themselves in time, or when ctx ends.
+func Run(ctx context.Context, spec Spec, server, client End) (Result, error) {
+	result, err := run(ctx, spec, server, client)
+	if err != nil {
+		return Result{}, fmt.Errorf("measure %s of %d bytes at %s: %w", spec.Kind, spec.Size, spec.Listen, err)
+	}
+	return result, nil
+}
+
+func run(ctx context.Context, spec Spec, server, client End) (Result, error) {
+	ctx, cancel := context.WithTimeout(ctx, spec.WarmUp+spec.Duration+grace)
+	defer cancel()
+	s, err := start(ctx, "server", child{spec, true, server.CPU}, server)
+	if err != nil {
+		return Result{}, err
+	}
+	if err := s.read(new(struct{})); err != nil { // it listens
+		cancel()
+		return Result{}, errors.Join(err, s.wait())
+	}
+	c, err := start(ctx, "client", child{spec, false, client.CPU}, client)
+	if err != nil {
+		cancel()
+		return Result{}, errors.Join(err, s.wait())
+	}
+	var results [2]Result
+	err = c.read(&results[0])
+	if err != nil {
+		cancel() // the server would wait for a client that is gone
+	}
+	err = errors.Join(err, s.read(&results[1]), c.wait(), s.wait())
+	if err != nil {
+		return Result{}, err
+	}
+	if spec.Kind == Stream {
+		return results[1], nil
+	}
+	return results[0], nil
+}
+
+// process is an end that runs.
+type process struct {
+	name   string
+	cmd    *exec.Cmd
+	stdout *bufio.Reader
+	stderr strings.Builder
+}
+
+func start(ctx context.Context, name string, c child, end End) (*process, error) {
+	arg, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	p := &process{name: name, cmd: exec.CommandContext(ctx, exe, childArg, string(arg))}
+	// The signals that make goroutines yield would interrupt system calls.
+	p.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
+	p.cmd.WaitDelay = time.Second
+	p.cmd.Stderr = &p.stderr
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	p.stdout = bufio.NewReader(stdout)
+	if err := end.Start(p.cmd); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	return p, nil
+}
+
+// read reads the next line that the process prints.
+func (p *process) read(to any) error {
+	line, err := p.stdout.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, to)
+	}
+	if err != nil {
+		return fmt.Errorf("read from %s: %w", p.name, err)
+	}
+	return nil
+}
+
+func (p *process) wait() error {
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("%s: %w: %s", p.name, err, strings.TrimSpace(p.stderr.String()))
+	}
+	return nil
+}
