@@ -155,6 +155,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if cfg.hazards == "refuse" {
 		refusal = refuseHazards(hazards)
 	}
+	cfg.datapath.Sleepers = cfg.hazards == "accept" || !present(hazards, datapath.HazardSleepingRecv)
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
 		return err

@@ -61,8 +61,13 @@ enum pair_state {
 	PAIR_SERVER_JOINED = 2,
 	PAIR_CLIENT_GONE = 4,
 	PAIR_SERVER_GONE = 8,
+	/* No more redirects to this socket: it leaves the SOCKHASH as soon as it has read all. */
+	PAIR_CLIENT_LEAVES = 16,
+	PAIR_SERVER_LEAVES = 32,
+	PAIR_CLIENT_LEFT = 64,
+	PAIR_SERVER_LEFT = 128,
 	/* The pair's id stands above these bits: a compare-and-swap fails on a recycled record. */
-	PAIR_STATE_BITS = 4,
+	PAIR_STATE_BITS = 8,
 };
 
 enum verdict {
@@ -81,14 +86,17 @@ struct sending {
 	__u64 tcp_bytes; /* up to last_seq */
 	__u32 last_seq; /* write_seq when deliver last ran */
 	__u32 drained_seq; /* write_seq for which copied_seq of the peer was last seen equal */
-	__u32 last_size; /* of the last message, in bytes */
+	__u32 busy; /* deliver is at work */
 	__u32 generation; /* of the policy that verdict is from */
 	enum verdict verdict;
 	__u32 policy_reason;
-	__u32 shortcut; /* how the last message went */
 	enum outcome reason; /* why the last message that went by TCP did so */
 	__u32 switches; /* from TCP to the shortcut */
-	__u32 spills;
+	__u32 last_size; /* of the last message, in bytes */
+	__u8 shortcut; /* how the last message went */
+	__u8 leave; /* the sending socket should leave the SOCKHASH */
+	__u8 peer_leave; /* its peer should */
+	__u8 reserved;
 	__u64 redirect_end; /* bytes written when the last redirect ended, on either way */
 };
 
@@ -99,7 +107,8 @@ struct receiving {
 	__u64 read_bytes;
 	enum read_state state;
 	__u32 unserved_flags; /* of recv */
-	__u64 reserved[6];
+	__u32 sleeper; /* the last thread that read without MSG_DONTWAIT, or 0 */
+	__u32 reserved[11];
 };
 
 struct side {
@@ -163,6 +172,8 @@ struct settings {
 	__u32 generation; /* of the policy: raised after every change of it */
 	__u32 redirect; /* 0 sends every message by TCP */
 	__u64 budget; /* bytes a receiver may leave unread */
+	__u32 sleepers; /* let sockets take part whose reads may sleep: see should_leave */
+	__u32 reserved;
 };
 
 struct count {

@@ -21,9 +21,20 @@ struct sock_common {
 	atomic64_t skc_cookie;
 };
 
+struct file {
+	unsigned int f_flags;
+};
+
+struct socket {
+	struct file *file;
+};
+
 struct sock {
 	struct sock_common __sk_common;
+	struct socket *sk_socket;
 	int sk_rcvlowat;
+	int sk_wmem_queued;
+	int sk_sndbuf;
 	__u8 sk_shutdown;
 };
 

@@ -15,6 +15,7 @@ enum outcome {
 	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
+	OUTCOME_LEFT, /* either socket has left, or is about to (flow.h, struct sending) */
 	OUTCOME_NOT_ALLOWED, /* policy */
 	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
 	OUTCOME_ULP, /* kTLS or another upper layer protocol on either socket */
@@ -29,6 +30,7 @@ enum outcome {
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
 	OUTCOME_MPTCP,
+	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_HINTS_FULL,
 	OUTCOME_HINT_LOST, /* evicted, or replaced, before the handshake ended */
@@ -38,7 +40,8 @@ enum outcome {
 	OUTCOME_SOCKET_BUSY, /* another product's sk_msg program holds the socket */
 	OUTCOME_NO_MEMORY, /* socket storage or psock could not be allocated */
 	OUTCOME_UNMATCHED, /* a client announced itself, but the sequence numbers differ */
-	OUTCOME_CLIENT_LEFT, /* the client's socket closed before the server's joined */
+	OUTCOME_CLIENT_CLOSED, /* the client's socket closed before the server's joined */
+	OUTCOME_SOCKET_LEFT, /* a socket has left the SOCKHASH and goes on as a plain one */
 	OUTCOME_MAX,
 };
 

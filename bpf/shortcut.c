@@ -14,6 +14,7 @@
 
 #define AF_INET 2
 #define AF_INET6 10
+#define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
 #define TCP_CLOSE 7 /* enum in include/net/tcp_states.h */
 
@@ -23,7 +24,8 @@
  * MSG_CMSG_COMPAT. A receiver seen with any other stays on TCP.
  */
 #define MSG_PEEK 0x2
-#define RECV_SERVED (MSG_PEEK | 0x40 | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
+#define MSG_DONTWAIT 0x40
+#define RECV_SERVED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
 
 /* Defaults; the loader raises or lowers them. */
 #define PODS_MAX 1024
@@ -153,6 +155,8 @@ static __always_inline void look_up_policy(__u64 client, __u64 server, __u16 por
  * deliver: which way a message goes.
  */
 
+#define PAIR_ANY_LEAVES (PAIR_CLIENT_LEAVES | PAIR_SERVER_LEAVES)
+
 /* The peer's memory may have been freed and used again: the cookie read last says for whom. */
 static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __u32 write_seq)
 {
@@ -211,6 +215,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_PEER_MISSING;
 	if (pair->state & (PAIR_CLIENT_GONE | PAIR_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
+	if (pair->state & PAIR_ANY_LEAVES)
+		return OUTCOME_LEFT;
 	if (!set->redirect)
 		return OUTCOME_SWITCHED_OFF;
 	if (dir->generation != set->generation) {
@@ -230,6 +236,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_ULP;
 	if (reader->state & READ_UNSERVED)
 		return OUTCOME_UNSERVED;
+	if (reader->sleeper && !set->sleepers)
+		return OUTCOME_LEFT;
 	if (!(reader->state & READ_SEEN))
 		return OUTCOME_NOT_SEEN;
 	if (write_seq != dir->drained_seq) {
@@ -246,6 +254,38 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	if (obstacle != OUTCOME_SHORTCUT)
 		return obstacle;
 	return OUTCOME_SHORTCUT;
+}
+
+/* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
+static __always_inline bool may_sleep(const struct tcp_sock *tp)
+{
+	return !(tp->inet_conn.icsk_inet.sk.sk_socket->file->f_flags & O_NONBLOCK);
+}
+
+/*
+ * A recv that sleeps in tcp_bpf_recvmsg does not go back to sleep when it is
+ * woken by anything but data: it returns EAGAIN (tcp_msg_wait_data; seen on
+ * 6.18.44 after a signal, a reset, a full receive buffer, and when TCP's send
+ * buffer has been full and drains). So sockets whose reads may sleep are kept
+ * out, unless the user accepts it. If so, the most frequent case is avoided: a
+ * client that sends more than TCP's buffer holds and then waits for the answer.
+ * Its socket is taken out while it still writes; and so is one that is read by
+ * one thread and written by another.
+ */
+static __always_inline bool should_leave(const struct side *own, const struct settings *set,
+					 const struct tcp_sock *tp, __u32 size,
+					 enum outcome outcome)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	__u32 reader = own->receiving.sleeper;
+
+	if (!may_sleep(tp))
+		return false;
+	if (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()))
+		return true;
+	/* The buffer counts more than the bytes; half of it is far enough from full. */
+	return outcome != OUTCOME_SHORTCUT &&
+	       sk->sk_wmem_queued + (__s64)size > sk->sk_sndbuf >> 1;
 }
 
 SEC("sk_msg")
@@ -275,6 +315,8 @@ int deliver(struct sk_msg_md *msg)
 		goto pass;
 
 	dir = &pair->side[own].sending;
+	/* A full barrier: either on_ack sees us at work, or we see that a socket leaves. */
+	__sync_fetch_and_or(&dir->busy, 1);
 	outcome = choose(pair, own, set, tp, size);
 	/* SK_DROP here means that the peer has left the SOCKHASH: TCP then answers as always. */
 	if (outcome == OUTCOME_SHORTCUT &&
@@ -287,10 +329,14 @@ int deliver(struct sk_msg_md *msg)
 		dir->switches += !dir->shortcut;
 		dir->shortcut = true;
 	} else {
-		dir->spills += dir->shortcut && outcome == OUTCOME_BUDGET;
 		dir->reason = outcome;
 		dir->shortcut = false;
 	}
+	if (!dir->leave)
+		dir->leave = should_leave(&pair->side[own], set, tp, size, outcome);
+	if (!set->sleepers && pair->side[own ^ 1].receiving.sleeper)
+		dir->peer_leave = true;
+	__sync_fetch_and_and(&dir->busy, 0);
 pass:
 	count(outcome, size);
 	return SK_PASS;
@@ -317,6 +363,8 @@ static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags
 		reader->unserved_flags |= flags & ~RECV_SERVED;
 		reader->state |= READ_UNSERVED;
 	}
+	if (!(flags & MSG_DONTWAIT))
+		reader->sleeper = (__u32)bpf_get_current_pid_tgid();
 	if (flags & MSG_PEEK)
 		return;
 	/* Several threads may read one socket at once. */
@@ -451,7 +499,8 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 		bpf_sk_storage_delete(&members, sk);
 		return join_failure(err);
 	}
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
+					       BPF_SOCK_OPS_RTT_CB_FLAG);
 	return OUTCOME_PAIRED;
 }
 
@@ -524,6 +573,8 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_MPTCP;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return OUTCOME_CLIENT_ULP;
+	if (!set->sleepers && may_sleep(tp))
+		return OUTCOME_SLEEPER;
 
 	value.pair = bpf_get_socket_cookie(ctx);
 	value.written_ns = hint->written_ns;
@@ -612,7 +663,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	bpf_map_delete_elem(&handshakes, &key);
 	pair = bpf_map_lookup_elem(&pairs, &id);
 	if (!pair)
-		return OUTCOME_CLIENT_LEFT;
+		return OUTCOME_CLIENT_CLOSED;
 	/* The client was let in for the pod and port of the hint. */
 	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
@@ -632,7 +683,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	state = id << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
 	if (__sync_val_compare_and_swap(&pair->state, state, state | PAIR_SERVER_JOINED) != state) {
 		leave(sk, cookie);
-		return OUTCOME_CLIENT_LEFT;
+		return OUTCOME_CLIENT_CLOSED;
 	}
 	return OUTCOME_PAIRED;
 }
@@ -662,7 +713,54 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 		count(pair_server(ctx, netns, &key), 0);
 }
 
-/* A client leaves before its server came: nobody else would delete what it wrote. */
+/*
+ * Takes a socket out of the SOCKHASH in two steps: no more redirects to it,
+ * then, with nothing on the way and all read, the delete. It goes on as a plain
+ * TCP socket.
+ */
+static __always_inline void take_out(struct pair *pair, __u32 side)
+{
+	__u64 leaves = side == SIDE_CLIENT ? PAIR_CLIENT_LEAVES : PAIR_SERVER_LEAVES;
+	__u64 left = side == SIDE_CLIENT ? PAIR_CLIENT_LEFT : PAIR_SERVER_LEFT;
+	struct sending *toward = &pair->side[side ^ 1].sending;
+
+	if (pair->state & left)
+		return;
+	__sync_fetch_and_or(&pair->state, leaves);
+	if (toward->busy || toward->redirect_end > pair->side[side].receiving.read_bytes)
+		return;
+	if (__sync_fetch_and_or(&pair->state, left) & left)
+		return;
+	bpf_map_delete_elem(&sockets, &pair->cookie[side]);
+	count(OUTCOME_SOCKET_LEFT, 0);
+}
+
+/* Bytes by TCP were acknowledged. The kernel wakes sleepers only after this. */
+static __always_inline void on_ack(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sending *dir;
+	struct member *self;
+	struct pair *pair;
+	__u32 own;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	own = self->side & 1;
+	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	if (!pair)
+		return;
+	dir = &pair->side[own].sending;
+	if (dir->leave)
+		take_out(pair, own);
+	if (dir->peer_leave && pair->state & PAIR_SERVER_JOINED)
+		take_out(pair, own ^ 1);
+}
+
+/* A client is closed before its server came: nobody else would delete what it wrote. */
 static __always_inline void withdraw(const struct pair *pair)
 {
 	struct handshake_key handshake;
@@ -717,6 +815,9 @@ int track(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		on_passive(ctx);
+		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		on_ack(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == TCP_CLOSE)

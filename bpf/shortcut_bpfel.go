@@ -65,30 +65,33 @@ const (
 	ShortcutOutcomeOUTCOME_SWITCHED_OFF     ShortcutOutcome = 2
 	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 3
 	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 4
-	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 5
-	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 6
-	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 7
-	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 8
-	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 9
-	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 10
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 11
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 13
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_CLIENT_LEFT      ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_LEFT             ShortcutOutcome = 5
+	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 6
+	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 7
+	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 8
+	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 9
+	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 10
+	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 11
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 12
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 14
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 31
 )
 
 type ShortcutPair struct {
@@ -121,7 +124,11 @@ const (
 	ShortcutPairStatePAIR_SERVER_JOINED ShortcutPairState = 2
 	ShortcutPairStatePAIR_CLIENT_GONE   ShortcutPairState = 4
 	ShortcutPairStatePAIR_SERVER_GONE   ShortcutPairState = 8
-	ShortcutPairStatePAIR_STATE_BITS    ShortcutPairState = 4
+	ShortcutPairStatePAIR_CLIENT_LEAVES ShortcutPairState = 16
+	ShortcutPairStatePAIR_SERVER_LEAVES ShortcutPairState = 32
+	ShortcutPairStatePAIR_CLIENT_LEFT   ShortcutPairState = 64
+	ShortcutPairStatePAIR_SERVER_LEFT   ShortcutPairState = 128
+	ShortcutPairStatePAIR_STATE_BITS    ShortcutPairState = 8
 )
 
 type ShortcutPolicy struct {
@@ -151,7 +158,8 @@ type ShortcutReceiving struct {
 	ReadBytes     uint64
 	State         ShortcutReadState
 	UnservedFlags uint32
-	Reserved      [6]uint64
+	Sleeper       uint32
+	Reserved      [11]uint32
 }
 
 type ShortcutSending struct {
@@ -160,14 +168,17 @@ type ShortcutSending struct {
 	TcpBytes      uint64
 	LastSeq       uint32
 	DrainedSeq    uint32
-	LastSize      uint32
+	Busy          uint32
 	Generation    uint32
 	Verdict       ShortcutVerdict
 	PolicyReason  uint32
-	Shortcut      uint32
 	Reason        ShortcutOutcome
 	Switches      uint32
-	Spills        uint32
+	LastSize      uint32
+	Shortcut      uint8
+	Leave         uint8
+	PeerLeave     uint8
+	Reserved      uint8
 	RedirectEnd   uint64
 }
 
@@ -176,6 +187,8 @@ type ShortcutSettings struct {
 	Generation uint32
 	Redirect   uint32
 	Budget     uint64
+	Sleepers   uint32
+	Reserved   uint32
 }
 
 type ShortcutVerdict uint32

@@ -52,6 +52,10 @@ type Config struct {
 	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
 	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
 	MaxSockets uint32
+	// Sleepers lets sockets take part whose reads may sleep in the kernel. Such a
+	// read returns EAGAIN when it is woken by a signal or a reset (hazard
+	// "sleeping-recv"); without it, only sockets in non-blocking mode take part.
+	Sleepers bool
 	// Observer is one of the constants above.
 	Observer string
 }
@@ -267,6 +271,10 @@ func (d *Datapath) attach(dir string) error {
 	if err := d.setControl(func(s *bpf.ShortcutSettings) {
 		s.Redirect = 1
 		s.Budget = uint64(d.cfg.Budget)
+		s.Sleepers = 0
+		if d.cfg.Sleepers {
+			s.Sleepers = 1
+		}
 	}); err != nil {
 		return err
 	}

@@ -68,9 +68,15 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 		ShortcutBytes: s.ShortcutBytes,
 		TCPBytes:      s.TcpBytes,
 		Switches:      s.Switches,
-		Spills:        s.Spills,
 	}
-	if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
+	left, receiverGone := bpf.ShortcutPairStatePAIR_CLIENT_LEFT, bpf.ShortcutPairStatePAIR_SERVER_GONE
+	if from == server {
+		left, receiverGone = bpf.ShortcutPairStatePAIR_SERVER_LEFT, bpf.ShortcutPairStatePAIR_CLIENT_GONE
+	}
+	if p.State&uint64(left) != 0 {
+		dir.Left, dir.Shortcut = true, false
+		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_LEFT].text
+	} else if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
 		dir.Reason = outcomes()[s.Reason].text
 	}
 	if !dir.Shortcut {
@@ -81,10 +87,6 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 		dir.Unread = sent - r.ReadBytes
 	}
 	// Redirected bytes are read before all TCP bytes that were sent after them.
-	receiverGone := bpf.ShortcutPairStatePAIR_SERVER_GONE
-	if from == server {
-		receiverGone = bpf.ShortcutPairStatePAIR_CLIENT_GONE
-	}
 	dir.Redirected = s.RedirectEnd > r.ReadBytes && p.State&uint64(receiverGone) == 0
 	return dir
 }

@@ -5,6 +5,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -17,6 +18,9 @@ import (
 
 	"github.com/podshunt/podshunt/api"
 )
+
+// HazardSleepingRecv names the hazard that Config.Sleepers is about.
+const HazardSleepingRecv = "sleeping-recv"
 
 // probeTimeout limits every socket call of a probe.
 const probeTimeout = 250 * time.Millisecond
@@ -33,6 +37,7 @@ func Hazards() []api.Hazard {
 		{Name: "fionread-redirected", Fatal: true, Detail: "FIONREAD counts redirected bytes"},
 		{Name: "splice", Fatal: true, Detail: "splice takes redirected bytes"},
 		{Name: "waitall", Detail: "recv with MSG_WAITALL waits for all redirected bytes"},
+		{Name: HazardSleepingRecv, Detail: "a recv that sleeps reports a reset as such"},
 	}
 	probes := []func() (found string, err error){
 		probeTrampolines,
@@ -40,6 +45,7 @@ func Hazards() []api.Hazard {
 		func() (string, error) { return probeFIONREAD(true) },
 		probeSplice,
 		probeWaitall,
+		probeSleepingRecv,
 	}
 	for i, probe := range probes {
 		found, err := probe()
@@ -64,6 +70,10 @@ func probeTrampolines() (string, error) {
 		if l, err = link.AttachTracing(link.TracingOptions{Program: prog}); err == nil {
 			return "", l.Close()
 		}
+	}
+	var errno unix.Errno // without the library's guess at the cause
+	if errors.As(err, &errno) {
+		err = errno
 	}
 	return fmt.Sprintf("fentry and fexit programs are refused, so that splice cannot be guarded: %v", err), nil
 }
@@ -135,6 +145,29 @@ func probeWaitall() (found string, err error) {
 		}
 		if n != 2*len(half) {
 			found = fmt.Sprintf("recv with MSG_WAITALL of 100 bytes that come in two halves returns %d; a receiver that was seen to use it stays on TCP", n)
+		}
+		return nil
+	})
+	return found, err
+}
+
+// probeSleepingRecv resets a connection under a recv that sleeps. A signal and a
+// send buffer that drains wake it in the same way, but take longer to bring about.
+func probeSleepingRecv() (found string, err error) {
+	err = withPair(false, func(sender, receiver int) error {
+		reset := make(chan error, 1)
+		go func() {
+			time.Sleep(probeTimeout / 10)
+			reset <- errors.Join(
+				unix.SetsockoptLinger(sender, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
+				unix.Dup3(int(os.Stderr.Fd()), sender, unix.O_CLOEXEC)) // closes the socket, keeps the number
+		}()
+		_, _, err := unix.Recvfrom(receiver, make([]byte, 1), 0)
+		if resetErr := <-reset; resetErr != nil {
+			return resetErr
+		}
+		if !errors.Is(err, unix.ECONNRESET) {
+			found = fmt.Sprintf("a recv that sleeps returns %v when the connection is reset, and after a signal: sockets in blocking mode stay on TCP unless that is accepted", err)
 		}
 		return nil
 	})

@@ -22,12 +22,12 @@ func TestHazards(t *testing.T) {
 			t.Errorf("%s: %s", h.Name, h.Detail)
 		}
 	}
-	for _, name := range []string{"splice", "waitall"} {
+	for _, name := range []string{"splice", "waitall", datapath.HazardSleepingRecv} {
 		if !present[name] {
 			t.Errorf("%s: got absent, want present", name)
 		}
 	}
-	if len(present) != 5 {
-		t.Errorf("got %d hazards, want 5", len(present))
+	if len(present) != 6 {
+		t.Errorf("got %d hazards, want 6", len(present))
 	}
 }

@@ -167,13 +167,13 @@ func connect(tb testing.TB, from *sandbox.Netns, l net.Listener, network string,
 }
 
 // pingPong exchanges messages of one size and checks every byte.
-func pingPong(tb testing.TB, a, b net.Conn, rounds, size int) {
+func pingPong(tb testing.TB, a, b io.ReadWriter, rounds, size int) {
 	tb.Helper()
 	message := bytes.Repeat([]byte("podshunt"), size/8+1)[:size]
 	answer := make([]byte, size)
 	for i := range rounds {
 		message[0] = byte(i)
-		for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+		for _, way := range [][2]io.ReadWriter{{a, b}, {b, a}} {
 			if _, err := way[0].Write(message); err != nil {
 				tb.Fatalf("round %d: %v", i, err)
 			}

@@ -18,6 +18,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_SWITCHED_OFF:     {"message_switched_off", "podshunt is unloading"},
 		bpf.ShortcutOutcomeOUTCOME_PEER_MISSING:     {"message_peer_missing", "the server's socket has not joined"},
 		bpf.ShortcutOutcomeOUTCOME_PEER_GONE:        {"message_peer_gone", "the other socket is closed"},
+		bpf.ShortcutOutcomeOUTCOME_LEFT:             {"message_left", "a socket whose reads may sleep in the kernel has left the shortcut"},
 		bpf.ShortcutOutcomeOUTCOME_NOT_ALLOWED:      {"message_not_allowed", "not allowed"},
 		bpf.ShortcutOutcomeOUTCOME_SHUT_DOWN:        {"message_shut_down", "the sender has shut down writing"},
 		bpf.ShortcutOutcomeOUTCOME_ULP:              {"message_ulp", "kTLS or another upper layer protocol is in use"},
@@ -31,6 +32,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_PAIRED:           {"connection_paired", ""},
 		bpf.ShortcutOutcomeOUTCOME_POLICY_REFUSED:   {"connection_policy_refused", ""},
 		bpf.ShortcutOutcomeOUTCOME_MPTCP:            {"connection_mptcp", ""},
+		bpf.ShortcutOutcomeOUTCOME_SLEEPER:          {"connection_blocking_client", ""},
 		bpf.ShortcutOutcomeOUTCOME_CLIENT_ULP:       {"connection_client_ulp", ""},
 		bpf.ShortcutOutcomeOUTCOME_HINTS_FULL:       {"connection_hints_full", ""},
 		bpf.ShortcutOutcomeOUTCOME_HINT_LOST:        {"connection_hint_lost", ""},
@@ -40,7 +42,8 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_SOCKET_BUSY:      {"connection_socket_busy", ""},
 		bpf.ShortcutOutcomeOUTCOME_NO_MEMORY:        {"connection_no_memory", ""},
 		bpf.ShortcutOutcomeOUTCOME_UNMATCHED:        {"connection_unmatched", ""},
-		bpf.ShortcutOutcomeOUTCOME_CLIENT_LEFT:      {"connection_client_left", ""},
+		bpf.ShortcutOutcomeOUTCOME_CLIENT_CLOSED:    {"connection_client_closed", ""},
+		bpf.ShortcutOutcomeOUTCOME_SOCKET_LEFT:      {"socket_left", ""},
 	}
 }
 

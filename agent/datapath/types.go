@@ -69,7 +69,9 @@ type Direction struct {
 	Unread uint64
 	// Redirected tells whether some of it was redirected: an unload waits for it.
 	Redirected bool
-	// Switches counts changes from TCP to the shortcut, Spills those back for
-	// want of budget.
-	Switches, Spills uint32
+	// Switches counts changes from TCP to the shortcut.
+	Switches uint32
+	// Left tells that the sender's socket has left the SOCKHASH: what it has sent
+	// since is not counted.
+	Left bool
 }

@@ -18,47 +18,55 @@ import (
 // and the flows still waited for are returned with the error; redirecting stays
 // off until the next Unload, or Open.
 func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
+	if err := d.stopRedirecting(); err != nil {
+		return nil, err
+	}
+	for {
+		pause := sleep(ctx, 20*time.Millisecond)
+		waiting, err := d.detachIfDrained()
+		switch {
+		case err != nil || len(waiting) == 0:
+			return nil, err
+		case pause != nil:
+			return waiting, fmt.Errorf("wait until %d flows have read their redirected data: %w", len(waiting), pause)
+		}
+	}
+}
+
+func (d *Datapath) stopRedirecting() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil
+	}
+	if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Redirect = 0 }); err != nil {
+		return err
+	}
+	waitForPrograms()
+	return nil
+}
+
+// detachIfDrained detaches unless it returns flows that have redirected data to read.
+func (d *Datapath) detachIfDrained() (waiting []Flow, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
 		return nil, nil
 	}
-	if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Redirect = 0 }); err != nil {
-		return nil, err
-	}
-	waitForPrograms()
-	for {
-		if err := sleep(ctx, 20*time.Millisecond); err != nil {
-			flows, flowsErr := d.undrained()
-			if flowsErr != nil {
-				return nil, flowsErr
-			}
-			return flows, fmt.Errorf("wait until %d flows have read their redirected data: %w", len(flows), err)
-		}
-		flows, err := d.undrained()
-		if err != nil {
-			return nil, err
-		}
-		if len(flows) == 0 {
-			break
-		}
-	}
-	d.unloaded = true
-	return nil, d.detach()
-}
-
-func (d *Datapath) undrained() ([]Flow, error) {
-	all, err := d.flows()
+	flows, err := d.flows()
 	if err != nil {
 		return nil, err
 	}
-	var waiting []Flow
-	for _, f := range all {
+	for _, f := range flows {
 		if f.ToServer.Redirected || f.ToClient.Redirected {
 			waiting = append(waiting, f)
 		}
 	}
-	return waiting, nil
+	if len(waiting) > 0 {
+		return waiting, nil
+	}
+	d.unloaded = true
+	return nil, d.detach()
 }
 
 // waitForPrograms returns when no run of a program is under way that has read

@@ -31,7 +31,11 @@ func main() {
 func body() int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil && !errors.Is(err, flag.ErrHelp) {
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	if ctx.Err() != nil {
+		err = errors.New("interrupted")
+	}
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		return 1
 	}
@@ -44,6 +48,7 @@ type settings struct {
 	duration time.Duration
 	kinds    []measure.Kind
 	cores    int
+	blocking bool
 }
 
 func parse(args []string, stderr io.Writer) (settings, error) {
@@ -51,9 +56,10 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	all := []measure.Kind{measure.PingPong, measure.Stream, measure.Connect}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.IntVar(&s.rounds, "rounds", 5, "`times` that each variant is measured")
-	flags.DurationVar(&s.duration, "duration", 400*time.Millisecond, "how long one measurement counts")
+	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured")
+	flags.DurationVar(&s.duration, "duration", 200*time.Millisecond, "how long one measurement counts")
 	flags.IntVar(&s.cores, "cores", 0, "1: only with both ends on one core, 2: only across two; 0: both")
+	flags.BoolVar(&s.blocking, "blocking", false, "wait inside of read, not by poll; needs a datapath that accepts readers that sleep")
 	flags.Func("only", "kinds to measure, separated by commas (default ping-pong,stream,connect)", func(list string) error {
 		for name := range strings.SplitSeq(list, ",") {
 			if !slices.Contains(all, measure.Kind(name)) {
@@ -85,15 +91,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
-	b, err := newBench(s.duration)
+	b, err := newBench(s)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
 
 	todo := slices.DeleteFunc(rows(), func(r row) bool { return !slices.Contains(s.kinds, r.kind) })
-	bare := slices.Clone(todo)
-	bare = slices.DeleteFunc(bare, func(r row) bool { return !r.bare })
+	bare := slices.DeleteFunc(slices.Clone(todo), func(r row) bool { return !r.bare })
 	oneCore := placement{"Both ends on one core", cpus[0], cpus[0]}
 	placements := []placement{oneCore}
 	if len(cpus) > 1 && s.cores != 1 {

@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -79,6 +78,10 @@ func writeHeader(w io.Writer, observer string, args []string, s settings) error 
 	if err := unix.Uname(&uname); err != nil {
 		return fmt.Errorf("read the kernel's release: %w", err)
 	}
+	sockets := "non-blocking: the ends wait by poll(2), as event loops do"
+	if s.blocking {
+		sockets = "blocking: the ends wait inside of read(2)"
+	}
 	cpu, err := cpuModel()
 	if err != nil {
 		return err
@@ -101,10 +104,11 @@ of %v; the variants take turns within a round. A ratio is the median of the roun
 - **TCP**: from a cgroup without programs of podshunt. **shortcut**: both pods enrolled; **bytes by shortcut** is the
   part of the bytes sent that took it. **peer not enrolled**: TCP between an enrolled client and a server that is not,
   against TCP; for connections, the reverse (only the server enrolled) follows the slash.
+- Sockets are %s.
 - The receive observer (here: %s) is attached to the whole machine, so it also runs for TCP and the unix socket; the
   last table shows what that costs.
 `, time.Now().Format("2006-01-02"), unix.ByteSliceToString(uname.Release[:]), cpu,
-		"`"+strings.TrimSpace("hack/bench "+strings.Join(args, " "))+"`", s.rounds, s.duration, observer)
+		"`"+strings.TrimSpace("hack/bench "+strings.Join(args, " "))+"`", s.rounds, s.duration, sockets, observer)
 	return nil
 }
 
@@ -120,7 +124,7 @@ func cpuModel() (string, error) {
 			return strings.TrimSpace(value), nil
 		}
 	}
-	return cmp.Or(os.Getenv("HOSTTYPE"), "unknown"), lines.Err()
+	return "not in /proc/cpuinfo", lines.Err() // arm64 has numbers there only
 }
 
 func writeResults(w io.Writer, p placement, rows []row, results map[row]table) {

@@ -43,7 +43,7 @@ func newRows() []row {
 
 // compare measures with the pods opted out, opts them in, and measures again.
 func (d *demo) compare(ctx context.Context) error {
-	d.section("Measurements, both ends pinned to one core")
+	d.section("Measurements: non-blocking sockets, both ends pinned to one core")
 	address := d.address().String()
 	local := filepath.Join(d.sandbox.Base, "server.sock")
 	var set unix.CPUSet
@@ -55,7 +55,10 @@ func (d *demo) compare(ctx context.Context) error {
 		cpu++
 	}
 	run := func(r row, listen, dial string) (measure.Result, error) {
-		spec := measure.Spec{Kind: r.kind, Size: r.size, Duration: d.duration, WarmUp: warmUp, Listen: listen, Dial: dial}
+		spec := measure.Spec{
+			Kind: r.kind, Size: r.size, Duration: d.duration, WarmUp: warmUp,
+			Listen: listen, Dial: dial, NonBlocking: true,
+		}
 		return measure.Run(ctx, spec, end(d.server.Start, cpu), end(d.client.Start, cpu))
 	}
 

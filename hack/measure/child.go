@@ -59,7 +59,7 @@ func (c child) serve(ready func() error) (Result, error) {
 	if err := ready(); err != nil {
 		return Result{}, err
 	}
-	conn, err := listener.accept()
+	conn, err := listener.accept(c.NonBlocking)
 	if err != nil {
 		return Result{}, err
 	}
@@ -86,7 +86,7 @@ func (c child) dial() (Result, error) {
 	if c.Kind == Connect {
 		return c.connections(to)
 	}
-	conn, err := connect(to)
+	conn, err := connect(to, c.NonBlocking)
 	if err != nil {
 		return Result{}, err
 	}
@@ -189,7 +189,7 @@ func (c child) greet(listener, conn socket) error {
 			return err
 		}
 		var err error
-		if conn, err = listener.accept(); err != nil {
+		if conn, err = listener.accept(c.NonBlocking); err != nil {
 			return err
 		}
 	}
@@ -198,7 +198,7 @@ func (c child) greet(listener, conn socket) error {
 func (c child) connections(to unix.Sockaddr) (Result, error) {
 	letter := make([]byte, 1)
 	once := func() error {
-		conn, err := connect(to)
+		conn, err := connect(to, c.NonBlocking)
 		if err != nil {
 			return err
 		}
@@ -223,7 +223,7 @@ func (c child) connections(to unix.Sockaddr) (Result, error) {
 		}
 		n++
 	}
-	last, err := connect(to)
+	last, err := connect(to, c.NonBlocking)
 	if err != nil {
 		return Result{}, err
 	}

@@ -42,6 +42,9 @@ type Spec struct {
 	Duration, WarmUp time.Duration
 	// Listen is an IPv4 address and port, or the absolute path of a unix socket.
 	Listen string
+	// NonBlocking has the ends wait by poll(2) before they read, as event loops
+	// do; otherwise the read itself waits.
+	NonBlocking bool
 	// Dial is where the client connects to, if not to Listen.
 	Dial string
 }

@@ -4,6 +4,7 @@ package measure
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -34,18 +35,24 @@ func freeAddress(t *testing.T) string {
 
 func TestRun(t *testing.T) {
 	for _, tc := range []struct {
-		kind Kind
-		size int
+		kind        Kind
+		size        int
+		nonBlocking bool
 	}{
-		{PingPong, 1},
-		{PingPong, 64 << 10},
-		{Stream, 128},
-		{Stream, 128 << 10},
-		{Connect, 0},
+		{PingPong, 1, false},
+		{PingPong, 64 << 10, true},
+		{Stream, 128, true},
+		{Stream, 128 << 10, false},
+		{Stream, 128 << 10, true},
+		{Connect, 0, false},
+		{Connect, 0, true},
 	} {
 		for network, listen := range map[string]string{"tcp": freeAddress(t), "unix": filepath.Join(t.TempDir(), "socket")} {
-			t.Run(string(tc.kind)+" "+network, func(t *testing.T) {
-				spec := Spec{Kind: tc.kind, Size: tc.size, Duration: 50 * time.Millisecond, WarmUp: 10 * time.Millisecond, Listen: listen}
+			t.Run(fmt.Sprintf("%s %d %s", tc.kind, tc.size, network), func(t *testing.T) {
+				spec := Spec{
+					Kind: tc.kind, Size: tc.size, Duration: 50 * time.Millisecond, WarmUp: 10 * time.Millisecond,
+					Listen: listen, NonBlocking: tc.nonBlocking,
+				}
 				began := time.Now()
 				got, err := Run(t.Context(), spec, here(0), here(runtime.NumCPU()-1))
 				if err != nil {

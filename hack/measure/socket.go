@@ -19,8 +19,12 @@ import (
 // that loses data fails and does not hang.
 const socketTimeout = 3 // seconds
 
-// socket is a blocking stream socket.
-type socket int
+// socket is a stream socket.
+type socket struct {
+	fd int
+	// nonBlocking sockets are waited for by poll(2), as event loops do.
+	nonBlocking bool
+}
 
 // parseAddress reads an IPv4 address and port, or an absolute path.
 func parseAddress(address string) (unix.Sockaddr, error) {
@@ -38,59 +42,78 @@ func parseAddress(address string) (unix.Sockaddr, error) {
 }
 
 // open makes a socket of the address's family.
-func open(to unix.Sockaddr) (socket, error) {
-	family := unix.AF_INET
+func open(to unix.Sockaddr, nonBlocking bool) (socket, error) {
+	family, flags := unix.AF_INET, unix.SOCK_CLOEXEC
 	if _, ok := to.(*unix.SockaddrUnix); ok {
 		family = unix.AF_UNIX
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("socket: %w", err)
+	if nonBlocking {
+		flags |= unix.SOCK_NONBLOCK
 	}
-	return socket(fd), socket(fd).setTimeouts()
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|flags, 0)
+	if err != nil {
+		return socket{}, fmt.Errorf("socket: %w", err)
+	}
+	s := socket{fd, nonBlocking}
+	return s, s.setTimeouts()
 }
 
 func listen(at unix.Sockaddr) (socket, error) {
-	s, err := open(at)
+	s, err := open(at, false)
 	if err != nil {
-		return 0, err
+		return socket{}, err
 	}
 	if u, ok := at.(*unix.SockaddrUnix); ok {
 		if err := os.Remove(u.Name); err != nil && !errors.Is(err, fs.ErrNotExist) { // left by the last server
-			return 0, err
+			return socket{}, err
 		}
-	} else if err := unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return 0, fmt.Errorf("set SO_REUSEADDR: %w", err)
+	} else if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return socket{}, fmt.Errorf("set SO_REUSEADDR: %w", err)
 	}
-	if err := unix.Bind(int(s), at); err != nil {
-		return 0, fmt.Errorf("bind: %w", err)
+	if err := unix.Bind(s.fd, at); err != nil {
+		return socket{}, fmt.Errorf("bind: %w", err)
 	}
-	return s, unix.Listen(int(s), 128)
+	return s, unix.Listen(s.fd, 128)
 }
 
-func connect(to unix.Sockaddr) (socket, error) {
-	s, err := open(to)
+func connect(to unix.Sockaddr, nonBlocking bool) (socket, error) {
+	s, err := open(to, nonBlocking)
 	if err != nil {
-		return 0, err
+		return socket{}, err
 	}
-	if err := unix.Connect(int(s), to); err != nil {
-		return 0, fmt.Errorf("connect: %w", err)
+	err = unix.Connect(s.fd, to)
+	if errors.Is(err, unix.EINPROGRESS) {
+		if err := s.poll(unix.POLLOUT); err != nil {
+			return socket{}, err
+		}
+		code, e := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err = e; err == nil && code != 0 {
+			err = unix.Errno(code)
+		}
+	}
+	if err != nil {
+		return socket{}, fmt.Errorf("connect: %w", err)
 	}
 	return s, nil
 }
 
-func (s socket) accept() (socket, error) {
-	fd, _, err := unix.Accept4(int(s), unix.SOCK_CLOEXEC)
-	if err != nil {
-		return 0, fmt.Errorf("accept: %w", err)
+func (s socket) accept(nonBlocking bool) (socket, error) {
+	flags := unix.SOCK_CLOEXEC
+	if nonBlocking {
+		flags |= unix.SOCK_NONBLOCK
 	}
-	return socket(fd), socket(fd).setTimeouts()
+	fd, _, err := unix.Accept4(s.fd, flags)
+	if err != nil {
+		return socket{}, fmt.Errorf("accept: %w", err)
+	}
+	conn := socket{fd, nonBlocking}
+	return conn, conn.setTimeouts()
 }
 
 func (s socket) setTimeouts() error {
 	timeout := unix.Timeval{Sec: socketTimeout}
 	for _, option := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
-		if err := unix.SetsockoptTimeval(int(s), unix.SOL_SOCKET, option, &timeout); err != nil {
+		if err := unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, option, &timeout); err != nil {
 			return fmt.Errorf("set timeout: %w", err)
 		}
 	}
@@ -103,22 +126,45 @@ func (s socket) noDelay(to unix.Sockaddr) error {
 	if _, ok := to.(*unix.SockaddrUnix); ok {
 		return nil
 	}
-	return unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	return unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 }
 
 // transfer is read(2) or write(2) without Go's scheduler learning of it: it
 // costs what it costs in C, and blocks the thread.
 func (s socket) transfer(trap uintptr, b []byte) (int, unix.Errno) {
 	for {
-		n, _, errno := unix.RawSyscall(trap, uintptr(s), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, errno := unix.RawSyscall(trap, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
 	}
 }
 
+// poll waits, in the same way, until the socket is ready.
+func (s socket) poll(events int16) error {
+	fd := unix.PollFd{Fd: int32(s.fd), Events: events}
+	timeout := unix.Timespec{Sec: socketTimeout} // the kernel takes off what has passed
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fd)), 1, uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
+		switch {
+		case errno == unix.EINTR:
+		case errno != 0:
+			return fmt.Errorf("poll: %w", errno)
+		case n == 0:
+			return fmt.Errorf("poll: %w", unix.ETIMEDOUT)
+		default:
+			return nil
+		}
+	}
+}
+
 // read returns io.EOF where read(2) returns 0.
 func (s socket) read(b []byte) (int, error) {
+	if s.nonBlocking {
+		if err := s.poll(unix.POLLIN); err != nil {
+			return 0, err
+		}
+	}
 	n, errno := s.transfer(unix.SYS_READ, b)
 	if errno != 0 {
 		return 0, fmt.Errorf("read: %w", errno)
@@ -143,6 +189,12 @@ func (s socket) readFull(b []byte) error {
 func (s socket) writeFull(b []byte) error {
 	for len(b) > 0 {
 		n, errno := s.transfer(unix.SYS_WRITE, b)
+		if errno == unix.EAGAIN && s.nonBlocking {
+			if err := s.poll(unix.POLLOUT); err != nil {
+				return err
+			}
+			continue
+		}
 		if errno != 0 {
 			return fmt.Errorf("write: %w", errno)
 		}
@@ -151,4 +203,4 @@ func (s socket) writeFull(b []byte) error {
 	return nil
 }
 
-func (s socket) close() error { return unix.Close(int(s)) }
+func (s socket) close() error { return unix.Close(s.fd) }
