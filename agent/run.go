@@ -155,7 +155,9 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if cfg.hazards == "refuse" {
 		refusal = refuseHazards(hazards)
 	}
-	cfg.datapath.Sleepers = cfg.hazards == "accept" || !present(hazards, datapath.HazardSleepingRecv)
+	cfg.datapath.Sleepers = cfg.hazards == "accept" || !slices.ContainsFunc(hazards, func(h api.Hazard) bool {
+		return h.Name == datapath.HazardSleepingRecv && h.Present
+	})
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
 		return err
