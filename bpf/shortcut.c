@@ -283,9 +283,9 @@ static __always_inline bool should_leave(const struct side *own, const struct se
 		return false;
 	if (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()))
 		return true;
-	/* The buffer counts more than the bytes; half of it is far enough from full. */
+	/* The buffer counts somewhat more than the bytes. */
 	return outcome != OUTCOME_SHORTCUT &&
-	       sk->sk_wmem_queued + (__s64)size > sk->sk_sndbuf >> 1;
+	       sk->sk_wmem_queued + (__s64)size + size / 8 + 4096 > sk->sk_sndbuf;
 }
 
 SEC("sk_msg")

@@ -64,7 +64,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		PinDir:        api.PinDir,
-		Budget:        1 << 20,
+		Budget:        4 << 20, // as much as TCP's send buffer may grow to by default
 		MaxPods:       1024,
 		MaxPolicies:   131072,
 		MaxFlows:      32768,
