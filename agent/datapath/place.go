@@ -60,7 +60,7 @@ func filesystem(path string) (int64, error) {
 	if err := unix.Statfs(filepath.Clean(path), &st); err != nil {
 		return 0, err
 	}
-	return int64(st.Type), nil //nolint:unconvert // 32 bits wide on some architectures
+	return int64(st.Type), nil // 32 bits wide on some architectures
 }
 
 // NetnsCookie returns the kernel's identity of the network namespace at path:

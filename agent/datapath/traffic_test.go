@@ -145,7 +145,7 @@ type blockingSocket int
 // call repeats what the Go runtime's own signals interrupt.
 func (fd blockingSocket) call(f func(int, []byte) (int, error), p []byte) (int, error) {
 	for {
-		if n, err := f(int(fd), p); err != unix.EINTR {
+		if n, err := f(int(fd), p); !errors.Is(err, unix.EINTR) {
 			return max(n, 0), err
 		}
 	}

@@ -407,11 +407,12 @@ func (r *Registry) finish(p *Pod) {
 		return
 	}
 	e.told = told
-	msg := "pod stays on tcp"
+	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
 	if p.Enrolled {
-		msg = "pod takes part"
+		log.Info("pod takes part")
+	} else {
+		log.Info("pod stays on tcp")
 	}
-	r.cfg.Log.Info(msg, "pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
 }
 
 // complain logs a fault when it appears or changes.
@@ -422,6 +423,6 @@ func (r *Registry) complain(subject, msg string, err error) {
 	}
 	if r.faults[subject] != err.Error() {
 		r.faults[subject] = err.Error()
-		r.cfg.Log.Warn(msg, "err", err)
+		r.cfg.Log.Warn(msg, "err", err) //nolint:sloglint // every caller passes a constant
 	}
 }

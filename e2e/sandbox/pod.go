@@ -69,7 +69,9 @@ func (s *Sandbox) AddPod(name string, opts PodOptions) (_ *Pod, err error) {
 		Args: [][2]string{
 			// Plugins otherwise refuse names that they do not know.
 			{"IgnoreUnknown", "1"},
-			{"K8S_POD_NAMESPACE", p.Namespace}, {"K8S_POD_NAME", p.Name}, {"K8S_POD_UID", p.UID},
+			{"K8S_POD_NAMESPACE", p.Namespace},
+			{"K8S_POD_NAME", p.Name},
+			{"K8S_POD_UID", p.UID},
 			{"K8S_POD_INFRA_CONTAINER_ID", id},
 		},
 	}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+
+VERSION ?= $(shell git describe --always --dirty --tags 2>/dev/null || echo devel)
+# The objects in bpf/ are committed: another clang makes others.
+CLANG ?= clang-19
+LLVM_STRIP ?= llvm-strip-19
+CLANG_FORMAT ?= clang-format-19
+BPF_CFLAGS ?= -O2 -g -mcpu=v3 -Wall -Wextra -Wpadded -Werror -I/usr/include/$(shell uname -m)-linux-gnu
+KERNELS ?= 6.1 6.12
+# For go test, such as -v or -run Pairing.
+TESTFLAGS ?=
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
+PLUGINS := github.com/containernetworking/plugins/plugins
+UNIT := ./api ./plugin ./agent/policy ./agent/pods ./agent/server
+
+export CGO_ENABLED = 0
+.DEFAULT_GOAL := help
+.PHONY: demo test test-kernels build cni unit generate lint verify bench clean help
+
+demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
+	$(BUILD) -o bin/demo ./hack/demo
+	$(SUDO) bin/demo
+
+# One package at a time: kernel tests share the machine.
+test: build cni ## all tests; none may be skipped (root)
+	REQUIRE_ROOT=1 go test -exec "$(SUDO)" -p 1 -count=1 -timeout 10m $(TESTFLAGS) ./...
+
+test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
+	$(SUDO) hack/kernels/test.sh $(KERNELS)
+
+build: ## bin/podshunt (the plugin) and bin/podshunt-agent
+	$(BUILD) -o bin/podshunt ./plugin
+	$(BUILD) -o bin/podshunt-agent ./agent
+
+cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
+	$(BUILD) -o bin/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
+
+unit: ## the tests that need no privileges, with the race detector
+	CGO_ENABLED=1 go test -race -count=1 $(TESTFLAGS) $(UNIT)
+
+generate: ## compile bpf/ and make its Go names
+	hack/deps.sh
+	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(LLVM_STRIP) BPF2GO_CFLAGS="$(BPF_CFLAGS)" go generate ./bpf
+
+lint: ## golangci-lint, clang-format, shellcheck
+	hack/deps.sh
+	$(GOLANGCI_LINT) run
+	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
+	shellcheck $(wildcard hack/*.sh hack/*/*.sh) .ci/run
+
+verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
+	hack/verify.sh
+
+bench: cni ## measure this machine into docs/measurements.md (root)
+	$(BUILD) -o bin/bench ./hack/bench
+	$(SUDO) bin/bench >bin/measurements.md
+	mv bin/measurements.md docs/
+
+clean: ## remove bin/
+	rm -rf bin
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
