@@ -14,6 +14,9 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+// errNoAgent says that nobody listens.
+var errNoAgent = errors.New("no agent")
+
 // ask sends a request without a body to the agent at a socket and decodes its answer.
 func ask(ctx context.Context, socket, method, path string, timeout time.Duration, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
@@ -31,7 +34,7 @@ func ask(ctx context.Context, socket, method, path string, timeout time.Duration
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
-			return fmt.Errorf("no agent at %s (%w): start one with `podshunt-agent run`, or name its socket with --socket", socket, op.Err)
+			return fmt.Errorf("%w at %s (%w): start one with `podshunt-agent run`, or name its socket with --socket", errNoAgent, socket, op.Err)
 		}
 		return fmt.Errorf("ask the agent at %s: %w", socket, err)
 	}

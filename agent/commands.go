@@ -9,10 +9,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -60,7 +58,6 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "run `directory` of the agent")
 	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket of the agent (default agent.sock in the run directory)")
 	flags.StringVar(&cfg.datapath.PinDir, "pin-dir", cfg.datapath.PinDir, "`directory` of the kernel objects, if no agent runs")
-	flags.StringVar(&cfg.datapath.Cgroup, "cgroup", cfg.datapath.Cgroup, "cgroup2 `directory` of the agent, if none runs (default the cgroup2 mount)")
 	timeout := flags.Duration("timeout", 30*time.Second, "how long connections may take to read what was sent by the shortcut")
 	if err := parse(flags, args); err != nil {
 		return err
@@ -73,14 +70,14 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 	}
 
 	var result api.UnloadResult
-	lock, err := lockRunDir(cfg.runDir)
-	switch {
-	case errors.Is(err, errLocked):
-		path := api.PathUnload + "?timeout=" + url.QueryEscape(timeout.String())
-		err = ask(ctx, cfg.socket, http.MethodPost, path, *timeout+askTimeout, &result)
-	case err == nil:
-		defer lock.Close()
-		result, err = unloadPins(ctx, cfg.datapath, *timeout)
+	path := api.PathUnload + "?timeout=" + url.QueryEscape(timeout.String())
+	err := ask(ctx, cfg.socket, http.MethodPost, path, *timeout+askTimeout, &result)
+	if errors.Is(err, errNoAgent) {
+		result, err = unloadPins(ctx, cfg.datapath.PinDir, *timeout)
+		if errors.Is(err, fs.ErrNotExist) {
+			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", cfg.socket, cfg.datapath.PinDir)
+			return err
+		}
 	}
 	if err != nil {
 		return err
@@ -97,11 +94,8 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 }
 
 // unloadPins unloads what an agent that does not run any more has left.
-func unloadPins(ctx context.Context, cfg datapath.Config, timeout time.Duration) (api.UnloadResult, error) {
-	if _, err := os.Stat(cfg.PinDir); errors.Is(err, fs.ErrNotExist) {
-		return api.UnloadResult{Done: true}, nil
-	}
-	d, err := datapath.Open(cfg, slog.New(slog.DiscardHandler))
+func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.UnloadResult, error) {
+	d, err := datapath.OpenPins(dir)
 	if err != nil {
 		return api.UnloadResult{}, err
 	}

@@ -662,7 +662,8 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	id = handshake->pair;
 	bpf_map_delete_elem(&handshakes, &key);
 	pair = bpf_map_lookup_elem(&pairs, &id);
-	if (!pair)
+	state = id << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
+	if (!pair || pair->state != state)
 		return OUTCOME_CLIENT_CLOSED;
 	/* The client was let in for the pod and port of the hint. */
 	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
@@ -680,7 +681,6 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;
 	/* From here on deliver may redirect, unless the client's socket was closed meanwhile. */
-	state = id << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
 	if (__sync_val_compare_and_swap(&pair->state, state, state | PAIR_SERVER_JOINED) != state) {
 		leave(sk, cookie);
 		return OUTCOME_CLIENT_CLOSED;

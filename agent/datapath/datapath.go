@@ -24,6 +24,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
@@ -100,6 +101,7 @@ type Datapath struct {
 	observer string
 	objects  *ebpf.Collection
 	links    map[string]link.Link
+	lock     *os.File // the pin directory
 
 	mu       sync.Mutex // guards what follows, and writes to the policy map
 	policy   map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy
@@ -110,13 +112,15 @@ var (
 	// ErrOtherBuild is returned by Open for pinned maps that another build has
 	// laid out differently.
 	ErrOtherBuild = errors.New("the pins are of another build: run that build's `podshunt-agent unload` first")
+	// ErrInUse is returned by Open and OpenPins while another process owns the pins.
+	ErrInUse = errors.New("another process owns the pins: is an agent running?")
 	// ErrUnloaded is returned by every change after Unload.
 	ErrUnloaded = errors.New("unloaded: restart the agent to load again")
 )
 
 // Open loads the programs and attaches them, or takes over what an earlier
 // process has pinned; programs of another build are then replaced by those of
-// this one. The caller must see to it that only one process does so at a time.
+// this one.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -157,6 +161,9 @@ func (d *Datapath) create(fresh string) error {
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
 	}
+	if err := d.own(fresh); err != nil {
+		return err
+	}
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return err
@@ -184,34 +191,88 @@ func (d *Datapath) create(fresh string) error {
 // takeOver goes on with the pinned maps. Sockets keep the program they joined
 // with; what changes for them is what the maps say.
 func (d *Datapath) takeOver() error {
+	if err := d.own(d.cfg.PinDir); err != nil {
+		return err
+	}
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return err
 	}
-	pinned := map[string]*ebpf.Map{}
-	defer func() {
-		for _, m := range pinned {
-			m.Close()
-		}
-	}()
-	for name, want := range sharedMaps(spec) {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.cfg.PinDir, name), nil)
-		if err != nil {
-			return fmt.Errorf("open map %s: %w", name, err)
-		}
-		pinned[name] = m
-		want.MaxEntries = m.MaxEntries()
-		if err := want.Compatible(m); err != nil {
-			return fmt.Errorf("map %s: %w: %w", name, err, ErrOtherBuild)
-		}
-		if size, ok := d.cfg.sizes()[name]; ok && size != m.MaxEntries() {
-			d.log.Warn("a map keeps its size until the next unload", "map", name, "size", m.MaxEntries(), "wanted", size)
+	pinned, err := openMaps(d.cfg.PinDir, spec)
+	if err != nil {
+		return err
+	}
+	defer closeMaps(pinned)
+	for name, size := range d.cfg.sizes() {
+		if have := pinned[name].MaxEntries(); have != size {
+			d.log.Warn("a map keeps its size until the next unload", "map", name, "size", have, "wanted", size)
 		}
 	}
 	if err := d.load(spec, pinned, d.cfg.PinDir); err != nil {
 		return err
 	}
 	return d.attach(d.cfg.PinDir)
+}
+
+// OpenPins opens what an earlier process has pinned in dir without attaching
+// anything, to look at it or to unload it. It returns fs.ErrNotExist where there
+// is nothing.
+func OpenPins(dir string) (*Datapath, error) {
+	d := &Datapath{cfg: Config{PinDir: dir}}
+	if err := d.own(dir); err != nil {
+		return nil, err
+	}
+	spec, err := bpf.LoadShortcut()
+	if err == nil {
+		d.objects = &ebpf.Collection{}
+		d.objects.Maps, err = openMaps(dir, spec)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// own locks the pin directory, so that one process at a time works on it.
+func (d *Datapath) own(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("open pin directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrInUse
+		}
+		return errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
+	}
+	d.lock = f
+	return nil
+}
+
+// openMaps opens all pinned maps, and gives spec their sizes.
+func openMaps(dir string, spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
+	pinned := map[string]*ebpf.Map{}
+	for name, want := range sharedMaps(spec) {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		if err == nil {
+			pinned[name] = m
+			want.MaxEntries = m.MaxEntries()
+			if err = want.Compatible(m); err != nil {
+				err = fmt.Errorf("%w: %w", err, ErrOtherBuild)
+			}
+		}
+		if err != nil {
+			closeMaps(pinned)
+			return nil, fmt.Errorf("open map %s: %w", name, err)
+		}
+	}
+	return pinned, nil
+}
+
+func closeMaps(all map[string]*ebpf.Map) {
+	for _, m := range all {
+		m.Close()
+	}
 }
 
 // sizes returns the configured sizes by map name.
@@ -308,6 +369,10 @@ func (d *Datapath) Close() error {
 	if d.objects != nil {
 		d.objects.Close()
 		d.objects = nil
+	}
+	if d.lock != nil {
+		errs = append(errs, d.lock.Close())
+		d.lock = nil
 	}
 	return errors.Join(errs...)
 }
