@@ -33,7 +33,7 @@ enum outcome {
 	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_HINTS_FULL,
-	OUTCOME_HINT_LOST, /* evicted, or replaced, before the handshake ended */
+	OUTCOME_HINT_LOST, /* evicted or replaced before the handshake ended, or none was left (SYN cookies) */
 	OUTCOME_HANDSHAKES_FULL,
 	OUTCOME_PAIRS_FULL,
 	OUTCOME_SOCKETS_FULL,

@@ -4,8 +4,10 @@ package datapath_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -43,8 +45,13 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	}
 	n.mustOpen(tb)
 	tb.Cleanup(func() {
-		if flows, err := n.Unload(tb.Context()); err != nil && !errors.Is(err, datapath.ErrUnloaded) && tb.Context().Err() == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if flows, err := n.Unload(ctx); err != nil {
 			tb.Errorf("unload: %v, waiting for %+v", err, flows)
+		}
+		if _, err := os.Stat(n.cfg.PinDir); !errors.Is(err, fs.ErrNotExist) {
+			tb.Errorf("got %v for the pin directory after the unload, want it gone", err)
 		}
 		n.Datapath.Close()
 	})

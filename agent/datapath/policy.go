@@ -82,42 +82,65 @@ func (d *Datapath) SetPolicy(rules []Rule) error {
 		d.policy = have
 	}
 	want := compile(rules)
+	if maps.Equal(want, d.policy) {
+		return nil
+	}
+	wanted := map[[4]uint32]bool{}
+	for key := range want {
+		wanted[podsOf(key)] = true
+	}
+	err := d.deletePolicies(table, func(key bpf.ShortcutPolicyKey) bool { return !wanted[podsOf(key)] })
+	if err == nil {
+		// What the first try deletes may be the room that it lacked.
+		if err = d.replacePolicies(table, want); err != nil {
+			err = d.replacePolicies(table, want)
+		}
+	}
+	return errors.Join(err, d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }))
+}
 
-	// Overrides go in before the base of their pair changes and stale ones go
-	// out after it, so that no port is allowed meanwhile that neither policy allows.
+// replacePolicies writes what differs and deletes what is stale. Overrides go in
+// before the base of their pods changes and stale ones go out after it, so that
+// no port is allowed meanwhile that neither policy allows; if one cannot be
+// written, nothing is left for its pods.
+func (d *Datapath) replacePolicies(table *ebpf.Map, want map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy) error {
 	var failure error
 	incomplete := map[[4]uint32]bool{}
-	changed := false
 	for _, base := range []bool{false, true} {
 		for key, value := range want {
-			pods := podsOf(key)
-			if have, ok := d.policy[key]; ok && have == value || base != (key.Prefixlen == prefixPods) || incomplete[pods] {
+			have, ok := d.policy[key]
+			if isBase(key) != base || ok && have == value || incomplete[podsOf(key)] {
 				continue
 			}
-			changed = true
 			if err := table.Put(key, value); err != nil {
 				failure = fmt.Errorf("write the policy map: %w", explainFull(err, "policies"))
-				incomplete[pods] = true
+				incomplete[podsOf(key)] = true
 				continue
 			}
 			d.policy[key] = value
 		}
 	}
-	for key := range d.policy {
-		if _, ok := want[key]; ok && !incomplete[podsOf(key)] {
-			continue
+	return errors.Join(failure, d.deletePolicies(table, func(key bpf.ShortcutPolicyKey) bool {
+		_, ok := want[key]
+		return !ok || incomplete[podsOf(key)]
+	}))
+}
+
+// deletePolicies deletes entries, bases first: without them nothing is allowed
+// that an override refuses.
+func (d *Datapath) deletePolicies(table *ebpf.Map, stale func(bpf.ShortcutPolicyKey) bool) error {
+	for _, base := range []bool{true, false} {
+		for key := range d.policy {
+			if isBase(key) != base || !stale(key) {
+				continue
+			}
+			if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("delete from the policy map: %w", err)
+			}
+			delete(d.policy, key)
 		}
-		changed = true
-		if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			failure = errors.Join(failure, fmt.Errorf("delete from the policy map: %w", err))
-			continue
-		}
-		delete(d.policy, key)
 	}
-	if !changed {
-		return nil
-	}
-	return errors.Join(failure, d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }))
+	return nil
 }
 
 // Prefix lengths of the policy's keys; flow.h has the layout.
@@ -125,6 +148,8 @@ const (
 	prefixPods = 128
 	prefixPort = 144
 )
+
+func isBase(k bpf.ShortcutPolicyKey) bool { return k.Prefixlen == prefixPods }
 
 func podsOf(k bpf.ShortcutPolicyKey) [4]uint32 {
 	return [4]uint32{k.Client[0], k.Client[1], k.Server[0], k.Server[1]}
