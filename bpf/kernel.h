@@ -2,7 +2,7 @@
 
 /*
  * The few fields of kernel structures that are read, relocated by CO-RE to the
- * layout of the running kernel (DESIGN section 4).
+ * layout of the running kernel.
  */
 #ifndef PODSHUNT_KERNEL_H
 #define PODSHUNT_KERNEL_H
@@ -26,6 +26,7 @@ struct file {
 };
 
 struct socket {
+	unsigned long flags;
 	struct file *file;
 };
 

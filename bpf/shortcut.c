@@ -15,6 +15,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
+#define SOCK_NOSPACE (1UL << 2) /* include/linux/net.h */
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
 #define TCP_CLOSE 7 /* enum in include/net/tcp_states.h */
 
@@ -187,7 +188,7 @@ static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32
 }
 
 /*
- * The state machine of one direction (DESIGN section 4). Redirected data is
+ * The state machine of one direction. Redirected data is
  * read before TCP data, so the order of bytes rests on one condition: every
  * byte that was ever written to TCP has been read. write_seq cannot move while
  * we hold the sender's lock, and the peer's copied_seq can only grow up to it:
@@ -267,25 +268,17 @@ static __always_inline bool may_sleep(const struct tcp_sock *tp)
  * woken by anything but data: it returns EAGAIN (tcp_msg_wait_data; seen on
  * 6.18.44 after a signal, a reset, a full receive buffer, and when TCP's send
  * buffer has been full and drains). So sockets whose reads may sleep are kept
- * out, unless the user accepts it. If so, the most frequent case is avoided: a
- * client that sends more than TCP's buffer holds and then waits for the answer.
- * Its socket is taken out while it still writes; and so is one that is read by
- * one thread and written by another.
+ * out, unless the user accepts it. If so, two cases are avoided: a socket that is
+ * read by one thread and written by another leaves, and so does one whose send
+ * buffer has been full (on_ack).
  */
 static __always_inline bool should_leave(const struct side *own, const struct settings *set,
-					 const struct tcp_sock *tp, __u32 size,
-					 enum outcome outcome)
+					 const struct tcp_sock *tp)
 {
-	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
 	__u32 reader = own->receiving.sleeper;
 
-	if (!may_sleep(tp))
-		return false;
-	if (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()))
-		return true;
-	/* The buffer counts somewhat more than the bytes. */
-	return outcome != OUTCOME_SHORTCUT &&
-	       sk->sk_wmem_queued + (__s64)size + size / 8 + 4096 > sk->sk_sndbuf;
+	return may_sleep(tp) &&
+	       (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
 }
 
 SEC("sk_msg")
@@ -333,7 +326,7 @@ int deliver(struct sk_msg_md *msg)
 		dir->shortcut = false;
 	}
 	if (!dir->leave)
-		dir->leave = should_leave(&pair->side[own], set, tp, size, outcome);
+		dir->leave = should_leave(&pair->side[own], set, tp);
 	if (!set->sleepers && pair->side[own ^ 1].receiving.sleeper)
 		dir->peer_leave = true;
 	__sync_fetch_and_and(&dir->busy, 0);
@@ -396,7 +389,7 @@ int observe_fexit(__u64 *ctx)
 }
 
 /*
- * track: pairing by handshake (DESIGN section 3).
+ * track: pairing by handshake.
  */
 
 static __always_inline bool enrolled(__u64 netns)
@@ -735,10 +728,15 @@ static __always_inline void take_out(struct pair *pair, __u32 side)
 	count(OUTCOME_SOCKET_LEFT, 0);
 }
 
-/* Bytes by TCP were acknowledged. The kernel wakes sleepers only after this. */
+/*
+ * Bytes by TCP were acknowledged. A thread that has filled the send buffer still
+ * waits in write for this, and the kernel wakes it only after us: when it comes
+ * to read, its socket has left.
+ */
 static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct tcp_sock *tp;
 	struct sending *dir;
 	struct member *self;
 	struct pair *pair;
@@ -751,9 +749,12 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 		return;
 	own = self->side & 1;
 	pair = bpf_map_lookup_elem(&pairs, &self->pair);
-	if (!pair)
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!pair || !tp)
 		return;
 	dir = &pair->side[own].sending;
+	if (tp->inet_conn.icsk_inet.sk.sk_socket->flags & SOCK_NOSPACE && may_sleep(tp))
+		dir->leave = true;
 	if (dir->leave)
 		take_out(pair, own);
 	if (dir->peer_leave && pair->state & PAIR_SERVER_JOINED)
@@ -799,7 +800,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	bpf_map_delete_elem(&pairs, &self->pair);
 }
 
-/* Returns 1 from every path: 0 would be taken for an error (DESIGN section 3). */
+/* Returns 1 from every path: 0 would be taken for an error of all programs on the cgroup. */
 SEC("sockops")
 int track(struct bpf_sock_ops *ctx)
 {

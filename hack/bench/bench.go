@@ -153,7 +153,7 @@ func (b *bench) close() error {
 func (b *bench) load() error {
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup, cfg.PinDir = b.watched, filepath.Join(b.sandbox.BPF, "podshunt")
-	cfg.Sleepers = b.settings.blocking
+	cfg.Sleepers = true // ping-pong and connections wait inside of read
 	d, err := datapath.Open(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
@@ -197,8 +197,9 @@ func (b *bench) alternate(ctx context.Context, r row, p placement, variants []va
 
 func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sample, error) {
 	spec := measure.Spec{
-		Kind: r.kind, Size: r.size, Duration: b.settings.duration, WarmUp: warmUp, NonBlocking: !b.settings.blocking,
-		Listen: netip.AddrPortFrom(b.server.IPv4, port).String(),
+		Kind: r.kind, Size: r.size, Duration: b.settings.duration, WarmUp: warmUp,
+		NonBlocking: r.kind == measure.Stream || b.settings.nonBlocking,
+		Listen:      netip.AddrPortFrom(b.server.IPv4, port).String(),
 	}
 	if v == unixSocket {
 		spec.Listen = filepath.Join(b.sandbox.Base, "server.sock")

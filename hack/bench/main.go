@@ -44,11 +44,11 @@ func body() int {
 
 // settings are the flags.
 type settings struct {
-	rounds   int
-	duration time.Duration
-	kinds    []measure.Kind
-	cores    int
-	blocking bool
+	rounds      int
+	duration    time.Duration
+	kinds       []measure.Kind
+	cores       int
+	nonBlocking bool
 }
 
 func parse(args []string, stderr io.Writer) (settings, error) {
@@ -59,7 +59,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured")
 	flags.DurationVar(&s.duration, "duration", 200*time.Millisecond, "how long one measurement counts")
 	flags.IntVar(&s.cores, "cores", 0, "1: only with both ends on one core, 2: only across two; 0: both")
-	flags.BoolVar(&s.blocking, "blocking", false, "wait inside of read, not by poll; needs a datapath that accepts readers that sleep")
+	flags.BoolVar(&s.nonBlocking, "non-blocking", false, "ping-pong and connections wait by poll(2), as streams always do, not inside of read(2)")
 	flags.Func("only", "kinds to measure, separated by commas (default ping-pong,stream,connect)", func(list string) error {
 		for name := range strings.SplitSeq(list, ",") {
 			if !slices.Contains(all, measure.Kind(name)) {

@@ -78,9 +78,9 @@ func writeHeader(w io.Writer, observer string, args []string, s settings) error 
 	if err := unix.Uname(&uname); err != nil {
 		return fmt.Errorf("read the kernel's release: %w", err)
 	}
-	sockets := "non-blocking: the ends wait by poll(2), as event loops do"
-	if s.blocking {
-		sockets = "blocking: the ends wait inside of read(2)"
+	sockets := "those of streams are non-blocking and waited for by poll(2), the others wait inside of read(2)"
+	if s.nonBlocking {
+		sockets = "all are non-blocking and waited for by poll(2)"
 	}
 	cpu, err := cpuModel()
 	if err != nil {

@@ -43,7 +43,7 @@ func newRows() []row {
 
 // compare measures with the pods opted out, opts them in, and measures again.
 func (d *demo) compare(ctx context.Context) error {
-	d.section("Measurements: non-blocking sockets, both ends pinned to one core")
+	d.section("Measurements: both ends pinned to one core")
 	address := d.address().String()
 	local := filepath.Join(d.sandbox.Base, "server.sock")
 	var set unix.CPUSet
@@ -57,7 +57,7 @@ func (d *demo) compare(ctx context.Context) error {
 	run := func(r row, listen, dial string) (measure.Result, error) {
 		spec := measure.Spec{
 			Kind: r.kind, Size: r.size, Duration: d.duration, WarmUp: warmUp,
-			Listen: listen, Dial: dial, NonBlocking: true,
+			Listen: listen, Dial: dial, NonBlocking: r.kind == measure.Stream,
 		}
 		return measure.Run(ctx, spec, end(d.server.Start, cpu), end(d.client.Start, cpu))
 	}

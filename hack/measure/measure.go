@@ -42,8 +42,8 @@ type Spec struct {
 	Duration, WarmUp time.Duration
 	// Listen is an IPv4 address and port, or the absolute path of a unix socket.
 	Listen string
-	// NonBlocking has the ends wait by poll(2) before they read, as event loops
-	// do; otherwise the read itself waits.
+	// NonBlocking has the ends wait by poll(2) when there is nothing to read or no
+	// room to write; otherwise read and write themselves wait.
 	NonBlocking bool
 	// Dial is where the client connects to, if not to Listen.
 	Dial string

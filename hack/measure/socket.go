@@ -22,7 +22,7 @@ const socketTimeout = 3 // seconds
 // socket is a stream socket.
 type socket struct {
 	fd int
-	// nonBlocking sockets are waited for by poll(2), as event loops do.
+	// nonBlocking sockets are waited for by poll(2).
 	nonBlocking bool
 }
 
@@ -160,12 +160,13 @@ func (s socket) poll(events int16) error {
 
 // read returns io.EOF where read(2) returns 0.
 func (s socket) read(b []byte) (int, error) {
-	if s.nonBlocking {
+	n, errno := s.transfer(unix.SYS_READ, b)
+	for errno == unix.EAGAIN && s.nonBlocking {
 		if err := s.poll(unix.POLLIN); err != nil {
 			return 0, err
 		}
+		n, errno = s.transfer(unix.SYS_READ, b)
 	}
-	n, errno := s.transfer(unix.SYS_READ, b)
 	if errno != 0 {
 		return 0, fmt.Errorf("read: %w", errno)
 	}
