@@ -48,7 +48,9 @@ func check(args *skel.CmdArgs) error {
 func del(args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
-		return err
+		// A runtime undoes a failed ADD with the same section, from the last plugin
+		// to the first: an error would keep the others from giving back what they hold.
+		return nil
 	}
 	id := conf.attachmentID(args)
 	// An agent that cannot be told finds out when the network namespace is

@@ -434,7 +434,7 @@ func TestMalformedConfiguration(t *testing.T) {
 			}
 			return err
 		},
-		"CHECK": check, "DEL": del, "GC": gc, "STATUS": status,
+		"CHECK": check, "GC": gc, "STATUS": status,
 	}
 	for _, tc := range []struct {
 		name  string
@@ -462,6 +462,11 @@ func TestMalformedConfiguration(t *testing.T) {
 				checkCode(t, run(&skel.CmdArgs{ContainerID: "c1", IfName: "eth0", StdinData: tc.stdin}), tc.code, tc.parts...)
 			})
 		}
+		t.Run(tc.name+"/DEL", func(t *testing.T) {
+			if err := del(&skel.CmdArgs{ContainerID: "c1", IfName: "eth0", StdinData: tc.stdin}); err != nil {
+				t.Errorf("got %v, want none: the runtime would not go on to the other plugins", err)
+			}
+		})
 	}
 	for _, verb := range []string{"ADD", "CHECK"} {
 		t.Run("no prevResult/"+verb, func(t *testing.T) {

@@ -65,7 +65,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		PinDir:        api.PinDir,
-		Budget:        4 << 20, // as much as TCP's send buffer may grow to by default
+		Budget:        8 << 20, // TCP's own buffers may grow to 4 and 6 MiB by default
 		MaxPods:       1024,
 		MaxPolicies:   131072,
 		MaxFlows:      32768,
