@@ -78,9 +78,9 @@ func writeHeader(w io.Writer, observer string, args []string, s settings) error 
 	if err := unix.Uname(&uname); err != nil {
 		return fmt.Errorf("read the kernel's release: %w", err)
 	}
-	sockets := "those of streams are non-blocking and waited for by poll(2), the others wait inside of read(2)"
+	sockets := "non-blocking and waited for by poll(2) in streams, waiting inside of read(2) in the others"
 	if s.nonBlocking {
-		sockets = "all are non-blocking and waited for by poll(2)"
+		sockets = "non-blocking and waited for by poll(2)"
 	}
 	cpu, err := cpuModel()
 	if err != nil {
