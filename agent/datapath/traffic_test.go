@@ -246,7 +246,9 @@ func TestStreams(t *testing.T) {
 			if sum.ShortcutBytes == 0 {
 				t.Error("nothing took the shortcut")
 			}
-			if got, want := sum.ShortcutBytes+sum.TCPBytes, uint64(2*tc.connections*tc.traffic.bytes); got != want {
+			// The last write of each direction may not have met deliver in all its pieces.
+			got, want, slack := sum.ShortcutBytes+sum.TCPBytes, uint64(2*tc.connections*tc.traffic.bytes), uint64(2*tc.connections*tc.traffic.maxWrite)
+			if got > want || got+slack < want {
 				t.Errorf("got %d bytes accounted for, want %d", got, want)
 			}
 			if tc.traffic.readerPause > 0 && (after["message_budget"] == 0 || int(sum.Switches) <= 2*tc.connections) {

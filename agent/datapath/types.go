@@ -63,7 +63,10 @@ type Direction struct {
 	// ReadFlags are the recv flags of the receiver that this kernel does not
 	// serve on redirected data (MSG_WAITALL and others); 0 if it used none.
 	ReadFlags uint32
-	// ShortcutBytes and TCPBytes count what the sender wrote.
+	// ShortcutBytes and TCPBytes count what the sender wrote. While a direction
+	// rests on TCP, the end of its last write may be missing: after a write that
+	// TCP could not take whole, the kernel passes the rest on without asking again
+	// (psock->eval in tcp_bpf_send_verdict, Linux 6.18).
 	ShortcutBytes, TCPBytes uint64
 	// Unread is what the receiver has not been seen to read, at most.
 	Unread uint64
