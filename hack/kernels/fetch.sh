@@ -13,12 +13,20 @@ out=$top/.cache/kernels/$series
 modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag"
 
 [ -f "$out/base.cpio" ] && exit 0
-if ! command -v qemu-system-x86_64 busybox depmod cpio xz >/dev/null; then
+for tool in qemu-system-x86_64 busybox depmod cpio xz; do
+	command -v "$tool" >/dev/null && continue
 	apt-get update -q
 	apt-get install -qy --no-install-recommends qemu-system-x86 busybox-static kmod cpio xz-utils
+	break
+done
+newest() {
+	apt-cache search --names-only "^linux-image-$series\\.[0-9]+.*-cloud-amd64\$" | cut -d' ' -f1 | sort -V | tail -n 1
+}
+package=$(newest)
+if [ -z "$package" ]; then # perhaps a machine that has no lists yet
+	apt-get update -q
+	package=$(newest)
 fi
-package=$(apt-cache search --names-only "^linux-image-$series\\.[0-9]+.*-cloud-amd64\$" |
-	cut -d' ' -f1 | sort -V | tail -n 1)
 [ -n "$package" ] || { echo "kernels: apt has no cloud kernel of series $series" >&2; exit 3; }
 
 work=$(mktemp -d)
