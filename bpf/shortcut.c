@@ -172,7 +172,7 @@ static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __
 	return copied_seq == write_seq && (__u64)cookie == pair->cookie[peer];
 }
 
-/* A failed read counts as present: the socket is going away, TCP knows what to do. */
+/* OUTCOME_SHORTCUT: none. A failed read counts as one: the socket is going away. */
 static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32 peer)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
@@ -188,11 +188,11 @@ static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32
 }
 
 /*
- * The state machine of one direction. Redirected data is
- * read before TCP data, so the order of bytes rests on one condition: every
- * byte that was ever written to TCP has been read. write_seq cannot move while
- * we hold the sender's lock, and the peer's copied_seq can only grow up to it:
- * once equal they stay equal until write_seq moves, however it is moved.
+ * The state machine of one direction. Redirected data is read before TCP data,
+ * so the order of bytes rests on one condition: every byte that was ever written
+ * to TCP has been read. write_seq cannot move while we hold the sender's lock,
+ * and the peer's copied_seq can only grow up to it: once equal they stay equal
+ * until write_seq moves, however it is moved.
  *
  * To start redirecting, all these bytes must also have been returned by
  * finished recv calls. A recv that has taken bytes but still waits for more
@@ -206,7 +206,6 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	struct sending *dir = &pair->side[own & 1].sending;
 	const struct receiving *reader = &pair->side[peer & 1].receiving;
 	__u32 write_seq = tp->write_seq;
-	enum outcome obstacle;
 	__s64 unread;
 
 	dir->tcp_bytes += write_seq - dir->last_seq;
@@ -251,10 +250,7 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_UNOBSERVED;
 	if (unread + size > (__s64)set->budget)
 		return OUTCOME_BUDGET;
-	obstacle = peer_obstacle(pair, peer & 1);
-	if (obstacle != OUTCOME_SHORTCUT)
-		return obstacle;
-	return OUTCOME_SHORTCUT;
+	return peer_obstacle(pair, peer & 1);
 }
 
 /* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
@@ -308,7 +304,7 @@ int deliver(struct sk_msg_md *msg)
 		goto pass;
 
 	dir = &pair->side[own].sending;
-	/* A full barrier: either on_ack sees us at work, or we see that a socket leaves. */
+	/* A full barrier: either take_out sees us at work, or we see that a socket leaves. */
 	__sync_fetch_and_or(&dir->busy, 1);
 	outcome = choose(pair, own, set, tp, size);
 	/* SK_DROP here means that the peer has left the SOCKHASH: TCP then answers as always. */
