@@ -500,12 +500,14 @@ static __always_inline void leave(struct bpf_sock *sk, __u64 cookie)
 	bpf_sk_storage_delete(&members, sk);
 }
 
-static __always_inline void handshake_of(const struct pair *pair, struct handshake_key *key)
+static __always_inline void fill_handshake_key(struct handshake_key *key, __u32 client_seq,
+					       __u32 server_seq, const __be32 client_addr[4],
+					       __u16 client_port)
 {
-	key->client_seq = pair->client_seq;
-	key->server_seq = pair->server_seq;
-	__builtin_memcpy(key->addr, pair->client_addr, sizeof(key->addr));
-	key->port = pair->client_port;
+	key->client_seq = client_seq;
+	key->server_seq = server_seq;
+	__builtin_memcpy(key->addr, client_addr, sizeof(key->addr));
+	key->port = client_port;
 	key->reserved = 0;
 }
 
@@ -592,7 +594,7 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	outcome = join(ctx, sk, value.pair, SIDE_CLIENT, value.pair);
 	if (outcome != OUTCOME_PAIRED)
 		goto forget;
-	handshake_of(pair, &key);
+	fill_handshake_key(&key, pair->client_seq, pair->server_seq, client->addr, client->port);
 	/* Two connections with the same numbers cannot be told apart: neither is paired. */
 	if (bpf_map_update_elem(&handshakes, &key, &value, BPF_NOEXIST)) {
 		outcome = OUTCOME_HANDSHAKES_FULL;
@@ -640,11 +642,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 
 	if (!sk)
 		return OUTCOME_UNMATCHED;
-	key.client_seq = ctx->rcv_nxt;
-	key.server_seq = ctx->snd_nxt;
-	__builtin_memcpy(key.addr, client->addr, sizeof(key.addr));
-	key.port = client->port;
-	key.reserved = 0;
+	fill_handshake_key(&key, ctx->rcv_nxt, ctx->snd_nxt, client->addr, client->port);
 	handshake = bpf_map_lookup_elem(&handshakes, &key);
 	if (!handshake)
 		return OUTCOME_UNMATCHED;
@@ -763,7 +761,8 @@ static __always_inline void withdraw(const struct pair *pair)
 	struct handshake_key handshake;
 	struct client_key client;
 
-	handshake_of(pair, &handshake);
+	fill_handshake_key(&handshake, pair->client_seq, pair->server_seq, pair->client_addr,
+			   pair->client_port);
 	bpf_map_delete_elem(&handshakes, &handshake);
 	__builtin_memcpy(client.addr, pair->client_addr, sizeof(client.addr));
 	complete_client_key(&client, pair->client_port, pair->netns[SIDE_CLIENT]);

@@ -62,11 +62,11 @@ func sameProgram(id ebpf.ProgramID, prog *ebpf.Program) (bool, error) {
 }
 
 // keep pins a link and remembers it.
-func (d *Datapath) keep(name, path string, l link.Link) error {
+func (d *Datapath) keep(path string, l link.Link) error {
 	if err := l.Pin(path); err != nil {
 		return errors.Join(fmt.Errorf("pin link %s: %w", path, err), l.Close())
 	}
-	d.links[name] = l
+	d.links = append(d.links, l)
 	return nil
 }
 
@@ -89,7 +89,7 @@ func (d *Datapath) attachTrack(dir string) error {
 			return errors.Join(fmt.Errorf("update link %s: %w", path, err), old.Close())
 		}
 		if ok {
-			d.links[pinTrack] = old
+			d.links = append(d.links, old)
 			return nil
 		}
 		d.log.Warn("pairing moves to another cgroup", "cgroup", d.cfg.Cgroup)
@@ -101,7 +101,7 @@ func (d *Datapath) attachTrack(dir string) error {
 	if err != nil {
 		return fmt.Errorf("attach sock_ops to %s: %w", d.cfg.Cgroup, err)
 	}
-	return d.keep(pinTrack, path, l)
+	return d.keep(path, l)
 }
 
 // attachedTo tells whether a link is on this very cgroup; a cgroup's id is its inode number.
@@ -135,12 +135,12 @@ func (d *Datapath) attachDeliver(dir string) error {
 				return errors.Join(fmt.Errorf("update link %s: %w", path, err), old.Close())
 			}
 		}
-		d.links[pinDeliver] = old
+		d.links = append(d.links, old)
 		return nil
 	}
 	l, err := link.AttachRawLink(link.RawLinkOptions{Target: sockets.FD(), Program: prog, Attach: ebpf.AttachSkMsgVerdict})
 	if err == nil {
-		return d.keep(pinDeliver, path, l)
+		return d.keep(path, l)
 	}
 	// On a kernel without the link this also replaces what is attached.
 	rawErr := link.RawAttachProgram(link.RawAttachProgramOptions{Target: sockets.FD(), Program: prog, Attach: ebpf.AttachSkMsgVerdict})
@@ -165,7 +165,7 @@ func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) erro
 			continue
 		}
 		if kind == observer && same {
-			d.links[pinObserve] = old
+			d.links = append(d.links, old)
 			return nil
 		}
 		d.log.Info("observer replaced: flows that are read meanwhile stay on TCP", "from", kind, "to", observer)
@@ -177,7 +177,7 @@ func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) erro
 	if err != nil {
 		return fmt.Errorf("attach observer %s: %w", observer, err)
 	}
-	return d.keep(pinObserve, filepath.Join(dir, pinObserve+observer), l)
+	return d.keep(filepath.Join(dir, pinObserve+observer), l)
 }
 
 // detach deletes the pins and with them, once this process lets go, everything

@@ -100,7 +100,7 @@ type Datapath struct {
 	log      *slog.Logger
 	observer string
 	objects  *ebpf.Collection
-	links    map[string]link.Link
+	links    []link.Link
 	lock     *os.File // the pin directory
 
 	mu       sync.Mutex // guards what follows, and writes to the policy map
@@ -141,7 +141,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, fmt.Errorf("remove unfinished pins: %w", err)
 	}
 
-	d := &Datapath{cfg: cfg, log: log, links: map[string]link.Link{}}
+	d := &Datapath{cfg: cfg, log: log}
 	if _, err := os.Stat(cfg.PinDir); err == nil {
 		if err := d.takeOver(); err != nil {
 			return nil, errors.Join(fmt.Errorf("take over the pins in %s: %w", cfg.PinDir, err), d.Close())
@@ -365,7 +365,7 @@ func (d *Datapath) Close() error {
 	for _, l := range d.links {
 		errs = append(errs, l.Close())
 	}
-	clear(d.links)
+	d.links = nil
 	if d.objects != nil {
 		d.objects.Close()
 		d.objects = nil
