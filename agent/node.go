@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
@@ -23,6 +24,7 @@ import (
 type node struct {
 	registry *pods.Registry
 	datapath *datapath.Datapath
+	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
 	log      *slog.Logger
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
@@ -61,6 +63,10 @@ func (n *node) Status() (api.Status, error) {
 	}
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
+	}
+	if n.keeper != nil {
+		state := n.keeper.State()
+		status.CNI = &state
 	}
 	var err1, err2 error
 	status.Maps, err1 = n.datapath.Maps()

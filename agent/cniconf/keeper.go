@@ -176,7 +176,7 @@ func (k *Keeper) setState(path string, err error) {
 	switch {
 	case err == nil:
 		k.cfg.Log.Info("cni plugin installed", "conflist", path, "plugin", k.binary.path)
-	case k.stopped, errors.Is(err, errNoNetwork), errors.Is(err, fs.ErrNotExist):
+	case k.stopped, errors.Is(err, errNoNetwork):
 		k.cfg.Log.Info("cni plugin not installed", "err", err)
 	default:
 		k.cfg.Log.Warn("cni plugin not installed as wanted", "conflist", path, "err", err)
@@ -187,8 +187,11 @@ func (k *Keeper) setState(path string, err error) {
 // an error, something is not as wanted.
 func (k *Keeper) install() (string, error) {
 	files, err := readDir(k.cfg.ConfDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
+	}
 	if err != nil {
-		return "", fmt.Errorf("wait for the directory of network configurations: %w", err)
+		return "", err
 	}
 	pluginErr := k.binary.keep()
 	if k.binary.versions == nil {
