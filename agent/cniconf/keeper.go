@@ -33,7 +33,7 @@ import (
 const (
 	// pollInterval is how soon a change is seen that no event tells of: the
 	// directory was made or mounted, or the node is out of inotify watches.
-	pollInterval = time.Second
+	pollInterval = 500 * time.Millisecond
 	// settleTime is how long a change is left alone: files that are written in
 	// place are incomplete for a moment.
 	settleTime = 50 * time.Millisecond
@@ -97,7 +97,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		defer watcher.Close()
 		events, failures = watcher.Events, watcher.Errors
 	} else {
-		k.cfg.Log.Warn("cni directories not watched, but looked at every second", "err", err)
+		k.cfg.Log.Warn("cni directories not watched, but looked at from time to time", "interval", pollInterval.String(), "err", err)
 	}
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()

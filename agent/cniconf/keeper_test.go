@@ -139,8 +139,6 @@ func TestRunKeeps(t *testing.T) {
 		t.Fatal(err)
 	}
 	writeFile(t, path, testList)
-	// No event tells of a directory that is made: this is up to the next look and the time to settle.
-	time.Sleep(pollInterval / 2)
 	eventually(t, "installed when the directory is made", hasContent(path, testBoth))
 	eventually(t, "plugin", hasContent(plugin, testPlugin))
 	eventually(t, "state", func() bool { return k.State().Installed })
