@@ -127,32 +127,32 @@ func release(list file) error {
 	for _, extension := range []string{".conf", ".json"} {
 		path := base + extension
 		kept := path + keptExtension
-		conf, err := os.ReadFile(path)
-		original, keptErr := os.ReadFile(kept)
-		switch {
-		case keptErr == nil && wraps(list.data, original) && errors.Is(err, fs.ErrNotExist):
+		// A list that was changed since stays, and what is kept is out of date.
+		if !standsFor(list, kept) && !standsFor(list, path) {
+			if err := removeIfThere(kept); err != nil {
+				return err
+			}
+			continue
+		}
+		// The owner may have written it again.
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 			if err := os.Rename(kept, path); err != nil {
 				return err
 			}
-			fallthrough
-		case err == nil && wraps(list.data, conf), keptErr == nil && wraps(list.data, original):
-			// The lone configuration is back, by us or by its owner.
-			if err := os.Remove(list.path); err != nil {
-				return err
-			}
-			return errors.Join(removeIfThere(kept), syncDir(filepath.Dir(path)))
-		case keptErr == nil:
-			// The list was changed since: it stays, and what is kept is out of date.
-			if err := os.Remove(kept); err != nil {
-				return err
-			}
 		}
+		return errors.Join(os.Remove(list.path), removeIfThere(kept), syncDir(filepath.Dir(path)))
 	}
 	rest, err := Remove(list.data)
 	if err != nil {
 		return fmt.Errorf("take entry out of %s: %w", list.path, err)
 	}
 	return replace(list, rest)
+}
+
+// standsFor tells whether a list is one that was made of the lone configuration at path.
+func standsFor(list file, path string) bool {
+	conf, err := os.ReadFile(path)
+	return err == nil && holdsOurs(list.data) && wraps(list.data, conf)
 }
 
 // convert puts a list in the place of a lone configuration, and keeps that under
@@ -169,8 +169,7 @@ func convert(conf file, list []byte, files []file) (string, error) {
 		switch {
 		case f.path == target.path:
 			// A list of ours is there if a conversion was not completed, or if the owner has written its configuration again.
-			original, _ := os.ReadFile(kept)
-			if !holdsOurs(f.data) || !wraps(f.data, conf.data) && !wraps(f.data, original) {
+			if !standsFor(f, conf.path) && !standsFor(f, kept) {
 				return "", fmt.Errorf("%s is in the way of a list for %s: delete the one that is not needed", f.path, conf.path)
 			}
 			target = f
