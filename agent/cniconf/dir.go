@@ -54,10 +54,7 @@ func readDir(dir string) ([]file, error) {
 	var files []file
 	for _, path := range paths {
 		f := file{path: path}
-		if f.data, f.err = os.ReadFile(path); errors.Is(f.err, fs.ErrNotExist) {
-			continue
-		}
-		if f.err == nil {
+		if f.data, f.err = os.ReadFile(path); f.err == nil {
 			if f.isList() {
 				_, f.err = libcni.ConfListFromFile(path)
 			} else {
