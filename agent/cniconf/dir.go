@@ -19,7 +19,7 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Runtimes look at names with the extensions of extensions() only.
+// Runtimes look at names that end in .conf, .conflist or .json only.
 const (
 	listExtension = ".conflist"
 	// keptExtension is added to the name of a lone configuration that a list of ours stands for.
@@ -27,8 +27,6 @@ const (
 	// tempExtension is added to the name of a file that is being written.
 	tempExtension = keptExtension + "-new"
 )
-
-func extensions() []string { return []string{".conf", listExtension, ".json"} }
 
 // file is a file of the configuration directory as a runtime looks at it.
 type file struct {
@@ -46,7 +44,7 @@ func readDir(dir string) ([]file, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
 	}
-	paths, err := libcni.ConfFiles(dir, extensions())
+	paths, err := libcni.ConfFiles(dir, []string{".conf", listExtension, ".json"})
 	if err != nil {
 		return nil, err
 	}
@@ -232,21 +230,25 @@ func write(path string, data []byte, like string) error {
 	if err == nil {
 		err = f.Chmod(info.Mode())
 	}
-	return publish(f, err, path)
+	return publish(temp, finish(f, err), path)
 }
 
-// publish closes a temporary file and, unless err says that it is not complete,
-// renames it to path. Its data are on disk before its name.
-func publish(f *os.File, err error, path string) error {
+// finish closes a file, whose data are on disk then unless err says that it is
+// not complete.
+func finish(f *os.File, err error) error {
 	if err == nil {
 		err = f.Sync()
 	}
-	err = errors.Join(err, f.Close())
+	return errors.Join(err, f.Close())
+}
+
+// publish renames a finished file to path, or deletes it after an error.
+func publish(temp string, err error, path string) error {
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = os.Rename(temp, path)
 	}
 	if err != nil {
-		return errors.Join(err, removeIfThere(f.Name()))
+		return errors.Join(err, removeIfThere(temp))
 	}
 	return syncDir(filepath.Dir(path))
 }
