@@ -62,11 +62,11 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 		return "the other end is not a pod of this node that takes part"
 	}
 	d := policy.Explain(policy.Pod{ID: client.NetnsCookie, Settings: client.Settings},
-		policy.Pod{ID: server.NetnsCookie, Settings: server.Settings}, port, v.now)
+		policy.Pod{ID: server.NetnsCookie, Settings: server.Settings}, port, policy.Cluster{}, v.now)
 	if d.Verdict == policy.Allow {
 		return ""
 	}
-	return d.Reason.String()
+	return d.String()
 }
 
 func end(p *pods.Pod, address netip.AddrPort) api.FlowEnd {

@@ -258,7 +258,17 @@ type kernel struct {
 	*datapath.Datapath
 }
 
-func (k kernel) SetPolicy(rules []policy.Rule) error {
+func (k kernel) SetPolicy(rules []policy.Rule) error { return k.Datapath.SetPolicy(convert(rules)) }
+
+func (k kernel) UpdatePolicy(changed []policy.PairRules) error {
+	converted := make([]datapath.PairRules, len(changed))
+	for i, pair := range changed {
+		converted[i] = datapath.PairRules{Client: pair.Client, Server: pair.Server, Rules: convert(pair.Rules)}
+	}
+	return k.Datapath.UpdatePolicy(converted)
+}
+
+func convert(rules []policy.Rule) []datapath.Rule {
 	converted := make([]datapath.Rule, len(rules))
 	for i, r := range rules {
 		converted[i] = datapath.Rule{
@@ -266,7 +276,7 @@ func (k kernel) SetPolicy(rules []policy.Rule) error {
 			Verdict: verdict(r.Decision.Verdict), Reason: uint32(r.Decision.Reason),
 		}
 	}
-	return k.Datapath.SetPolicy(converted)
+	return converted
 }
 
 func verdict(v policy.Verdict) datapath.Verdict {

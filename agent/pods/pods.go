@@ -39,6 +39,8 @@ type Datapath interface {
 	Enrolled() ([]uint64, error)
 	// SetPolicy replaces the whole policy.
 	SetPolicy(rules []policy.Rule) error
+	// UpdatePolicy replaces the rules of the pairs of pods that are named.
+	UpdatePolicy(changed []policy.PairRules) error
 }
 
 // Config is what a Registry works with; all of it but Refusal is required.
@@ -86,10 +88,11 @@ type Registry struct {
 
 	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
 	enrolled map[uint64]bool
-	// The policy in the kernel was compiled from policyPods and holds until policyEnd.
+	// compiler is nil until the whole policy is in the kernel. It was compiled from
+	// policyPods and holds until policyEnd.
+	compiler   *policy.Compiler
 	policyPods []policy.Pod
 	policyEnd  time.Time
-	policySet  bool
 	policyErr  error
 
 	// faults are those that have been logged and still last.
@@ -359,13 +362,32 @@ func (r *Registry) setPolicy() {
 
 	now := r.cfg.Now()
 	ended := !r.policyEnd.IsZero() && !now.Before(r.policyEnd)
-	if r.policySet && r.policyErr == nil && !ended && reflect.DeepEqual(taking, r.policyPods) {
+	if r.compiler != nil && !ended && reflect.DeepEqual(taking, r.policyPods) {
 		return
 	}
-	rules, end := policy.Compile(taking, now)
-	err := r.cfg.Datapath.SetPolicy(rules)
-	r.policyPods, r.policyEnd, r.policySet, r.policyErr = taking, end, true, err
-	r.complain("policy", "policy not complete, what is missing stays on TCP", err)
+	r.policyErr = r.writePolicy(taking, now)
+	if r.policyErr != nil {
+		r.compiler = nil
+	}
+	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
+}
+
+// writePolicy writes what has changed, and all of it the first time and after an error.
+func (r *Registry) writePolicy(taking []policy.Pod, now time.Time) error {
+	whole := r.compiler == nil
+	if whole {
+		r.compiler = &policy.Compiler{}
+	}
+	changed, end := r.compiler.Update(taking, policy.Cluster{}, now)
+	r.policyPods, r.policyEnd = taking, end
+	if !whole {
+		return r.cfg.Datapath.UpdatePolicy(changed)
+	}
+	var rules []policy.Rule
+	for _, pair := range changed {
+		rules = append(rules, pair.Rules...)
+	}
+	return r.cfg.Datapath.SetPolicy(rules)
 }
 
 // release takes out the pods that do not take part any more. Their policy is

@@ -73,6 +73,17 @@ func (k *fakeKernel) SetPolicy(rules []policy.Rule) error {
 	return nil
 }
 
+// UpdatePolicy is logged with the number of all rules, as SetPolicy.
+func (k *fakeKernel) UpdatePolicy(changed []policy.PairRules) error {
+	rules := slices.DeleteFunc(slices.Clone(k.rules), func(r policy.Rule) bool {
+		return slices.ContainsFunc(changed, func(p policy.PairRules) bool { return p.Client == r.Client && p.Server == r.Server })
+	})
+	for _, pair := range changed {
+		rules = append(rules, pair.Rules...)
+	}
+	return k.SetPolicy(rules)
+}
+
 // fixture is a registry on a fake kernel, with a clock that stands still.
 type fixture struct {
 	*Registry

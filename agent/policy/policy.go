@@ -7,8 +7,11 @@ package policy
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
+
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -70,30 +73,94 @@ func (r Reason) String() string {
 // Settings, which is a pod that was not opted in.
 type Pod struct {
 	// ID is the cookie of the pod's network namespace.
-	ID       uint64
+	ID              uint64
+	Namespace, Name string
+	Labels          map[string]string
+	Addresses       []netip.Addr
+	// Ports are the container ports that have a name, those of TCP.
+	Ports    []NamedPort
 	Settings api.Settings
+	// Bandwidth is the name of the annotation that limits the pod's bandwidth, if
+	// there is one.
+	Bandwidth string
 }
 
-// Decision is a verdict and its reason.
+// NamedPort is a container port with a name.
+type NamedPort struct {
+	Name   string
+	Number uint16
+}
+
+// Cluster is what NetworkPolicies are evaluated with. Its objects do not change
+// once they are handed over: the same pointer is the same policy.
+type Cluster struct {
+	// Namespaces are the labels of namespaces by name.
+	Namespaces map[string]map[string]string
+	Policies   []*networkingv1.NetworkPolicy
+}
+
+// Decision is a verdict, its reason, and what refuses, in words for users.
 type Decision struct {
 	Verdict Verdict
 	Reason  Reason
+	// Object is empty where the reason says it all.
+	Object string
+}
+
+// String returns the text that users read.
+func (d Decision) String() string {
+	if d.Object == "" {
+		return d.Reason.String()
+	}
+	return d.Reason.String() + ": " + d.Object
 }
 
 // Rule holds for connections from the pod Client to the server ports of the pod
-// Server; both are Pod.ID.
+// Server; both are Pod.ID. The Object of its Decision is empty; Explain has it.
 type Rule struct {
 	Client, Server uint64
 	Ports          api.PortRange
 	Decision       Decision
 }
 
-// Compile returns the rules for every ordered pair of the opted-in pods, a pod
-// with itself included: that is loopback inside the pod. Pairs without a rule
-// are refused. The first rule of a pair is over all ports, 0 to 65535; those
-// that follow it are narrower, override it and do not overlap each other. until
-// is when the rules will change without a change of the pods, zero for never.
-func Compile(pods []Pod, now time.Time) (rules []Rule, until time.Time) {
+// PairRules are all rules of an ordered pair of pods; none if it is refused.
+type PairRules struct {
+	Client, Server uint64
+	Rules          []Rule
+}
+
+// Compiler turns pods into rules, again after every change. Its zero value is
+// ready; it is not safe for concurrent use.
+type Compiler struct {
+	last map[[2]uint64][]Rule
+}
+
+// Update returns the pairs whose rules differ from those after the last Update,
+// and when rules will change by time alone, zero for never. There are rules for
+// every ordered pair of opted-in pods, a pod with itself included: that is
+// loopback inside the pod.
+func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []PairRules, until time.Time) {
+	rules, until := compile(pods, now)
+	next := map[[2]uint64][]Rule{}
+	for _, r := range rules {
+		key := [2]uint64{r.Client, r.Server}
+		next[key] = append(next[key], r)
+	}
+	for key, rules := range next {
+		if !slices.Equal(rules, c.last[key]) {
+			changed = append(changed, PairRules{key[0], key[1], rules})
+		}
+	}
+	for key := range c.last {
+		if next[key] == nil {
+			changed = append(changed, PairRules{Client: key[0], Server: key[1]})
+		}
+	}
+	c.last = next
+	return changed, until
+}
+
+func compile(pods []Pod, now time.Time) (rules []Rule, until time.Time) {
 	for _, server := range pods {
 		if !server.Settings.Enabled {
 			continue
@@ -118,8 +185,8 @@ func Compile(pods []Pod, now time.Time) (rules []Rule, until time.Time) {
 	return rules, until
 }
 
-// Explain decides one connection. It agrees with the rules of Compile.
-func Explain(client, server Pod, port uint16, now time.Time) Decision {
+// Explain decides one connection. It agrees with the rules of a Compiler.
+func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) Decision {
 	if d, ok := decidePair(client, server, now); ok {
 		return d
 	}
@@ -130,13 +197,13 @@ func Explain(client, server Pod, port uint16, now time.Time) Decision {
 func decidePair(client, server Pod, now time.Time) (Decision, bool) {
 	switch {
 	case !client.Settings.Enabled:
-		return Decision{Refuse, ClientNotOptedIn}, true
+		return Decision{Verdict: Refuse, Reason: ClientNotOptedIn}, true
 	case !server.Settings.Enabled:
-		return Decision{Refuse, ServerNotOptedIn}, true
+		return Decision{Verdict: Refuse, Reason: ServerNotOptedIn}, true
 	case client.Settings.PausedUntil.After(now):
-		return Decision{Hold, ClientPaused}, true
+		return Decision{Verdict: Hold, Reason: ClientPaused}, true
 	case server.Settings.PausedUntil.After(now):
-		return Decision{Hold, ServerPaused}, true
+		return Decision{Verdict: Hold, Reason: ServerPaused}, true
 	}
 	return Decision{}, false
 }
@@ -147,11 +214,11 @@ func decidePort(server api.Settings, port uint16) Decision {
 	}
 	switch {
 	case len(server.Ports) > 0 && !in(server.Ports):
-		return Decision{Refuse, PortNotListed}
+		return Decision{Verdict: Refuse, Reason: PortNotListed}
 	case in(server.ExcludePorts):
-		return Decision{Refuse, PortExcluded}
+		return Decision{Verdict: Refuse, Reason: PortExcluded}
 	}
-	return Decision{Allow, Allowed}
+	return Decision{Verdict: Allow, Reason: Allowed}
 }
 
 type portsDecision struct {

@@ -26,9 +26,9 @@ func TestCompile(t *testing.T) {
 	later, latest := now.Add(time.Minute), now.Add(time.Hour)
 	all := api.PortRange{First: 0, Last: 65535}
 	on := api.Settings{Enabled: true}
-	allow := Decision{Allow, Allowed}
-	notListed := Decision{Refuse, PortNotListed}
-	excluded := Decision{Refuse, PortExcluded}
+	allow := Decision{Verdict: Allow, Reason: Allowed}
+	notListed := Decision{Verdict: Refuse, Reason: PortNotListed}
+	excluded := Decision{Verdict: Refuse, Reason: PortExcluded}
 
 	for _, tc := range []struct {
 		name  string
@@ -39,14 +39,14 @@ func TestCompile(t *testing.T) {
 		{name: "no pods"},
 		{
 			name: "not opted in",
-			pods: []Pod{{1, api.Settings{}}, {2, on}, {3, api.Settings{PausedUntil: later}}},
+			pods: []Pod{{ID: 1, Settings: api.Settings{}}, {ID: 2, Settings: on}, {ID: 3, Settings: api.Settings{PausedUntil: later}}},
 			rules: []Rule{
 				{2, 2, all, allow},
 			},
 		},
 		{
 			name: "every ordered pair and loopback",
-			pods: []Pod{{1, on}, {2, on}},
+			pods: []Pod{{ID: 1, Settings: on}, {ID: 2, Settings: on}},
 			rules: []Rule{
 				{1, 1, all, allow},
 				{2, 1, all, allow},
@@ -56,7 +56,7 @@ func TestCompile(t *testing.T) {
 		},
 		{
 			name: "listed ports",
-			pods: []Pod{{1, api.Settings{Enabled: true, Ports: ports(8000, 8010, 80, 80)}}},
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(8000, 8010, 80, 80)}}},
 			rules: []Rule{
 				{1, 1, all, notListed},
 				{1, 1, api.PortRange{First: 80, Last: 80}, allow},
@@ -65,7 +65,7 @@ func TestCompile(t *testing.T) {
 		},
 		{
 			name: "excluded ports",
-			pods: []Pod{{1, api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
 			rules: []Rule{
 				{1, 1, all, allow},
 				{1, 1, api.PortRange{First: 22, Last: 22}, excluded},
@@ -73,7 +73,7 @@ func TestCompile(t *testing.T) {
 		},
 		{
 			name: "exclusion wins over the list",
-			pods: []Pod{{1, api.Settings{Enabled: true, Ports: ports(10, 20), ExcludePorts: ports(15, 30)}}},
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20), ExcludePorts: ports(15, 30)}}},
 			rules: []Rule{
 				{1, 1, all, notListed},
 				{1, 1, api.PortRange{First: 10, Last: 14}, allow},
@@ -82,57 +82,57 @@ func TestCompile(t *testing.T) {
 		},
 		{
 			name:  "overlapping and adjacent ranges are one",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(10, 20, 15, 30, 31, 40)}}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20, 15, 30, 31, 40)}}},
 			rules: []Rule{{1, 1, all, notListed}, {1, 1, api.PortRange{First: 10, Last: 40}, allow}},
 		},
 		{
 			name:  "all ports listed",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(1, 65535)}}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(1, 65535)}}},
 			rules: []Rule{{1, 1, all, allow}},
 		},
 		{
 			name:  "all ports excluded",
-			pods:  []Pod{{1, api.Settings{Enabled: true, ExcludePorts: ports(1, 65535)}}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(1, 65535)}}},
 			rules: []Rule{{1, 1, all, excluded}},
 		},
 		{
 			name:  "last port",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(65535, 65535)}}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(65535, 65535)}}},
 			rules: []Rule{{1, 1, all, notListed}, {1, 1, api.PortRange{First: 65535, Last: 65535}, allow}},
 		},
 		{
 			name: "pause holds both roles and the earliest end counts",
 			pods: []Pod{
-				{1, api.Settings{Enabled: true, PausedUntil: latest, Ports: ports(80, 80)}},
-				{2, api.Settings{Enabled: true, PausedUntil: later}},
+				{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: latest, Ports: ports(80, 80)}},
+				{ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later}},
 			},
 			rules: []Rule{
-				{1, 1, all, Decision{Hold, ClientPaused}},
-				{2, 1, all, Decision{Hold, ClientPaused}},
-				{1, 2, all, Decision{Hold, ClientPaused}},
-				{2, 2, all, Decision{Hold, ClientPaused}},
+				{1, 1, all, Decision{Verdict: Hold, Reason: ClientPaused}},
+				{2, 1, all, Decision{Verdict: Hold, Reason: ClientPaused}},
+				{1, 2, all, Decision{Verdict: Hold, Reason: ClientPaused}},
+				{2, 2, all, Decision{Verdict: Hold, Reason: ClientPaused}},
 			},
 			until: later,
 		},
 		{
 			name: "paused server",
-			pods: []Pod{{1, on}, {2, api.Settings{Enabled: true, PausedUntil: later, Ports: ports(80, 80)}}},
+			pods: []Pod{{ID: 1, Settings: on}, {ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later, Ports: ports(80, 80)}}},
 			rules: []Rule{
 				{1, 1, all, allow},
-				{2, 1, all, Decision{Hold, ClientPaused}},
-				{1, 2, all, Decision{Hold, ServerPaused}},
-				{2, 2, all, Decision{Hold, ClientPaused}},
+				{2, 1, all, Decision{Verdict: Hold, Reason: ClientPaused}},
+				{1, 2, all, Decision{Verdict: Hold, Reason: ServerPaused}},
+				{2, 2, all, Decision{Verdict: Hold, Reason: ClientPaused}},
 			},
 			until: later,
 		},
 		{
 			name:  "a pause that is over",
-			pods:  []Pod{{1, api.Settings{Enabled: true, PausedUntil: now}}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: now}}},
 			rules: []Rule{{1, 1, all, allow}},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			rules, until := Compile(tc.pods, now)
+			rules, until := compile(tc.pods, now)
 			if diff := cmp.Diff(tc.rules, rules); diff != "" {
 				t.Errorf("rules (-want +got)\n%s", diff)
 			}
@@ -174,7 +174,7 @@ func TestRandom(t *testing.T) {
 			}
 			pods = append(pods, p)
 		}
-		rules, _ := Compile(pods, now)
+		rules, _ := compile(pods, now)
 		for _, client := range pods {
 			for _, server := range pods {
 				table := naive(client, server, now)
@@ -186,9 +186,9 @@ func TestRandom(t *testing.T) {
 				}
 				for range 50 {
 					port := 1 + random.IntN(45)
-					got, want := Explain(client, server, uint16(port), now), applied[port]
+					got, want := Explain(client, server, uint16(port), Cluster{}, now), applied[port]
 					if !client.Settings.Enabled || !server.Settings.Enabled {
-						want = Decision{Refuse, got.Reason}
+						want = Decision{Verdict: Refuse, Reason: got.Reason}
 					}
 					if got != want {
 						t.Fatalf("%+v to %+v port %d: Explain says %+v, Compile %+v", client, server, port, got, want)
