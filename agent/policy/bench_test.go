@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -94,8 +93,8 @@ func benchmarkUpdate(b *testing.B, change func(pods []Pod, cluster *Cluster) []P
 
 func BenchmarkPodChange(b *testing.B) {
 	benchmarkUpdate(b, func(pods []Pod, _ *Cluster) []Pod {
-		pods[100].Labels = maps.Clone(pods[100].Labels)
-		pods[100].Labels["app"] = "app0"
+		pods[107].Labels = maps.Clone(pods[107].Labels)
+		pods[107].Labels["app"] = "app0"
 		return pods
 	})
 }
@@ -128,4 +127,3 @@ func BenchmarkExplain(b *testing.B) {
 		Explain(pods[10], pods[200], 8080, cluster, time.Unix(1_000_000, 0))
 	}
 }
-

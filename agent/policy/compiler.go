@@ -52,23 +52,23 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 		if end := asked.Settings.PausedUntil; end.After(now) && (until.IsZero() || end.Before(until)) {
 			until = end
 		}
-		next := newPod(asked, cluster, now)
-		if last := before[asked.ID]; last != nil && last.sameAs(next) {
-			next = last
-			next.changed = false
+		p := before[asked.ID]
+		if p != nil && p.isStill(asked, cluster, now) {
+			p.changed = false
 			for _, n := range removed {
-				next.drop(n)
+				p.drop(n)
 			}
 			for _, n := range added {
-				next.take(n)
+				p.take(n)
 			}
 		} else {
+			p = newPod(asked, cluster, now)
 			for _, n := range c.policies {
-				next.take(n)
+				p.take(n)
 			}
 		}
-		c.pods[next.ID] = next
-		order = append(order, next)
+		c.pods[p.ID] = p
+		order = append(order, p)
 	}
 	for _, server := range order {
 		for _, client := range order {
@@ -186,12 +186,12 @@ type end struct {
 func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 	p := &pod{
 		Pod: asked, all: allPorts(), listed: allPorts(),
-		notExcluded: newPortSet(asked.Settings.ExcludePorts...).complement(),
+		notExcluded: newPortSet(slices.Clone(asked.Settings.ExcludePorts)).complement(),
 		paused:      asked.Settings.PausedUntil.After(now),
 		changed:     true,
 	}
 	if len(asked.Settings.Ports) > 0 {
-		p.listed = newPortSet(asked.Settings.Ports...)
+		p.listed = newPortSet(slices.Clone(asked.Settings.Ports))
 	}
 	p.namespaceLabels, p.namespaceKnown = cluster.Namespaces[asked.Namespace]
 	for _, address := range asked.Addresses {
@@ -208,10 +208,11 @@ func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 	return p
 }
 
-// sameAs tells whether two pods differ in nothing but the policies that they have taken.
-func (p *pod) sameAs(other *pod) bool {
-	return p.paused == other.paused && p.namespaceKnown == other.namespaceKnown &&
-		maps.Equal(p.namespaceLabels, other.namespaceLabels) && reflect.DeepEqual(p.Pod, other.Pod)
+// isStill tells whether newPod would make the same of asked.
+func (p *pod) isStill(asked Pod, cluster Cluster, now time.Time) bool {
+	namespaceLabels, known := cluster.Namespaces[asked.Namespace]
+	return p.paused == asked.Settings.PausedUntil.After(now) && p.namespaceKnown == known &&
+		maps.Equal(p.namespaceLabels, namespaceLabels) && reflect.DeepEqual(p.Pod, asked)
 }
 
 // take lets a policy have its say about the pod: as one that it isolates, and as
@@ -227,7 +228,7 @@ func (p *pod) take(n *networkPolicy) {
 			p.isolatedBy[d] = append(p.isolatedBy[d], n)
 		}
 		for _, e := range p.ends {
-			if ports := n.allows(d, p, e.address); len(ports.numbers) > 0 || len(ports.names) > 0 {
+			if ports := n.allows(d, p, e.address); len(ports.ranges) > 0 || len(ports.names) > 0 {
 				e.allowed[d][n] = ports
 			}
 		}
@@ -250,11 +251,13 @@ func (p *pod) drop(n *networkPolicy) {
 func (p *pod) allowedWith(d direction, other, server *pod) portSet {
 	common := other.all
 	for _, e := range other.ends {
-		var ports portSet
+		ports := make([]api.PortRange, 0, 8)
 		for _, n := range p.isolatedBy[d] {
-			ports = ports.union(e.allowed[d][n].of(server))
+			if allowed, ok := e.allowed[d][n]; ok {
+				ports = allowed.appendTo(ports, server)
+			}
 		}
-		common = common.intersect(ports)
+		common = common.intersect(newPortSet(ports))
 	}
 	return common
 }

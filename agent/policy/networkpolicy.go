@@ -14,6 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/podshunt/podshunt/api"
 )
 
 type direction int
@@ -44,8 +46,8 @@ type rule struct {
 
 // rulePorts are ports by number, and by the names that they have in the server.
 type rulePorts struct {
-	numbers portSet
-	names   []string
+	ranges []api.PortRange
+	names  []string
 }
 
 // peer is either the addresses of block that are in none of except, or the pods
@@ -113,7 +115,7 @@ func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []net
 		r.peers = append(r.peers, p)
 	}
 	if len(ports) == 0 {
-		r.ports.numbers = allPorts()
+		r.ports.ranges = allPorts()
 	}
 	for i := range ports {
 		parsed, ok := parsePorts(&ports[i])
@@ -160,7 +162,7 @@ func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok boo
 	port, end := object.Port, object.EndPort
 	switch {
 	case port == nil:
-		ports.numbers, ok = allPorts(), end == nil
+		ports.ranges, ok = allPorts(), end == nil
 	case port.Type == intstr.String:
 		ports.names, ok = []string{port.StrVal}, end == nil
 	default:
@@ -169,7 +171,7 @@ func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok boo
 			last = *end
 		}
 		if ok = 1 <= first && first <= last && last <= 65535; ok {
-			ports.numbers = portSet{{First: uint16(first), Last: uint16(last)}}
+			ports.ranges = []api.PortRange{{First: uint16(first), Last: uint16(last)}}
 		}
 	}
 	if object.Protocol == nil {
@@ -185,22 +187,18 @@ func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok boo
 }
 
 func (p rulePorts) union(other rulePorts) rulePorts {
-	p.numbers = p.numbers.union(other.numbers)
-	if len(other.names) > 0 {
-		p.names = slices.Concat(p.names, other.names)
-	}
-	return p
+	return rulePorts{slices.Concat(p.ranges, other.ranges), slices.Concat(p.names, other.names)}
 }
 
-// of returns the ports of a server; a name may be that of several.
-func (p rulePorts) of(server *pod) portSet {
-	set := p.numbers
+// appendTo appends the ports of a server to ranges; a name may be that of several.
+func (p rulePorts) appendTo(ranges []api.PortRange, server *pod) []api.PortRange {
+	ranges = append(ranges, p.ranges...)
 	for _, port := range server.Ports {
 		if slices.Contains(p.names, port.Name) {
-			set = set.union(portSet{{First: port.Number, Last: port.Number}})
+			ranges = append(ranges, api.PortRange{First: port.Number, Last: port.Number})
 		}
 	}
-	return set
+	return ranges
 }
 
 // selects tells whether the policy isolates a pod in any direction.

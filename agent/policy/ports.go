@@ -13,11 +13,11 @@ import (
 // It is not changed once it is made. Port 0 is never in it: nobody listens there.
 type portSet []api.PortRange
 
-func newPortSet(ranges ...api.PortRange) portSet {
-	sorted := slices.Clone(ranges)
-	slices.SortFunc(sorted, func(a, b api.PortRange) int { return cmp.Compare(a.First, b.First) })
-	var set portSet
-	for _, r := range sorted {
+// newPortSet makes a set of ranges in any order, in their place.
+func newPortSet(ranges []api.PortRange) portSet {
+	slices.SortFunc(ranges, func(a, b api.PortRange) int { return cmp.Compare(a.First, b.First) })
+	set := ranges[:0]
+	for _, r := range ranges {
 		if n := len(set); n > 0 && int(r.First) <= int(set[n-1].Last)+1 {
 			set[n-1].Last = max(set[n-1].Last, r.Last)
 		} else {
@@ -33,16 +33,6 @@ func (s portSet) isAll() bool { return len(s) == 1 && s[0].First == 1 && s[0].La
 
 func (s portSet) contains(port uint16) bool {
 	return slices.ContainsFunc(s, func(r api.PortRange) bool { return r.First <= port && port <= r.Last })
-}
-
-func (s portSet) union(other portSet) portSet {
-	switch {
-	case len(other) == 0 || s.isAll() || slices.Equal(s, other):
-		return s
-	case len(s) == 0:
-		return other
-	}
-	return newPortSet(slices.Concat(s, other)...)
 }
 
 func (s portSet) intersect(other portSet) portSet {
