@@ -362,13 +362,13 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, `
-agent      v1, running
-kernel     6.18
-observer   tracepoint
-cgroup     /cg
-pins       /pins
-source     no file
-policy     map full
+agent     v1, running
+kernel    6.18
+observer  tracepoint
+cgroup    /cg
+pins      /pins
+source    no file
+policy    map full
 
 HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls
