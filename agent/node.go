@@ -27,7 +27,9 @@ type node struct {
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
 	unloaded atomic.Bool
-	listing  sync.Mutex // held while sockets are listed, so that many askers cost no more than one
+	// removePlugin takes our entry out of the CNI configuration for good; nil where the agent does not keep it.
+	removePlugin func() error
+	listing      sync.Mutex // held while sockets are listed, so that many askers cost no more than one
 }
 
 var _ server.Node = (*node)(nil)
@@ -108,6 +110,26 @@ func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
 	return unload(ctx, n.datapath, newView(n.registry.Snapshot().Pods, time.Now()))
+}
+
+// Uninstall takes the plugin out of the CNI configuration first, so that no new
+// pod asks for an agent that does nothing any more, and unloads.
+func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
+	if n.removePlugin != nil {
+		if err := n.removePlugin(); err != nil {
+			return api.UnloadResult{}, err
+		}
+	}
+	return n.Unload(ctx)
+}
+
+// ready returns why the kernel objects are not there. That no pod may take part
+// is no such reason: the agent does all that it should.
+func (n *node) ready() error {
+	if n.unloaded.Load() {
+		return errors.New("unloaded: nothing is shortcut until the agent is started again")
+	}
+	return nil
 }
 
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,7 +42,9 @@ type config struct {
 	hazards   string
 	logFormat string
 	logLevel  slog.Level
-	datapath  datapath.Config
+	// metricsAddress is where probes and metrics are served; empty: nowhere.
+	metricsAddress string
+	datapath       datapath.Config
 }
 
 func defaults() config {
@@ -65,8 +68,12 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent status\" lists the hazards")
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
+	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
+		"TCP `address` such as :19469 for /metrics, /healthz and /readyz (default none)")
 	d := &cfg.datapath
 	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
+	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
+		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
 	flags.Var((*count)(&d.Budget), "budget", "`bytes` a receiver may leave unread before its sender is put on TCP")
@@ -192,9 +199,17 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		log.Error("no pod takes part", "reason", refusal)
 	}
 
+	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load)
 	group, ctx := errgroup.WithContext(ctx)
+	if cfg.metricsAddress != "" {
+		health, err := net.Listen("tcp", cfg.metricsAddress)
+		if err != nil {
+			return errors.Join(fmt.Errorf("listen for --metrics-address: %w", err), listener.Close())
+		}
+		group.Go(func() error { return server.ServeHealth(ctx, health, metrics, n.ready, log) })
+	}
 	group.Go(func() error { return registry.Run(ctx) })
-	group.Go(func() error { return server.Serve(ctx, listener, registry, n, log) })
+	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
 	err = group.Wait()
 	log.Info("agent stopped")
