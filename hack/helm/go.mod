@@ -1,3 +1,4 @@
+// The helm of the checks of the chart, the version that e2e/cluster installs it with.
 module github.com/podshunt/podshunt/hack/helm
 
 go 1.26.0
