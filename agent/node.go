@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
@@ -23,13 +24,12 @@ import (
 type node struct {
 	registry *pods.Registry
 	datapath *datapath.Datapath
+	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
 	log      *slog.Logger
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
 	unloaded atomic.Bool
-	// removePlugin takes our entry out of the CNI configuration for good; nil where the agent does not keep it.
-	removePlugin func() error
-	listing      sync.Mutex // held while sockets are listed, so that many askers cost no more than one
+	listing  sync.Mutex // held while sockets are listed, so that many askers cost no more than one
 }
 
 var _ server.Node = (*node)(nil)
@@ -63,6 +63,10 @@ func (n *node) Status() (api.Status, error) {
 	}
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
+	}
+	if n.keeper != nil {
+		state := n.keeper.State()
+		status.CNI = &state
 	}
 	var err1, err2 error
 	status.Maps, err1 = n.datapath.Maps()
@@ -115,8 +119,8 @@ func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 // Uninstall takes the plugin out of the CNI configuration first, so that no new
 // pod asks for an agent that does nothing any more, and unloads.
 func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
-	if n.removePlugin != nil {
-		if err := n.removePlugin(); err != nil {
+	if n.keeper != nil {
+		if err := n.keeper.Uninstall(); err != nil {
 			return api.UnloadResult{}, err
 		}
 	}

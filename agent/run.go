@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
@@ -45,6 +46,7 @@ type config struct {
 	// metricsAddress is where probes and metrics are served; empty: nowhere.
 	metricsAddress string
 	datapath       datapath.Config
+	cni            cniconf.Config // no ConfDir: nothing is installed
 }
 
 func defaults() config {
@@ -81,12 +83,23 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
 	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
 	flags.Var((*count)(&d.MaxHandshakes), "max-handshakes", "`size` of the maps of unfinished handshakes")
+	flags.StringVar(&cfg.cni.ConfDir, "cni-conf-dir", "", "`directory` of the runtime's network configurations, to keep the plugin's entry in (default none)")
+	flags.StringVar(&cfg.cni.BinDir, "cni-bin-dir", "", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
+	flags.StringVar(&cfg.cni.Plugin, "plugin", "", "`file` to install as the plugin (default podshunt beside this program)")
 	if err := parse(flags, args); err != nil {
 		return config{}, err
 	}
 	if cfg.socket == "" {
 		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
 	}
+	if cfg.cni.Plugin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return config{}, err
+		}
+		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
+	}
+	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }
 
@@ -105,7 +118,19 @@ func (c config) validate() error {
 	if len(c.socket) > server.MaxSocketPath {
 		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
 	}
+	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
+		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
+	}
+	if c.cni.ConfDir != "" {
+		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
+			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --socket and --run-dir: %w", err))
+		}
+	}
 	return errors.Join(append(errs, c.datapath.Validate())...)
+}
+
+func (c config) attachmentsDir() string {
+	return filepath.Join(c.runDir, filepath.Base(api.AttachmentsDir))
 }
 
 // count is a flag of 32 bits.
@@ -171,7 +196,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	defer d.Close()
 	registry, err := pods.New(pods.Config{
-		Dir:         filepath.Join(cfg.runDir, filepath.Base(api.AttachmentsDir)),
+		Dir:         cfg.attachmentsDir(),
 		PodsFile:    cfg.podsFile,
 		HostNetns:   host,
 		Refusal:     refusal,
@@ -187,6 +212,10 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	n, err := newNode(registry, d, cfg, hazards, log)
 	if err != nil {
 		return err
+	}
+	if cfg.cni.ConfDir != "" {
+		cfg.cni.Log = log
+		n.keeper = cniconf.New(cfg.cni)
 	}
 	listener, err := server.Listen(cfg.socket)
 	if err != nil {
@@ -211,6 +240,9 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	group.Go(func() error { return registry.Run(ctx) })
 	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	if n.keeper != nil {
+		group.Go(func() error { return n.keeper.Run(ctx) })
+	}
 	err = group.Wait()
 	log.Info("agent stopped")
 	return err
