@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -63,7 +64,7 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 	if err := r.check(); err != nil {
 		return err
 	}
-	return r.run(ctx, api.PathUnload, stdout)
+	return r.run(ctx, api.PathUnload, nil, stdout)
 }
 
 // removal is what unload and uninstall have in common.
@@ -90,12 +91,17 @@ func (r *removal) check() error {
 	return nil
 }
 
-// run asks the agent, or takes the pins out itself where none runs.
-func (r *removal) run(ctx context.Context, path string, stdout io.Writer) error {
+// run asks the agent. Where none runs, it calls first, if given, and takes the pins out itself.
+func (r *removal) run(ctx context.Context, path string, first func() error, stdout io.Writer) error {
 	var result api.UnloadResult
 	path += "?timeout=" + url.QueryEscape(r.timeout.String())
 	err := ask(ctx, r.socket, http.MethodPost, path, r.timeout+askTimeout, &result)
 	if errors.Is(err, errNoAgent) {
+		if first != nil {
+			if err := first(); err != nil {
+				return err
+			}
+		}
 		result, err = unloadPins(ctx, r.pinDir, r.timeout)
 		if errors.Is(err, fs.ErrNotExist) {
 			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", r.socket, r.pinDir)
@@ -125,5 +131,5 @@ func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.Unl
 	defer d.Close()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return unload(ctx, d, newView(nil, time.Now()))
+	return unload(ctx, d, newView(nil, policy.Cluster{}, time.Now()))
 }

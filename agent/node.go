@@ -79,7 +79,8 @@ func (n *node) Status() (api.Status, error) {
 func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
-	v := newView(n.registry.Snapshot().Pods, time.Now())
+	snapshot := n.registry.Snapshot()
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
@@ -113,7 +114,8 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
-	return unload(ctx, n.datapath, newView(n.registry.Snapshot().Pods, time.Now()))
+	snapshot := n.registry.Snapshot()
+	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
 }
 
 // Uninstall takes the plugin out of the CNI configuration first, so that no new

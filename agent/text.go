@@ -43,7 +43,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 		t.row("cni plugin", cniText(*s.CNI))
 	}
 	if s.SourceError != "" {
-		t.row("pods file", s.SourceError)
+		t.row("source", s.SourceError)
 	}
 	if s.PolicyError != "" {
 		t.row("policy", s.PolicyError)

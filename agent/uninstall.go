@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/api"
@@ -27,6 +28,8 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 	var r removal
 	flags := newFlags("uninstall", stderr)
 	r.register(flags)
+	confDir := flags.String("cni-conf-dir", "", "`directory` of the runtime's network configurations, if no agent runs")
+	binDir := flags.String("cni-bin-dir", "", "`directory` of the runtime's CNI plugins, if no agent runs")
 	allNodes := flags.Bool("all-nodes", false, "do it in all pods of the agent, by way of the API server")
 	exec := kube.Exec{Parallel: uninstallsAtOnce}
 	flags.StringVar(&exec.Kubeconfig, "kubeconfig", "", "`file` that says where the API server is (default the service account of this pod)")
@@ -39,8 +42,16 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 	if err := r.check(); err != nil {
 		return err
 	}
+	if (*confDir == "") != (*binDir == "") {
+		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
+	}
 	if !*allNodes {
-		return r.run(ctx, api.PathUninstall, stdout)
+		return r.run(ctx, api.PathUninstall, func() error {
+			if *confDir == "" {
+				return nil
+			}
+			return cniconf.Uninstall(*confDir, *binDir, newLogger(stderr, defaults()))
+		}, stdout)
 	}
 	if exec.Namespace == "" || exec.Selector == "" {
 		return errors.New("--all-nodes: --namespace and --selector are required, they say which pods are the agent's")

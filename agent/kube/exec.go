@@ -18,7 +18,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/remotecommand"
 )
 
@@ -45,7 +44,7 @@ type ExecResult struct {
 // Run runs the command and calls done once for each pod, one at a time, in the
 // order in which they end. It returns an error only if the pods cannot be listed.
 func (e Exec) Run(ctx context.Context, done func(ExecResult)) error {
-	config, err := restConfig(e.Kubeconfig)
+	config, err := connect(e.Kubeconfig)
 	if err != nil {
 		return err
 	}
@@ -111,19 +110,4 @@ func newExecutor(config *rest.Config, url *url.URL) (remotecommand.Executor, err
 	return remotecommand.NewFallbackExecutor(webSocket, spdy, func(err error) bool {
 		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
 	})
-}
-
-func restConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if err != nil {
-			return nil, fmt.Errorf("find the API server (outside of a pod, name a kubeconfig file): %w", err)
-		}
-		return config, nil
-	}
-	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if err != nil {
-		return nil, fmt.Errorf("read kubeconfig %s: %w", kubeconfig, err)
-	}
-	return config, nil
 }
