@@ -42,14 +42,15 @@ type config struct {
 	runDir   string
 	socket   string // empty: agent.sock in runDir
 	podsFile string
-	// nodeName, kubeconfig and sandboxed are for the cluster as the source of pods.
-	nodeName   string
-	kubeconfig string
-	sandboxed  patterns
-	proc       string
-	hazards    string
-	logFormat  string
-	logLevel   slog.Level
+	// nodeName, kubeconfig, sandboxed and defaultNamespaces are for the cluster as the source of pods.
+	nodeName          string
+	kubeconfig        string
+	sandboxed         patterns
+	defaultNamespaces kube.Selector
+	proc              string
+	hazards           string
+	logFormat         string
+	logLevel          slog.Level
 	// metricsAddress is where probes and metrics are served; empty: nowhere.
 	metricsAddress string
 	datapath       datapath.Config
@@ -78,6 +79,8 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		"`name` of this node in the cluster whose API server says what the pods ask for; this or --pods-file is required")
 	flags.StringVar(&cfg.kubeconfig, "kubeconfig", cfg.kubeconfig, "kubeconfig `file` for the API server (default the service account of the agent's pod)")
 	flags.Var(&cfg.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own, separated by commas")
+	flags.Var(&cfg.defaultNamespaces, "default-namespaces",
+		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
 	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods of a machine without a cluster")
 	flags.StringVar(&cfg.proc, "proc", cfg.proc, "`directory` where the procfs of the node is mounted")
 	flags.StringVar(&cfg.hazards, "kernel-hazards", cfg.hazards,
@@ -310,6 +313,7 @@ func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 		Kubeconfig:              cfg.kubeconfig,
 		NodeName:                cfg.nodeName,
 		SandboxedRuntimeClasses: cfg.sandboxed,
+		DefaultNamespaces:       cfg.defaultNamespaces,
 		Refusal:                 refusal,
 		UserAgent:               "podshunt-agent/" + version,
 		Log:                     log,
