@@ -58,13 +58,13 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 	}
 	exec.PodTimeout = r.timeout + execTimeout
 	exec.Command = []string{"podshunt-agent", "uninstall", "--run-dir=" + r.runDir, "--socket=" + r.socket, "--pin-dir=" + r.pinDir, "--timeout=" + r.timeout.String()}
-	return uninstallAll(ctx, exec, stdout)
+	return uninstallAll(ctx, exec.Run, stdout)
 }
 
 // uninstallAll prints what happened on each node.
-func uninstallAll(ctx context.Context, exec kube.Exec, stdout io.Writer) error {
+func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecResult)) error, stdout io.Writer) error {
 	nodes, failed := 0, 0
-	err := exec.Run(ctx, func(r kube.ExecResult) {
+	err := run(ctx, func(r kube.ExecResult) {
 		nodes++
 		text := strings.TrimSpace(r.Output)
 		if r.Err != nil {
