@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package datapath
+package datapath_test
 
 import (
 	"fmt"
@@ -11,10 +11,15 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 func TestMountBPFFS(t *testing.T) {
-	mustNode(t, nil) // needs root as well, and says so
+	s := sandbox.MustNew(t, sandbox.Config{})
 	// A process with a mount namespace of its own stands for the node.
 	process := exec.Command("sleep", "60")
 	process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
@@ -26,26 +31,26 @@ func TestMountBPFFS(t *testing.T) {
 		_ = process.Wait()
 	})
 	proc := fmt.Sprintf("/proc/%d", process.Process.Pid)
-	dir := filepath.Join(t.TempDir(), "bpf")
+	dir := filepath.Join(s.Base, "other-bpf")
 	for _, want := range []bool{true, false} {
-		mounted, err := MountBPFFS(proc+"/ns/mnt", dir)
+		mounted, err := datapath.MountBPFFS(proc+"/ns/mnt", dir)
 		if err != nil || mounted != want {
 			t.Fatalf("got %t and error %v, want %t", mounted, err, want)
 		}
 	}
 	for path, want := range map[string]bool{dir: false, proc + "/root" + dir: true} {
-		if there, err := isBPFFS(path); err != nil || there != want {
-			t.Errorf("bpffs at %s: got %t and error %v, want %t", path, there, err, want)
+		var st unix.Statfs_t
+		if err := unix.Statfs(path, &st); err != nil || (st.Type == unix.BPF_FS_MAGIC) != want {
+			t.Errorf("%s: got a file system of type %x and error %v, want a bpffs: %t", path, st.Type, err, want)
 		}
 	}
 }
 
 func TestNoMount(t *testing.T) {
-	n := mustNode(t, nil)
-	cfg := n.cfg
-	cfg.MountBPFFS = false
-	cfg.PinDir = filepath.Join(t.TempDir(), "podshunt")
-	_, err := Open(cfg, slog.New(slog.DiscardHandler))
+	s := sandbox.MustNew(t, sandbox.Config{})
+	cfg := datapath.DefaultConfig()
+	cfg.Cgroup, cfg.PinDir, cfg.MountBPFFS = s.Cgroup, filepath.Join(t.TempDir(), "podshunt"), false
+	_, err := datapath.Open(cfg, slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), "run `podshunt-agent mount-bpffs` on the node first") {
 		t.Errorf("got error %v, want one that says how to mount", err)
 	}
