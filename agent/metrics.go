@@ -95,7 +95,7 @@ func countPods(all []pods.Pod) map[string]int {
 		switch {
 		case p.Enrolled:
 			counts[takesPart]++
-		case p.Settings.Enabled:
+		case p.Problem != "":
 			counts[refused]++
 		default:
 			counts[notOptedIn]++

@@ -17,14 +17,11 @@ import (
 )
 
 func TestStatusMetrics(t *testing.T) {
-	pod := func(name string, enabled, enrolled bool) pods.Pod {
-		return pods.Pod{
-			PodStatus: api.PodStatus{Pod: api.PodRef{Namespace: "default", Name: name}, Enrolled: enrolled},
-			Settings:  api.Settings{Enabled: enabled},
-		}
+	pod := func(name string, enrolled bool, problem pods.Problem) pods.Pod {
+		return pods.Pod{PodStatus: api.PodStatus{Pod: api.PodRef{Namespace: "default", Name: name}, Enrolled: enrolled}, Problem: problem}
 	}
 	snapshot := pods.Snapshot{
-		Pods:        []pods.Pod{pod("two-interfaces", true, true), pod("two-interfaces", true, true), pod("refused", true, false), pod("out", false, false)},
+		Pods:        []pods.Pod{pod("two-interfaces", true, ""), pod("two-interfaces", true, ""), pod("refused", false, pods.HostNetwork), pod("out", false, "")},
 		PolicyError: errors.New("map full"),
 	}
 	c := newStatusCollector(api.Status{
