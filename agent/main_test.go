@@ -51,6 +51,11 @@ func TestCommandErrors(t *testing.T) {
 		{"two sources", []string{"run", "--node-name=n", "--pods-file=p"}, "--node-name and --pods-file exclude each other"},
 		{"kubeconfig without node", []string{"run", "--pods-file=p", "--kubeconfig=k"}, "--kubeconfig is for the cluster: give --node-name"},
 		{"runtime classes", []string{"run", "--sandboxed-runtime-classes=kata,[x"}, `"[x": accepted are patterns`},
+		{"uninstall timeout", []string{"uninstall", "--timeout=-1s"}, "--timeout=-1s: accepted are durations above 0"},
+		{"uninstall of all nodes", []string{"uninstall", "--all-nodes"}, "--namespace and --selector are required"},
+		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
+		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + socket}, "open mount namespace"},
+		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
@@ -69,7 +74,7 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"version"}} {
+	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"uninstall", "-h"}, {"mount-bpffs", "-h"}, {"version"}} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
 			t.Errorf("%v: %v", args, err)
@@ -82,8 +87,8 @@ func TestHelp(t *testing.T) {
 
 func TestParseConfig(t *testing.T) {
 	got, err := parseConfig([]string{
-		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--sandboxed-runtime-classes=kata-*, x",
-		"--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
+		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
+		"--sandboxed-runtime-classes=kata-*, x",
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)

@@ -118,6 +118,26 @@ func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
 }
 
+// Uninstall takes the plugin out of the CNI configuration first, so that no new
+// pod asks for an agent that does nothing any more, and unloads.
+func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
+	if n.keeper != nil {
+		if err := n.keeper.Uninstall(); err != nil {
+			return api.UnloadResult{}, err
+		}
+	}
+	return n.Unload(ctx)
+}
+
+// ready returns why the kernel objects are not there. That no pod may take part
+// is no such reason: the agent does all that it should.
+func (n *node) ready() error {
+	if n.unloaded.Load() {
+		return errors.New("unloaded: nothing is shortcut until the agent is started again")
+	}
+	return nil
+}
+
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {
 	waiting, err := d.Unload(ctx)
 	if len(waiting) > 0 {

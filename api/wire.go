@@ -20,6 +20,8 @@ const (
 	PathFlows = "/v1/flows"
 	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go duration.
 	PathUnload = "/v1/unload"
+	// PathUninstall: as PathUnload, after our entry has been taken out of the CNI configuration.
+	PathUninstall = "/v1/uninstall"
 )
 
 // Error is the body of every failed request.
