@@ -100,7 +100,8 @@ func newFixture(t testing.TB, change func(*Config, *fakeKernel)) *fixture {
 	f.podsFile = filepath.Join(f.dir, "pods.yaml")
 	cfg := Config{
 		Dir:         filepath.Join(f.dir, "attachments"),
-		PodsFile:    f.podsFile,
+		Source:      NewFile(f.podsFile),
+		Proc:        filepath.Join(f.dir, "proc"),
 		HostNetns:   []uint64{1},
 		Datapath:    f.kernel,
 		NetnsCookie: readCookie,
@@ -321,7 +322,7 @@ func TestRestartKeepsPods(t *testing.T) {
 	first.mustPut(t, first.attachment(t, "web", 11))
 
 	f := newFixture(t, func(cfg *Config, k *fakeKernel) {
-		cfg.Dir, cfg.PodsFile = first.cfg.Dir, first.podsFile
+		cfg.Dir, cfg.Source = first.cfg.Dir, NewFile(first.podsFile)
 		k.enrolled = []uint64{10, 11, 99}
 	})
 	f.Sync()
