@@ -14,7 +14,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 PLUGINS := github.com/containernetworking/plugins/plugins
-UNIT := ./api ./plugin ./agent/policy ./agent/pods ./agent/server
+UNIT := ./api ./plugin ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help

@@ -20,6 +20,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -101,7 +102,6 @@ func Open(cfg Config) (*Source, error) {
 		return nil, err
 	}
 	connection.UserAgent = cfg.UserAgent
-	connection.ContentType = runtime.ContentTypeProtobuf
 	connection.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	// Two clients with a rate limiter each: a watch never waits behind Events.
 	var clients [2]*kubernetes.Clientset
@@ -214,7 +214,10 @@ func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.Watc
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := open(ctx, o)
-			note(ctx, "watch", err)
+			// An older API server refuses to stream a list. The list that follows tells more.
+			if status := apierrors.APIStatus(nil); o.SendInitialEvents == nil || !errors.As(err, &status) {
+				note(ctx, "watch", err)
+			}
 			return w, err
 		},
 	}
