@@ -323,16 +323,23 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 		})
 	}
 	if s.stale[podKind] || s.stale[namespaceKind] {
-		defaults := map[string]map[string]string{}
-		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
-			defaults[namespace.Name] = namespace.Annotations
-		}
 		next.Pods = map[string]pods.Wish{}
 		for _, pod := range objects[*corev1.Pod](s, podKind) {
-			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults[pod.Namespace], s.cfg.SandboxedRuntimeClasses)
+			var defaults map[string]string
+			if namespace, ok := object[*corev1.Namespace](s, namespaceKind, pod.Namespace); ok {
+				defaults = namespace.Annotations
+			}
+			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults, s.cfg.SandboxedRuntimeClasses)
 		}
 	}
 	return next
+}
+
+// object returns what the cache of a kind holds under a key.
+func object[T any](s *Source, k kind, key string) (T, bool) {
+	o, _, _ := s.informers[k].GetIndexer().GetByKey(key) // no error of an informer's cache
+	typed, ok := o.(T)
+	return typed, ok
 }
 
 // objects returns what the cache of a kind holds.
