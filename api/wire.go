@@ -100,6 +100,11 @@ type Hazard struct {
 	Present bool   `json:"present"`
 	// Detail is what was observed, or why the test could not be run.
 	Detail string `json:"detail"`
+	// Consequence is who notices it, and Action what podshunt does about it.
+	Consequence string `json:"consequence"`
+	Action      string `json:"action"`
+	// Guard names the guard that makes it harmless on this kernel, if one does.
+	Guard string `json:"guard,omitempty"`
 	// Fatal hazards keep every pod on TCP unless they are accepted.
 	Fatal bool `json:"fatal"`
 }

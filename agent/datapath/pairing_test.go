@@ -27,7 +27,7 @@ import (
 // Texts of datapath.Direction.Reason.
 const (
 	reasonNotAllowed = "not allowed"
-	reasonUnserved   = "the receiver reads in a way that is not served"
+	reasonUnserved   = "a call was used that the shortcut does not serve"
 	reasonLowat      = "the receiver has set SO_RCVLOWAT"
 )
 
