@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -50,6 +51,12 @@ func TestCommandErrors(t *testing.T) {
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
+		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
+		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
+		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},
+		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
+		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
+		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -62,7 +69,7 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"version"}} {
+	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"doctor", "-h"}, {"forget", "-h"}, {"version"}} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
 			t.Errorf("%v: %v", args, err)
@@ -74,13 +81,14 @@ func TestHelp(t *testing.T) {
 }
 
 func TestParseConfig(t *testing.T) {
-	got, err := parseConfig([]string{"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug"}, io.Discard)
+	got, err := parseConfig([]string{"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--splice-guard=off"}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
-	if got != want {
+	want.guards["splice"] = "off"
+	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
@@ -114,7 +122,7 @@ func TestRefuseHazards(t *testing.T) {
 	}
 	wantDiff(t, "nothing fatal", "", refuseHazards(hazards))
 	hazards = append(hazards, api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "stalls"})
-	wantDiff(t, "fatal", "kernel hazards bad (status says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
+	wantDiff(t, "fatal", "kernel hazards bad (`podshunt-agent doctor` says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
 }
 
 func TestVerdict(t *testing.T) {
@@ -342,11 +350,14 @@ func TestWriteStatus(t *testing.T) {
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",
 		Hazards: []api.Hazard{
 			{Name: "one", Present: true, Fatal: true, Detail: "stalls"}, {Name: "two", Detail: "fine"}, {Name: "three", Present: true, Detail: "short"},
+			{Name: "four", Present: true, Guard: "splice", Detail: "none"},
 		},
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
 		},
+		Guards:      []string{"flags", "splice"},
+		Misfits:     []api.Misfit{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
 		SourceError: "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
@@ -361,6 +372,7 @@ kernel     6.18
 observer   tracepoint
 cgroup     /cg
 pins       /pins
+guards     flags splice
 pods file  no file
 policy     map full
 
@@ -368,10 +380,14 @@ HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls
 two     no            fine
 three   yes           short
+four    yes, guarded  none
 
 POD  ADDRESSES         STATE       REASON
 a/b  10.0.0.1 fd00::1  takes part
 a/c  -                 tcp         first; second
+
+NOT PAIRED  SERVER PORT  USED             SINCE
+a/b         80           splice, MSG_OOB  1970-01-01 00:00:00
 
 MAP   ENTRIES  MAX
 pods  1        1024

@@ -35,10 +35,10 @@ const (
 
 // config is what the flags of run say.
 type config struct {
-	runDir    string
-	socket    string // empty: agent.sock in runDir
-	podsFile  string
-	hazards   string
+	runDir   string
+	socket   string // empty: agent.sock in runDir
+	podsFile string
+	judgement
 	logFormat string
 	logLevel  slog.Level
 	datapath  datapath.Config
@@ -47,7 +47,7 @@ type config struct {
 func defaults() config {
 	return config{
 		runDir:    api.RunDir,
-		hazards:   "refuse",
+		judgement: newJudgement(),
 		logFormat: "auto",
 		logLevel:  slog.LevelInfo,
 		datapath:  datapath.DefaultConfig(),
@@ -61,8 +61,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "`directory` of the lock, the socket and the attachments")
 	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket to listen on (default agent.sock in the run directory)")
 	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods; required")
-	flags.StringVar(&cfg.hazards, "kernel-hazards", cfg.hazards,
-		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent status\" lists the hazards")
+	cfg.register(flags)
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
 	d := &cfg.datapath
@@ -90,7 +89,7 @@ func (c config) validate() error {
 			errs = append(errs, fmt.Errorf("--%s=%q: accepted are %s", flag, value, strings.Join(accepted, ", ")))
 		}
 	}
-	oneOf("kernel-hazards", c.hazards, "refuse", "accept")
+	errs = append(errs, c.judgement.validate())
 	oneOf("log-format", c.logFormat, "auto", "text", "json")
 	if c.podsFile == "" {
 		errs = append(errs, errors.New("--pods-file is required: it says which pods take part"))
@@ -146,18 +145,16 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer lock.Close()
+	examination := cfg.examine()
+	if examination.Missing != "" {
+		return errors.New(examination.Missing)
+	}
 	host, err := hostNetns(log)
 	if err != nil {
 		return err
 	}
-	hazards := datapath.Hazards()
-	refusal := ""
-	if cfg.hazards == "refuse" {
-		refusal = refuseHazards(hazards)
-	}
-	cfg.datapath.Sleepers = cfg.hazards == "accept" || !slices.ContainsFunc(hazards, func(h api.Hazard) bool {
-		return h.Name == datapath.HazardSleepingRecv && h.Present
-	})
+	cfg.datapath.Sleepers = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
+	cfg.datapath.Guards = guardsIn(examination.Hazards)
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
 		return err
@@ -167,7 +164,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		Dir:         filepath.Join(cfg.runDir, filepath.Base(api.AttachmentsDir)),
 		PodsFile:    cfg.podsFile,
 		HostNetns:   host,
-		Refusal:     refusal,
+		Refusal:     examination.Refusal,
 		Datapath:    kernel{d},
 		NetnsCookie: datapath.NetnsCookie,
 		Now:         time.Now,
@@ -177,10 +174,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	registry.Sync()
-	n, err := newNode(registry, d, cfg, hazards, log)
-	if err != nil {
-		return err
-	}
+	n := newNode(registry, d, cfg, examination, log)
 	listener, err := server.Listen(cfg.socket)
 	if err != nil {
 		return err
@@ -188,8 +182,8 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	defer os.Remove(cfg.socket)
 	log.Info("agent started", "version", version, "socket", cfg.socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
-	if refusal != "" {
-		log.Error("no pod takes part", "reason", refusal)
+	if examination.Refusal != "" {
+		log.Error("no pod takes part", "reason", examination.Refusal)
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -236,21 +230,6 @@ func hostNetns(log *slog.Logger) ([]uint64, error) {
 		cookies = append(cookies, cookie)
 	}
 	return cookies, nil
-}
-
-// refuseHazards returns why no pod may take part on this kernel, or "".
-func refuseHazards(hazards []api.Hazard) string {
-	var fatal []string
-	for _, h := range hazards {
-		if h.Present && h.Fatal {
-			fatal = append(fatal, h.Name)
-		}
-	}
-	if len(fatal) == 0 {
-		return ""
-	}
-	return "kernel hazards " + strings.Join(fatal, ", ") +
-		" (status says what they do): run the agent with --kernel-hazards=accept to take part all the same"
 }
 
 // kernel is the datapath as the registry wants it.
