@@ -58,7 +58,7 @@ func (n *node) Status() (api.Status, error) {
 	}
 	status.Guards = n.datapath.Guards()
 	misfits, err1 := n.datapath.Misfits()
-	v := newView(snapshot.Pods, time.Now())
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	for _, m := range misfits {
 		status.Misfits = append(status.Misfits, v.describeMisfit(m))
 	}
@@ -90,7 +90,8 @@ func (n *node) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
 func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
-	v := newView(n.registry.Snapshot().Pods, time.Now())
+	snapshot := n.registry.Snapshot()
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	misfits, err := n.datapath.Misfits()
 	if err != nil {
 		return nil, err
@@ -131,7 +132,8 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
-	return unload(ctx, n.datapath, newView(n.registry.Snapshot().Pods, time.Now()))
+	snapshot := n.registry.Snapshot()
+	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
 }
 
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {

@@ -41,7 +41,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("pins", s.PinDir)
 	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
 	if s.SourceError != "" {
-		t.row("pods file", s.SourceError)
+		t.row("source", s.SourceError)
 	}
 	if s.PolicyError != "" {
 		t.row("policy", s.PolicyError)

@@ -115,9 +115,9 @@ type Datapath struct {
 	links    []link.Link
 	lock     *os.File // the pin directory
 
-	mu       sync.Mutex // guards what follows, and writes to the policy map
-	policy   map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy
-	guards   map[string]*guard // attached, by name
+	mu       sync.Mutex          // guards what follows, and writes to the policy map
+	policy   map[podPair][]entry // what the policy map has, once it was read
+	guards   map[string]*guard   // attached, by name
 	unloaded bool
 }
 
