@@ -72,7 +72,8 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 		}
 	}
 	t.Cleanup(a.stop)
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	// It measures the kernel first, which takes long where QEMU emulates the CPU.
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := net.DialTimeout("unix", a.AgentSocket, time.Second)
 		if err == nil {
 			conn.Close()
