@@ -36,6 +36,7 @@ struct sock {
 	int sk_rcvlowat;
 	int sk_wmem_queued;
 	int sk_sndbuf;
+	int sk_err;
 	__u8 sk_shutdown;
 };
 
