@@ -310,7 +310,7 @@ func shrink(fd int) error {
 }
 
 func smallBuffers(c *conn) {
-	const size = 1 << 20
+	const size = 100_000
 	got := c.asleep(func() any { return c.a.send(size) })
 	read := c.b.recvAll(size)
 	c.saw("sent as read", read == got())
