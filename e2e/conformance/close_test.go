@@ -276,7 +276,7 @@ func disconnect(c *conn) {
 	c.saw("other end", c.b.recv(200, 0)+" "+c.b.recv(10, 0))
 	c.saw("own read", c.a.recv(10, unix.MSG_DONTWAIT))
 
-	l, address := c.listen(c.b.pod, 0, nil)
+	l, address := c.listen(c.b.pod, c.freePort(), nil)
 	err := unix.Connect(c.a.fd, sockaddr(address))
 	if err == unix.EINPROGRESS {
 		c.a.until(unix.POLLOUT)

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -163,6 +164,9 @@ type suite struct {
 	*datapath.Datapath
 	sleepers bool
 	content  content
+	// port is the last one that a row has listened on. None is used twice:
+	// podshunt may remember what has been seen on it.
+	port atomic.Uint32
 	// pods are a client and a server.
 	pods map[way][2]*sandbox.Pod
 
@@ -192,6 +196,7 @@ func mustSuite(t *testing.T, sleepers bool) *suite {
 		}
 		s.Datapath.Close()
 	})
+	s.port.Store(1024)
 	var rules []datapath.Rule
 	for w, verdict := range map[way]datapath.Verdict{plain: datapath.Refuse, held: datapath.Hold, shortcut: datapath.Allow} {
 		var pods [2]*sandbox.Pod
@@ -466,7 +471,7 @@ func (c *conn) close() {
 // open makes the connection.
 func (c *conn) open() {
 	client, server := c.pods[c.way][0], c.pods[c.way][1]
-	l, dialled := c.listen(server, 0, c.row.listen)
+	l, dialled := c.listen(server, c.freePort(), c.row.listen)
 	fd, _ := c.dial(client, dialled, c.mode.client, c.row.dial)
 	c.a = &end{c: c, fd: fd, pod: client, blocking: c.mode.client}
 	c.b = &end{c: c, fd: c.accept(l, c.mode.server), pod: server, blocking: c.mode.server}
@@ -512,14 +517,29 @@ func (c *conn) exchange(a, b *end, rounds, size int) {
 // flow returns podshunt's record of the connection, the zero Flow if it has none.
 func (c *conn) flow() datapath.Flow {
 	c.t.Helper()
+	return c.flowOf(c.address, c.dialled)
+}
+
+func (c *conn) flowOf(client, dialled netip.AddrPort) datapath.Flow {
+	c.t.Helper()
 	flows, err := c.Flows()
 	c.must(err)
 	for _, f := range flows {
-		if f.Client == c.address && f.Dialled == c.dialled {
+		if f.Client == client && f.Dialled == dialled {
 			return f
 		}
 	}
 	return datapath.Flow{}
+}
+
+// proveAnother checks one more connection of the row, which is warmed up.
+func (c *conn) proveAnother(client *end, dialled netip.AddrPort) {
+	c.t.Helper()
+	f := c.flowOf(localAddress(c.t, client.fd), dialled)
+	want := c.way == shortcut && (c.sleepers || !c.client && !c.server)
+	if f.ToServer.Shortcut != want || f.ToClient.Shortcut != want {
+		c.t.Errorf("%s: got flow %+v, want both directions shortcut %v", c.way, f, want)
+	}
 }
 
 func (c *conn) sums() map[*end]sums {

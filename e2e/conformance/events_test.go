@@ -197,13 +197,14 @@ func epollSleeper(c *conn) {
 // pollMany has more connections, of which a few get bytes.
 func pollMany(c *conn) {
 	const connections = 16
-	l, address := c.listen(c.pods[c.way][1], 0, nil)
+	l, address := c.listen(c.pods[c.way][1], c.freePort(), nil)
 	var senders, receivers []*end
 	for range connections {
 		fd, _ := c.dial(c.pods[c.way][0], address, c.client, nil)
 		client := &end{c: c, fd: fd, pod: c.pods[c.way][0], blocking: c.client}
 		server := &end{c: c, fd: c.accept(l, c.server), pod: c.pods[c.way][1], blocking: c.server}
 		c.exchange(client, server, warmUpRounds, 10)
+		c.proveAnother(client, address)
 		if c.swapped {
 			client, server = server, client
 		}

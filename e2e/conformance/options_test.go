@@ -5,7 +5,6 @@ package conformance_test
 import (
 	"flag"
 	"fmt"
-	"net/netip"
 	"time"
 	"unsafe"
 
@@ -166,12 +165,7 @@ func inherited(c *conn) {
 	c.exchange(c.a, c.b, 3, 1000)
 }
 
-// another makes one more connection, from a's pod to a listener in b's.
-func (c *conn) another(l int, address netip.AddrPort, option func(int) error) (a, b *end) {
-	fd, _ := c.dial(c.a.pod, address, c.a.blocking, option)
-	return c.ends(fd, c.accept(l, c.b.blocking))
-}
-
+// ends are those of one more connection, from a's pod to b's.
 func (c *conn) ends(a, b int) (*end, *end) {
 	return &end{c: c, fd: a, pod: c.a.pod, blocking: c.a.blocking}, &end{c: c, fd: b, pod: c.b.pod, blocking: c.b.blocking}
 }
@@ -179,7 +173,7 @@ func (c *conn) ends(a, b int) (*end, *end) {
 // reusePort has two listeners on one port; who gets which connection is not compared.
 func reusePort(c *conn) {
 	reuse := func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }
-	l1, address := c.listen(c.b.pod, 0, reuse)
+	l1, address := c.listen(c.b.pod, c.freePort(), reuse)
 	l2, _ := c.listen(c.b.pod, address.Port(), reuse)
 	served := 0
 	for range 8 {
@@ -194,6 +188,7 @@ func reusePort(c *conn) {
 		}
 		a, b := c.ends(fd, c.accept(l, c.b.blocking))
 		c.exchange(a, b, 3, 100)
+		c.proveAnother(a, address)
 		served++
 	}
 	c.saw("served", served)
@@ -201,7 +196,7 @@ func reusePort(c *conn) {
 
 // deferAccept has a listener that hands out connections with their first bytes.
 func deferAccept(c *conn) {
-	l, address := c.listen(c.b.pod, 0, func(fd int) error {
+	l, address := c.listen(c.b.pod, c.freePort(), func(fd int) error {
 		return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 5)
 	})
 	fd, _ := c.dial(c.a.pod, address, c.a.blocking, nil)
@@ -211,6 +206,7 @@ func deferAccept(c *conn) {
 	_, b := c.ends(-1, c.accept(l, c.b.blocking))
 	c.saw("first bytes", b.recvAll(100) == sent)
 	c.exchange(b, a, 5, 1000)
+	c.proveAnother(a, address)
 }
 
 func acceptFastOpen(fd int) error {
@@ -219,7 +215,7 @@ func acceptFastOpen(fd int) error {
 
 // fastOpen connects until the client has a cookie, and sends data in the SYN.
 func fastOpen(c *conn) {
-	l, address := c.listen(c.b.pod, 0, acceptFastOpen)
+	l, address := c.listen(c.b.pod, c.freePort(), acceptFastOpen)
 	for i := range 3 {
 		a, b := c.ends(c.socket(c.a.pod, true, 0), -1)
 		p := a.next(100)
@@ -253,7 +249,7 @@ func addresses(c *conn) {
 // multipath connects to an MPTCP listener, as those of Go are.
 func multipath(c *conn, protocol int) {
 	l := c.socket(c.b.pod, false, unix.IPPROTO_MPTCP)
-	c.must(unix.Bind(l, sockaddr(c.podAddress(c.b.pod, 0))))
+	c.must(unix.Bind(l, sockaddr(c.podAddress(c.b.pod, c.freePort()))))
 	c.must(unix.Listen(l, 8))
 	for i := range 3 {
 		fd := c.socket(c.a.pod, true, protocol)

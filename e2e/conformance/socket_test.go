@@ -372,7 +372,9 @@ func (c *conn) podAddress(pod *sandbox.Pod, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(pod.IPv4, port)
 }
 
-// listen listens on a port of a pod's address, 0 for any.
+func (s *suite) freePort() uint16 { return uint16(s.port.Add(1)) }
+
+// listen listens on a port of a pod's address.
 func (c *conn) listen(pod *sandbox.Pod, port uint16, option func(fd int) error) (fd int, address netip.AddrPort) {
 	c.t.Helper()
 	fd = c.socket(pod, false, 0)
