@@ -149,8 +149,14 @@ func alike(entry string, facts ...string) []difference {
 }
 
 func (r row) runsIn(m mode) bool {
-	both := m.client && m.server
-	return !(r.blocking && !both) && !(r.nonblocking && (m.client || m.server))
+	switch {
+	case r.blocking:
+		return m.client && m.server
+	case r.nonblocking:
+		return !m.client && !m.server
+	default:
+		return true
+	}
 }
 
 // rows returns the table.
@@ -470,11 +476,11 @@ func (c *conn) close() {
 
 // open makes the connection.
 func (c *conn) open() {
-	client, server := c.pods[c.way][0], c.pods[c.way][1]
-	l, dialled := c.listen(server, c.freePort(), c.row.listen)
-	fd, _ := c.dial(client, dialled, c.mode.client, c.row.dial)
-	c.a = &end{c: c, fd: fd, pod: client, blocking: c.mode.client}
-	c.b = &end{c: c, fd: c.accept(l, c.mode.server), pod: server, blocking: c.mode.server}
+	pods := c.pods[c.way]
+	l, dialled := c.listen(pods[1], c.freePort(), c.row.listen)
+	fd, _ := c.dial(pods[0], dialled, c.client, c.row.dial)
+	c.a = &end{c: c, fd: fd, pod: pods[0], blocking: c.client}
+	c.b = &end{c: c, fd: c.accept(l, c.server), pod: pods[1], blocking: c.server}
 	c.address, c.dialled = localAddress(c.t, fd), dialled
 	if c.swapped {
 		c.a, c.b = c.b, c.a

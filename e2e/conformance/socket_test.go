@@ -85,7 +85,7 @@ func (e *end) call(events int16, f func() (int, error)) (int, error) {
 	for limit := time.Now().Add(deadline); ; {
 		n, err := f()
 		switch {
-		case err != unix.EAGAIN || !time.Now().Before(limit):
+		case !errors.Is(err, unix.EAGAIN) || !time.Now().Before(limit):
 			return n, err
 		case !e.blocking:
 			if !e.wait(events, time.Until(limit)) {

@@ -188,10 +188,10 @@ func child() int {
 	move := func(events int16, call func(p []byte) (int, error)) bool {
 		for done := 0; done < len(p); {
 			n, err := call(p[done:])
-			if err == unix.EINTR {
+			if errors.Is(err, unix.EINTR) {
 				continue
 			}
-			if err == unix.EAGAIN {
+			if errors.Is(err, unix.EAGAIN) {
 				if ready, err := poll(fd, events, deadline); err == nil && ready != 0 {
 					continue
 				}
@@ -359,7 +359,7 @@ func ioUring(c *conn) {
 	p := make([]byte, 200)
 	read := func(name string, op uint8, flags uint32) {
 		n, err := 0, error(unix.EAGAIN)
-		for err == unix.EAGAIN && c.b.wait(unix.POLLIN, deadline) {
+		for errors.Is(err, unix.EAGAIN) && c.b.wait(unix.POLLIN, deadline) {
 			r.submit(op, c.b.fd, p, flags)
 			n, err = r.wait()
 		}
