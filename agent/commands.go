@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -102,5 +103,5 @@ func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.Unl
 	defer d.Close()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return unload(ctx, d, newView(nil, time.Now()))
+	return unload(ctx, d, newView(nil, policy.Cluster{}, time.Now()))
 }

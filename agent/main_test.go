@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,10 @@ func TestCommandErrors(t *testing.T) {
 		{"output", []string{"flows", "-o", "xml"}, `-o "xml": accepted are text, json`},
 		{"no agent", []string{"status", "--socket", socket}, "no agent at " + socket},
 		{"unload timeout", []string{"unload", "--timeout=0s"}, "--timeout=0s: accepted are durations above 0"},
-		{"no pods file", []string{"run"}, "--pods-file is required"},
+		{"no source", []string{"run"}, "--node-name or --pods-file is required"},
+		{"two sources", []string{"run", "--node-name=n", "--pods-file=p"}, "--node-name and --pods-file exclude each other"},
+		{"kubeconfig without node", []string{"run", "--pods-file=p", "--kubeconfig=k"}, "--kubeconfig is for the cluster: give --node-name"},
+		{"runtime classes", []string{"run", "--sandboxed-runtime-classes=kata,[x"}, `"[x": accepted are patterns`},
 		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
@@ -74,13 +78,15 @@ func TestHelp(t *testing.T) {
 }
 
 func TestParseConfig(t *testing.T) {
-	got, err := parseConfig([]string{"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug"}, io.Discard)
+	got, err := parseConfig([]string{"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--sandboxed-runtime-classes=kata-*, x"}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
-	if got != want {
+	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
+	got.sandboxed, want.sandboxed = nil, nil
+	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
@@ -138,7 +144,7 @@ func testView() *view {
 			Pod: api.PodRef{Namespace: "default", Name: name}, NetnsCookie: cookie,
 			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(cookie)})},
 			Enrolled:  s.Enabled, Reason: reason,
-		}, Settings: s}
+		}, Policy: policy.Pod{ID: cookie, Settings: s}}
 	}
 	web := pod("web", 2, api.Settings{Enabled: true, ExcludePorts: []api.PortRange{{First: 22, Last: 22}}}, "")
 	return newView([]pods.Pod{
@@ -147,7 +153,7 @@ func testView() *view {
 		pod("out", 3, api.Settings{}, "not opted in"),
 		pod("held", 4, api.Settings{Enabled: true, PausedUntil: now.Add(time.Hour)}, "paused"),
 		pod("unknown", 0, api.Settings{Enabled: true}, "its netns cannot be read"),
-	}, now)
+	}, policy.Cluster{}, now)
 }
 
 func TestUnpaired(t *testing.T) {
@@ -356,13 +362,13 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, `
-agent      v1, running
-kernel     6.18
-observer   tracepoint
-cgroup     /cg
-pins       /pins
-pods file  no file
-policy     map full
+agent     v1, running
+kernel    6.18
+observer  tracepoint
+cgroup    /cg
+pins      /pins
+source    no file
+policy    map full
 
 HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls

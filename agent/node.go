@@ -73,7 +73,8 @@ func (n *node) Status() (api.Status, error) {
 func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
-	v := newView(n.registry.Snapshot().Pods, time.Now())
+	snapshot := n.registry.Snapshot()
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
@@ -107,7 +108,8 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
-	return unload(ctx, n.datapath, newView(n.registry.Snapshot().Pods, time.Now()))
+	snapshot := n.registry.Snapshot()
+	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
 }
 
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {

@@ -39,7 +39,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
 	if s.SourceError != "" {
-		t.row("pods file", s.SourceError)
+		t.row("source", s.SourceError)
 	}
 	if s.PolicyError != "" {
 		t.row("policy", s.PolicyError)
