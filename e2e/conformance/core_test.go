@@ -39,7 +39,7 @@ const (
 	// corkTimer is after which TCP sends what it was told to hold back, less some room.
 	corkTimer = 150 * time.Millisecond
 	// hang is how long a row may take on one connection.
-	hang = time.Minute
+	hang = 2 * time.Minute
 	// tries is how often a row is run whose observations came too late.
 	tries = 20
 

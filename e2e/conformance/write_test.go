@@ -165,13 +165,12 @@ func (e *end) file(n int) int {
 }
 
 func sendfile(c *conn) {
-	const size = 100_000
-	file := c.a.file(size)
-	p := c.a.next(size)
-	n, err := c.a.call(unix.POLLOUT, func() (int, error) { return unix.Sendfile(c.a.fd, file, nil, size) })
+	file := c.a.file(fits)
+	p := c.a.next(fits)
+	n, err := c.a.call(unix.POLLOUT, func() (int, error) { return unix.Sendfile(c.a.fd, file, nil, fits) })
 	c.saw("send", c.a.accepted(p, n, err))
-	c.saw("read", c.b.recvAll(size))
-	n, err = unix.Sendfile(c.a.fd, file, nil, size)
+	c.saw("read", c.b.recvAll(fits))
+	n, err = unix.Sendfile(c.a.fd, file, nil, fits)
 	c.saw("at the file's end", moved(nil, n, err))
 	c.a.send(10)
 	c.saw("read what follows", c.b.recvAll(10))
@@ -185,7 +184,7 @@ func (c *conn) toSocket(r int, p []byte) string {
 
 func spliceIn(c *conn) {
 	r, w := c.pipe()
-	for i, size := range []int{10, 5000, 60_000} {
+	for i, size := range []int{10, 5000, fits} {
 		p := c.a.next(size)
 		_, err := unix.Write(w, p)
 		c.must(err)
