@@ -38,7 +38,7 @@ func (c *conn) transfer(size int, both bool) (results []func() any) {
 			func() any { return newChunks(4).write(c.b, size) })
 	}
 	for _, part := range parts {
-		results = append(results, c.asleep(part))
+		results = append(results, c.onThread(part))
 	}
 	return results
 }

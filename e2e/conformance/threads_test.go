@@ -81,7 +81,7 @@ func severalWriters(c *conn) {
 	const threads, messages, size = 4, 50, 100
 	var ends []func() any
 	for i := range threads {
-		ends = append(ends, c.asleep(func() any {
+		ends = append(ends, c.onThread(func() any {
 			p := bytes.Repeat([]byte{byte('a' + i)}, size)
 			for range messages {
 				n, err := c.a.call(unix.POLLOUT, func() (int, error) { return unix.Write(c.a.fd, p) })

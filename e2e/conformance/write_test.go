@@ -270,7 +270,7 @@ func (e *end) sendOnceNow(n int) string {
 // wokenWrite writes much more than fits while nobody reads.
 func wokenWrite(c *conn) {
 	start := c.a.sent.Load()
-	got := c.asleep(func() any { return c.a.send(much) })
+	got := c.onThread(func() any { return c.a.send(much) })
 	time.Sleep(quiet)
 	c.saw("written before it is read", c.a.sent.Load() == start+much)
 	read := c.b.recvAll(much)
@@ -310,7 +310,7 @@ func shrink(fd int) error {
 
 func smallBuffers(c *conn) {
 	const size = 100_000
-	got := c.asleep(func() any { return c.a.send(size) })
+	got := c.onThread(func() any { return c.a.send(size) })
 	read := c.b.recvAll(size)
 	c.saw("sent as read", read == got())
 	c.saw("buffers", c.a.get(unix.SOL_SOCKET, unix.SO_SNDBUF)+" "+c.b.get(unix.SOL_SOCKET, unix.SO_RCVBUF))
