@@ -19,7 +19,7 @@ func bulkRows() []row {
 }
 
 func bulk(c *conn, both bool) {
-	for i, result := range c.transfer(4<<20, both) {
+	for i, result := range c.transfer(scaled(4<<20), both) {
 		c.saw(fmt.Sprintf("thread %d", i), result())
 	}
 }
@@ -87,13 +87,17 @@ func (r chunks) read(e *end, position int64, size int) string {
 	return "done"
 }
 
-// TestGibibyte moves 1 GiB over shortcut connections, both directions at once:
-// a sixteenth of it with -short, for emulated machines.
-func TestGibibyte(t *testing.T) {
-	size := 1 << 30
+// scaled is a number of bytes, or a sixteenth of it with -short: for emulated machines.
+func scaled(size int) int {
 	if testing.Short() {
-		size /= 16
+		return size / 16
 	}
+	return size
+}
+
+// TestGibibyte moves 1 GiB over shortcut connections, both directions at once.
+func TestGibibyte(t *testing.T) {
+	size := scaled(1 << 30)
 	s := mustSuite(t, true)
 	for _, v := range []variant{{mode: mode{name: "non-blocking"}}, {mode: mode{name: "non-blocking"}, ipv6: true}} {
 		t.Run(v.String(), func(t *testing.T) {
