@@ -33,7 +33,7 @@ import (
 
 const (
 	// deadline is for what must happen: no call of a row sleeps longer.
-	deadline = 20 * time.Second
+	deadline = 30 * time.Second
 	// quiet is how long is waited for what must not happen.
 	quiet = 30 * time.Millisecond
 	// corkTimer is after which TCP sends what it was told to hold back, less some room.
@@ -51,7 +51,7 @@ func TestMain(m *testing.M) {
 		os.Exit(child())
 	}
 	// Rows mostly wait: more of them at a time than CPUs. A flag of the command line wins.
-	if err := flag.Set("test.parallel", "16"); err != nil {
+	if err := flag.Set("test.parallel", "8"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
