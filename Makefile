@@ -36,7 +36,7 @@ test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 # -v shows each program's result while it runs, and the table.
 test-apps: build cni ## real programs between two pods, on plain TCP and with the shortcut (root)
 	$(SUDO) e2e/apps/fetch.sh $(APPS)
-	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
+	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v . $(TESTFLAGS)
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin

@@ -40,7 +40,7 @@ func postgres(s *stage) {
 	}
 	s.run(s.client, nil, "pgbench", append(at, "-i", "-q", "bench")...)
 	for _, mode := range []string{"simple", "extended", "prepared"} {
-		s.run(s.client, nil, "pgbench", append(at, "-c", "4", "-j", "2", "-t", "50", "-M", mode, "bench")...)
+		s.run(s.client, nil, "pgbench", append(at, "-c", "4", "-j", "2", "-t", "25", "-M", mode, "bench")...)
 	}
 	s.answer("pgbench: transactions|sums agree: %s", psql("bench", `
 		select (select count(*) from pgbench_history),
@@ -59,8 +59,8 @@ func postgres(s *stage) {
 	}
 
 	var series strings.Builder
-	for i := range 200000 {
+	for i := range 100000 {
 		fmt.Fprintln(&series, i+1)
 	}
-	s.want("query", strings.NewReader(psql("bench", "select generate_series(1, 200000)", "")), strings.NewReader(series.String()))
+	s.want("query", strings.NewReader(psql("bench", "select generate_series(1, 100000)", "")), strings.NewReader(series.String()))
 }

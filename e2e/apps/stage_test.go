@@ -25,7 +25,7 @@ import (
 
 const (
 	// programTimeout is how long one run of a program may take: a connection that stalls fails by it.
-	programTimeout = time.Minute
+	programTimeout = 2 * time.Minute
 	// endTimeout is how long a server may take to end.
 	endTimeout = 10 * time.Second
 	// large is the size of large bodies: more than all buffers of a connection together.

@@ -66,12 +66,12 @@ SetEnv PATH=%s LD_LIBRARY_PATH=%s
 }
 
 func openssh(s *stage) {
-	const size = 4 << 20 // it is all encrypted
+	const size = 2 << 20 // it is all encrypted
 	destination, options := s.sshServer()
 	ssh := func(stdin io.Reader, command string) string {
 		return s.run(s.client, stdin, "ssh", append(options, destination, command)...)
 	}
-	for i := range 3 {
+	for i := range 2 {
 		s.answer("%s", ssh(nil, fmt.Sprint("echo echo ", i)))
 	}
 	s.answer("%s", ssh(content(1, size), "sha256sum"))
