@@ -38,8 +38,8 @@ type program struct {
 	name    string
 	version string
 	run     func(*stage)
-	// toProxy is set where the proxy reads by splice: the reasons for which what is
-	// sent to it stays on TCP.
+	// toProxy is set where the proxy reads by splice, if it is let: the reasons for
+	// which what is sent to it stays on TCP.
 	toProxy []string
 	// hazards break the program, if the kernel has one of them and it is accepted.
 	hazards []string
@@ -55,7 +55,15 @@ func (p program) namespace() string {
 
 // advised tells whether a hazard of this kernel makes the advice necessary.
 func (p program) advised(hazards []api.Hazard) bool {
-	return !*bare && slices.ContainsFunc(hazards, func(h api.Hazard) bool { return h.Present && slices.Contains(p.hazards, h.Name) })
+	return !*bare && len(p.hazards) > 0 && fatal(hazards, p.hazards...)
+}
+
+// fatal tells whether a kernel has one of the named hazards, or with no name any
+// hazard, and only refusing pods saves programs from it.
+func fatal(hazards []api.Hazard, names ...string) bool {
+	return slices.ContainsFunc(hazards, func(h api.Hazard) bool {
+		return h.Present && h.Fatal && (names == nil || slices.Contains(names, h.Name))
+	})
 }
 
 func programs() []program {
@@ -156,7 +164,7 @@ func TestPrograms(t *testing.T) {
 					wantRefused(t, p.reason, r.traffic, flows)
 				case r.traffic.shortcut == 0:
 					t.Errorf("got %+v, want some bytes by the shortcut", r.traffic)
-				case p.toProxy != nil:
+				case p.toProxy != nil && fatal(hazards, "splice"):
 					r.note = "what is sent to the proxy is on TCP: it reads by splice"
 					wantSpliced(t, p.toProxy, flows)
 				}
@@ -172,10 +180,9 @@ func TestPrograms(t *testing.T) {
 func (n *node) mustRefuseFatal(t *testing.T, hazards []api.Hazard) {
 	t.Helper()
 	p := n.MustAddPod(t, "opted-in", sandbox.PodOptions{})
-	fatal := slices.ContainsFunc(hazards, func(h api.Hazard) bool { return h.Present && h.Fatal })
 	for _, pod := range mustShow[api.Status](t, n, "status").Pods {
-		if pod.Enrolled == fatal {
-			t.Errorf("pod takes part: got %v (%s), want %v, as the kernel's hazards say: %+v", pod.Enrolled, pod.Reason, !fatal, hazards)
+		if want := !fatal(hazards); pod.Enrolled != want {
+			t.Errorf("pod takes part: got %v (%s), want %v, as the kernel's hazards say: %+v", pod.Enrolled, pod.Reason, want, hazards)
 		}
 	}
 	if err := n.DelPod(p); err != nil {
