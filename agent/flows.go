@@ -62,15 +62,11 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	d := v.explain(client, server, port)
+	d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 	if d.Verdict == policy.Allow {
 		return ""
 	}
 	return d.String()
-}
-
-func (v *view) explain(client, server *pods.Pod, port uint16) policy.Decision {
-	return policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 }
 
 func end(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
@@ -118,12 +114,6 @@ func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint1
 		// What the kernel was told when the direction last had something to send.
 		// Why it was refused is known here only.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
-			if client != nil && server != nil {
-				// The kernel does not know the name of the object that refuses.
-				if now := v.explain(client, server, port); now.Reason == reason {
-					return now.String()
-				}
-			}
 			return reason.String()
 		}
 		return cmp.Or(v.why(client, server, port), policy.NoRule.String())

@@ -233,15 +233,15 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	cfg.datapath.Sleepers = cfg.hazards == "accept" || !slices.ContainsFunc(hazards, func(h api.Hazard) bool {
 		return h.Name == datapath.HazardSleepingRecv && h.Present
 	})
+	src, err := openSource(cfg, refusal, log)
+	if err != nil {
+		return err
+	}
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	src, err := openSource(cfg, refusal, log)
-	if err != nil {
-		return err
-	}
 	registry, err := pods.New(pods.Config{
 		Dir:         cfg.attachmentsDir(),
 		Source:      src,
