@@ -69,8 +69,7 @@ func (n *node) mustStart(t *testing.T, hazards string, annotations map[string]st
 				t.Errorf("agent: %v", err)
 			}
 		case <-time.After(agentTimeout):
-			t.Errorf("the agent does not end; kill: %v", cmd.Process.Kill())
-			_ = <-ended // "signal: killed"
+			t.Errorf("the agent does not end; kill: %v; %v", cmd.Process.Kill(), <-ended)
 		}
 		if t.Failed() {
 			t.Logf("log of the agent:\n%s", &log)
