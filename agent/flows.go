@@ -66,7 +66,7 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	d := v.explain(client, server, port)
+	d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 	if d.Verdict != policy.Allow {
 		return d.String()
 	}
@@ -76,10 +76,6 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	}
 	return fmt.Sprintf("a connection to this server port used %s, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again",
 		strings.Join(m.Reasons, ", "))
-}
-
-func (v *view) explain(client, server *pods.Pod, port uint16) policy.Decision {
-	return policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 }
 
 func (v *view) describeMisfit(m datapath.Misfit) api.Misfit {
@@ -135,12 +131,6 @@ func (v *view) detail(f datapath.Flow, d datapath.Direction, client, server *pod
 		// What the kernel was told when the direction last had something to send.
 		// Why it was refused is known here only.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
-			if client != nil && server != nil {
-				// The kernel does not know the name of the object that refuses.
-				if now := v.explain(client, server, f.Server.Port()); now.Reason == reason {
-					return now.String()
-				}
-			}
 			return reason.String()
 		}
 		return cmp.Or(v.why(client, server, f.Server.Port()), policy.NoRule.String())

@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
@@ -50,6 +51,11 @@ func TestCommandErrors(t *testing.T) {
 		{"two sources", []string{"run", "--node-name=n", "--pods-file=p"}, "--node-name and --pods-file exclude each other"},
 		{"kubeconfig without node", []string{"run", "--pods-file=p", "--kubeconfig=k"}, "--kubeconfig is for the cluster: give --node-name"},
 		{"runtime classes", []string{"run", "--sandboxed-runtime-classes=kata,[x"}, `"[x": accepted are patterns`},
+		{"uninstall timeout", []string{"uninstall", "--timeout=-1s"}, "--timeout=-1s: accepted are durations above 0"},
+		{"uninstall of all nodes", []string{"uninstall", "--all-nodes"}, "--namespace and --selector are required"},
+		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
+		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + socket}, "open mount namespace"},
+		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
@@ -60,6 +66,8 @@ func TestCommandErrors(t *testing.T) {
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
 		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
+		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
+		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -72,7 +80,10 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"doctor", "-h"}, {"forget", "-h"}, {"version"}} {
+	for _, args := range [][]string{
+		{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"uninstall", "-h"}, {"mount-bpffs", "-h"},
+		{"doctor", "-h"}, {"forget", "-h"}, {"version"},
+	} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
 			t.Errorf("%v: %v", args, err)
@@ -85,7 +96,8 @@ func TestHelp(t *testing.T) {
 
 func TestParseConfig(t *testing.T) {
 	got, err := parseConfig([]string{
-		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--splice-guard=off", "--sandboxed-runtime-classes=kata-*, x",
+		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
+		"--splice-guard=off", "--sandboxed-runtime-classes=kata-*, x",
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -93,6 +105,10 @@ func TestParseConfig(t *testing.T) {
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
 	want.guards["splice"] = "off"
+	want.cni = cniconf.Config{
+		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
+		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
+	}
 	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
 	got.sandboxed, want.sandboxed = nil, nil
 	if !reflect.DeepEqual(got, want) {
@@ -365,6 +381,7 @@ func TestWriteStatus(t *testing.T) {
 		},
 		Guards:      []string{"flags", "splice"},
 		Misfits:     []api.Misfit{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
+		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		SourceError: "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
@@ -374,14 +391,15 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, `
-agent     v1, running
-kernel    6.18
-observer  tracepoint
-cgroup    /cg
-pins      /pins
-guards    flags splice
-source    no file
-policy    map full
+agent       v1, running
+kernel      6.18
+observer    tracepoint
+cgroup      /cg
+pins        /pins
+guards      flags splice
+cni plugin  installed in /c/10-x.conflist since 2026-01-02 03:04:05: another is not valid
+source      no file
+policy      map full
 
 HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls

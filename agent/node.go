@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
@@ -21,6 +22,7 @@ import (
 type node struct {
 	registry *pods.Registry
 	datapath *datapath.Datapath
+	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
 	log      *slog.Logger
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
@@ -55,6 +57,10 @@ func (n *node) Status() (api.Status, error) {
 	}
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
+	}
+	if n.keeper != nil {
+		state := n.keeper.State()
+		status.CNI = &state
 	}
 	status.Guards = n.datapath.Guards()
 	misfits, err1 := n.datapath.Misfits()
@@ -134,6 +140,26 @@ func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.registry.Snapshot()
 	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
+}
+
+// Uninstall takes the plugin out of the CNI configuration first, so that no new
+// pod asks for an agent that does nothing any more, and unloads.
+func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
+	if n.keeper != nil {
+		if err := n.keeper.Uninstall(); err != nil {
+			return api.UnloadResult{}, err
+		}
+	}
+	return n.Unload(ctx)
+}
+
+// ready returns why the kernel objects are not there. That no pod may take part
+// is no such reason: the agent does all that it should.
+func (n *node) ready() error {
+	if n.unloaded.Load() {
+		return errors.New("unloaded: nothing is shortcut until the agent is started again")
+	}
+	return nil
 }
 
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {

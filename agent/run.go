@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
@@ -20,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/agent/pods"
@@ -40,15 +42,19 @@ type config struct {
 	runDir   string
 	socket   string // empty: agent.sock in runDir
 	podsFile string
-	// nodeName, kubeconfig and sandboxed are for the cluster as the source of pods.
-	nodeName   string
-	kubeconfig string
-	sandboxed  patterns
-	proc       string
+	// nodeName, kubeconfig, sandboxed and defaultNamespaces are for the cluster as the source of pods.
+	nodeName          string
+	kubeconfig        string
+	sandboxed         patterns
+	defaultNamespaces kube.Selector
+	proc              string
 	judgement
 	logFormat string
 	logLevel  slog.Level
-	datapath  datapath.Config
+	// metricsAddress is where probes and metrics are served; empty: nowhere.
+	metricsAddress string
+	datapath       datapath.Config
+	cni            cniconf.Config // no ConfDir: nothing is installed
 }
 
 func defaults() config {
@@ -73,13 +79,19 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		"`name` of this node in the cluster whose API server says what the pods ask for; this or --pods-file is required")
 	flags.StringVar(&cfg.kubeconfig, "kubeconfig", cfg.kubeconfig, "kubeconfig `file` for the API server (default the service account of the agent's pod)")
 	flags.Var(&cfg.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own, separated by commas")
+	flags.Var(&cfg.defaultNamespaces, "default-namespaces",
+		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
 	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods of a machine without a cluster")
 	flags.StringVar(&cfg.proc, "proc", cfg.proc, "`directory` where the procfs of the node is mounted")
 	cfg.register(flags)
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
+	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
+		"TCP `address` such as :19469 for /metrics, /healthz and /readyz (default none)")
 	d := &cfg.datapath
 	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
+	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
+		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
 	flags.Var((*count)(&d.Budget), "budget", "`bytes` a receiver may leave unread before its sender is put on TCP")
@@ -87,12 +99,23 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
 	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
 	flags.Var((*count)(&d.MaxHandshakes), "max-handshakes", "`size` of the maps of unfinished handshakes")
+	flags.StringVar(&cfg.cni.ConfDir, "cni-conf-dir", "", "`directory` of the runtime's network configurations, to keep the plugin's entry in (default none)")
+	flags.StringVar(&cfg.cni.BinDir, "cni-bin-dir", "", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
+	flags.StringVar(&cfg.cni.Plugin, "plugin", "", "`file` to install as the plugin (default podshunt beside this program)")
 	if err := parse(flags, args); err != nil {
 		return config{}, err
 	}
 	if cfg.socket == "" {
 		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
 	}
+	if cfg.cni.Plugin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return config{}, err
+		}
+		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
+	}
+	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }
 
@@ -116,7 +139,19 @@ func (c config) validate() error {
 	if len(c.socket) > server.MaxSocketPath {
 		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
 	}
+	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
+		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
+	}
+	if c.cni.ConfDir != "" {
+		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
+			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --socket and --run-dir: %w", err))
+		}
+	}
 	return errors.Join(append(errs, c.datapath.Validate())...)
+}
+
+func (c config) attachmentsDir() string {
+	return filepath.Join(c.runDir, filepath.Base(api.AttachmentsDir))
 }
 
 // count is a flag of 32 bits.
@@ -205,7 +240,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	registry, err := pods.New(pods.Config{
-		Dir:         filepath.Join(cfg.runDir, filepath.Base(api.AttachmentsDir)),
+		Dir:         cfg.attachmentsDir(),
 		Source:      src,
 		Proc:        cfg.proc,
 		HostNetns:   host,
@@ -221,6 +256,10 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	registry.Sync()
 	n := newNode(registry, d, cfg, examination, log)
+	if cfg.cni.ConfDir != "" {
+		cfg.cni.Log = log
+		n.keeper = cniconf.New(cfg.cni)
+	}
 	listener, err := server.Listen(cfg.socket)
 	if err != nil {
 		return err
@@ -232,11 +271,22 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		log.Error("no pod takes part", "reason", examination.Refusal)
 	}
 
+	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load)
 	group, ctx := errgroup.WithContext(ctx)
+	if cfg.metricsAddress != "" {
+		health, err := net.Listen("tcp", cfg.metricsAddress)
+		if err != nil {
+			return errors.Join(fmt.Errorf("listen for --metrics-address: %w", err), listener.Close())
+		}
+		group.Go(func() error { return server.ServeHealth(ctx, health, metrics, n.ready, log) })
+	}
 	group.Go(func() error { return src.run(ctx) })
 	group.Go(func() error { return registry.Run(ctx) })
-	group.Go(func() error { return server.Serve(ctx, listener, registry, n, log) })
+	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	if n.keeper != nil {
+		group.Go(func() error { return n.keeper.Run(ctx) })
+	}
 	err = group.Wait()
 	log.Info("agent stopped")
 	return err
@@ -257,6 +307,7 @@ func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 		Kubeconfig:              cfg.kubeconfig,
 		NodeName:                cfg.nodeName,
 		SandboxedRuntimeClasses: cfg.sandboxed,
+		DefaultNamespaces:       cfg.defaultNamespaces,
 		Refusal:                 refusal,
 		UserAgent:               "podshunt-agent/" + version,
 		Log:                     log,

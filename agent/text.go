@@ -40,6 +40,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
 	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
+	if s.CNI != nil {
+		t.row("cni plugin", cniText(*s.CNI))
+	}
 	if s.SourceError != "" {
 		t.row("source", s.SourceError)
 	}
@@ -83,6 +86,18 @@ func writeStatus(w io.Writer, s api.Status) error {
 		}
 	}
 	return t.Flush()
+}
+
+func cniText(s api.CNIStatus) string {
+	text := "not installed"
+	if s.Installed {
+		text = "installed in " + s.Conflist
+	}
+	text += " since " + s.Since.Local().Format(time.DateTime)
+	if s.Error != "" {
+		text += ": " + s.Error
+	}
+	return text
 }
 
 func hazardState(h api.Hazard, accepted bool) string {

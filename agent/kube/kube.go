@@ -47,6 +47,9 @@ type Config struct {
 	// SandboxedRuntimeClasses are patterns as of path.Match for the names of
 	// runtime classes whose pods have a kernel of their own.
 	SandboxedRuntimeClasses []string
+	// DefaultNamespaces selects, by their labels, the namespaces whose pods are
+	// opted in unless they, or the namespace, say otherwise.
+	DefaultNamespaces Selector
 	// Refusal is why no pod may take part; it becomes an Event on the node.
 	Refusal string
 	// UserAgent is how the agent names itself to the API server.
@@ -322,7 +325,7 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 	if s.stale[podKind] || s.stale[namespaceKind] {
 		defaults := map[string]map[string]string{}
 		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
-			defaults[namespace.Name] = namespace.Annotations
+			defaults[namespace.Name] = s.cfg.DefaultNamespaces.optIn(namespace)
 		}
 		next.Pods = map[string]pods.Wish{}
 		for _, pod := range objects[*corev1.Pod](s, podKind) {

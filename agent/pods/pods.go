@@ -30,6 +30,10 @@ import (
 // without a change is two stat calls per attachment.
 const pollInterval = 250 * time.Millisecond
 
+// policyRetry is how long a policy of which some is missing rests: the likely
+// reason is a full map, and to compile and write all of it is work.
+const policyRetry = 5 * time.Second
+
 // Datapath is what the registry does to the kernel.
 type Datapath interface {
 	// Enrol takes in the pod with the network namespace at path and returns its
@@ -106,8 +110,8 @@ type Registry struct {
 
 	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
 	enrolled map[uint64]bool
-	// compiler is nil until the whole policy is in the kernel. It was compiled from
-	// policyPods and policyContent, and holds until policyEnd.
+	// The policy in the kernel is that of compiler, from policyPods and policyContent,
+	// unless policyErr says what is missing. It is to be looked at again at policyEnd.
 	compiler      *policy.Compiler
 	policyPods    []policy.Pod
 	policyContent *Content
@@ -440,15 +444,15 @@ func (r *Registry) setPolicy() {
 		return
 	}
 	r.policyErr = r.writePolicy(taking, now)
-	if r.policyErr != nil {
-		r.compiler = nil
+	if retry := now.Add(policyRetry); r.policyErr != nil && (r.policyEnd.IsZero() || retry.Before(r.policyEnd)) {
+		r.policyEnd = retry
 	}
 	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
 }
 
 // writePolicy writes what has changed, and all of it the first time and after an error.
 func (r *Registry) writePolicy(taking []policy.Pod, now time.Time) error {
-	whole := r.compiler == nil
+	whole := r.compiler == nil || r.policyErr != nil
 	if whole {
 		r.compiler = &policy.Compiler{}
 	}
