@@ -7,6 +7,8 @@ LLVM_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 BPF_CFLAGS ?= -O2 -g -mcpu=v3 -Wall -Wextra -Wpadded -Werror -I/usr/include/$(shell uname -m)-linux-gnu
 KERNELS ?= 6.1 6.12
+# What the cluster suite needs besides podshunt; minutes to make, so make clean leaves it.
+CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
 
@@ -18,7 +20,7 @@ UNIT := ./api ./plugin ./agent/policy ./agent/pods ./agent/server
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels build cni unit generate lint verify bench clean help
+.PHONY: demo test test-kernels test-cluster build cni unit generate lint verify bench clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -30,6 +32,11 @@ test: build cni ## all tests; none may be skipped (root)
 
 test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 	$(SUDO) hack/kernels/test.sh $(KERNELS)
+
+# -v shows what is proved while it runs, and each figure.
+test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
+	e2e/cluster/build.sh $(CLUSTER)
+	PODSHUNT_CLUSTER_CACHE=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
