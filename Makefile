@@ -56,7 +56,7 @@ lint: ## golangci-lint, clang-format, shellcheck
 	hack/deps.sh
 	$(GOLANGCI_LINT) run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
-	shellcheck $(wildcard hack/*.sh hack/*/*.sh) .ci/run
+	shellcheck $(wildcard hack/*.sh hack/*/*.sh e2e/*/*.sh) .ci/run
 
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
 	hack/verify.sh

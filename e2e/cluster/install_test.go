@@ -30,8 +30,8 @@ func (c *cluster) helm(args ...string) (string, error) {
 func chartValues() []string {
 	return []string{
 		"--set=image.pullPolicy=Never",
-		"--set=kernelHazards=accept",
-		"--set=paths.cgroup=/run/cgroup2",
+		"--set=agent.kernelHazards=accept",
+		"--set=agent.cgroup=/run/cgroup2",
 	}
 }
 
