@@ -38,9 +38,10 @@ cp "$bin"/{bridge,host-local,loopback,portmap} /opt/cni/bin/
 mkdir "$directory/sysctl"
 for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
 	kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
-	file=$directory/sysctl/${setting//\//.}
+	path=${setting%=*}
+	file=$directory/sysctl/${path//\//.}
 	echo "${setting#*=}" >"$file"
-	mount --bind "$file" "/proc/sys/${setting%=*}"
+	mount --bind "$file" "/proc/sys/$path"
 done
 # Volumes that the kubelet mounts have to be seen in pods.
 mount --make-rshared /
