@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 VERSION ?= $(shell git describe --always --dirty --tags 2>/dev/null || echo devel)
+# Of the chart and the image: what helm takes for a version.
+RELEASE ?= $(patsubst v%,%,$(if $(findstring .,$(VERSION)),$(VERSION),0.0.0-g$(VERSION)))
+IMAGE ?= ghcr.io/podshunt/podshunt:$(RELEASE)
 # The objects in bpf/ are committed: another clang makes others.
 CLANG ?= clang-19
 LLVM_STRIP ?= llvm-strip-19
@@ -15,12 +18,13 @@ TESTFLAGS ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
+HELM := go tool -modfile=hack/helm/go.mod helm
 PLUGINS := github.com/containernetworking/plugins/plugins
-UNIT := ./api ./plugin ./agent/policy ./agent/pods ./agent/server
+UNIT := ./api ./plugin ./agent/policy ./agent/pods ./agent/server ./hack/image
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-cluster build cni unit generate lint verify bench clean help
+.PHONY: demo test test-kernels test-cluster build cni unit generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -33,10 +37,11 @@ test: build cni ## all tests; none may be skipped (root)
 test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 	$(SUDO) hack/kernels/test.sh $(KERNELS)
 
-# -v shows what is proved while it runs, and each figure.
-test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
+# -v shows each proof while it runs, with its figure.
+test-cluster: image chart ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
 	e2e/cluster/build.sh $(CLUSTER)
-	PODSHUNT_CLUSTER_CACHE=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
+	PODSHUNT_CLUSTER=$(CLUSTER) PODSHUNT_BIN=$(CURDIR)/bin PODSHUNT_CHART=$(CURDIR)/bin/podshunt-$(RELEASE).tgz \
+		go -C e2e/cluster test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
@@ -52,10 +57,11 @@ generate: ## compile bpf/ and make its Go names
 	hack/deps.sh
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(LLVM_STRIP) BPF2GO_CFLAGS="$(BPF_CFLAGS)" go generate ./bpf
 
-lint: ## golangci-lint, clang-format, shellcheck
+lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	hack/deps.sh
 	$(GOLANGCI_LINT) run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
+	$(HELM) lint --strict --quiet charts/podshunt
 	shellcheck $(wildcard hack/*.sh hack/*/*.sh e2e/*/*.sh) .ci/run
 
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
@@ -65,6 +71,12 @@ bench: cni ## measure this machine into docs/measurements.md (root)
 	$(BUILD) -o bin/bench ./hack/bench
 	$(SUDO) bin/bench >bin/measurements.md
 	mv bin/measurements.md docs/
+
+image: build ## bin/podshunt-image.tar, for ctr images import or docker load
+	go run ./hack/image -name $(IMAGE) -o bin/podshunt-image.tar
+
+chart: ## bin/podshunt-RELEASE.tgz, the chart that installs this image
+	$(HELM) package charts/podshunt --version $(RELEASE) --app-version $(RELEASE) --destination bin
 
 clean: ## remove bin/
 	rm -rf bin

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -53,29 +55,56 @@ func show[T any](ctx context.Context, command, path string, args []string, stdou
 }
 
 func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var r removal
 	flags := newFlags("unload", stderr)
-	cfg := defaults()
-	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "run `directory` of the agent")
-	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket of the agent (default agent.sock in the run directory)")
-	flags.StringVar(&cfg.datapath.PinDir, "pin-dir", cfg.datapath.PinDir, "`directory` of the kernel objects, if no agent runs")
-	timeout := flags.Duration("timeout", 30*time.Second, "how long connections may take to read what was sent by the shortcut")
+	r.register(flags)
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	if *timeout <= 0 {
-		return fmt.Errorf("--timeout=%s: accepted are durations above 0", *timeout)
+	if err := r.check(); err != nil {
+		return err
 	}
-	if cfg.socket == "" {
-		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
-	}
+	return r.run(ctx, api.PathUnload, nil, stdout)
+}
 
+// removal is what unload and uninstall have in common.
+type removal struct {
+	runDir, socket, pinDir string
+	timeout                time.Duration
+}
+
+func (r *removal) register(flags *flag.FlagSet) {
+	cfg := defaults()
+	flags.StringVar(&r.runDir, "run-dir", cfg.runDir, "run `directory` of the agent")
+	flags.StringVar(&r.socket, "socket", cfg.socket, "unix socket of the agent (default agent.sock in the run directory)")
+	flags.StringVar(&r.pinDir, "pin-dir", cfg.datapath.PinDir, "`directory` of the kernel objects, if no agent runs")
+	flags.DurationVar(&r.timeout, "timeout", 30*time.Second, "how long connections may take to read what was sent by the shortcut")
+}
+
+func (r *removal) check() error {
+	if r.timeout <= 0 {
+		return fmt.Errorf("--timeout=%s: accepted are durations above 0", r.timeout)
+	}
+	if r.socket == "" {
+		r.socket = filepath.Join(r.runDir, filepath.Base(api.Socket))
+	}
+	return nil
+}
+
+// run asks the agent. Where none runs, it calls first, if given, and takes the pins out itself.
+func (r *removal) run(ctx context.Context, path string, first func() error, stdout io.Writer) error {
 	var result api.UnloadResult
-	path := api.PathUnload + "?timeout=" + url.QueryEscape(timeout.String())
-	err := ask(ctx, cfg.socket, http.MethodPost, path, *timeout+askTimeout, &result)
+	path += "?timeout=" + url.QueryEscape(r.timeout.String())
+	err := ask(ctx, r.socket, http.MethodPost, path, r.timeout+askTimeout, &result)
 	if errors.Is(err, errNoAgent) {
-		result, err = unloadPins(ctx, cfg.datapath.PinDir, *timeout)
+		if first != nil {
+			if err := first(); err != nil {
+				return err
+			}
+		}
+		result, err = unloadPins(ctx, r.pinDir, r.timeout)
 		if errors.Is(err, fs.ErrNotExist) {
-			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", cfg.socket, cfg.datapath.PinDir)
+			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", r.socket, r.pinDir)
 			return err
 		}
 	}
@@ -87,7 +116,7 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 			return err
 		}
 		return fmt.Errorf("%d connections have not read what was sent by the shortcut after %s: nothing is deleted, "+
-			"all new data goes by TCP until the agent is started again", len(result.Waiting), *timeout)
+			"all new data goes by TCP until the agent is started again", len(result.Waiting), r.timeout)
 	}
 	_, err = fmt.Fprintln(stdout, "unloaded: nothing of podshunt is left in the kernel")
 	return err
@@ -102,5 +131,5 @@ func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.Unl
 	defer d.Close()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return unload(ctx, d, newView(nil, time.Now()))
+	return unload(ctx, d, newView(nil, policy.Cluster{}, time.Now()))
 }

@@ -23,11 +23,12 @@ type view struct {
 	pods      []pods.Pod // one per network namespace
 	byCookie  map[uint64]*pods.Pod
 	byAddress map[netip.Addr]*pods.Pod
+	cluster   policy.Cluster
 	now       time.Time
 }
 
-func newView(attachments []pods.Pod, now time.Time) *view {
-	v := &view{byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, now: now}
+func newView(attachments []pods.Pod, cluster policy.Cluster, now time.Time) *view {
+	v := &view{byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster, now: now}
 	for _, a := range attachments {
 		if a.NetnsCookie == 0 {
 			continue
@@ -44,7 +45,7 @@ func newView(attachments []pods.Pod, now time.Time) *view {
 }
 
 // wants tells whether a pod is to be explained.
-func wants(p *pods.Pod) bool { return p != nil && (p.Enrolled || p.Settings.Enabled) }
+func wants(p *pods.Pod) bool { return p != nil && (p.Enrolled || p.Policy.Settings.Enabled) }
 
 func (v *view) anyWants() bool {
 	return slices.ContainsFunc(v.pods, func(p pods.Pod) bool { return wants(&p) })
@@ -61,12 +62,15 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	d := policy.Explain(policy.Pod{ID: client.NetnsCookie, Settings: client.Settings},
-		policy.Pod{ID: server.NetnsCookie, Settings: server.Settings}, port, v.now)
+	d := v.explain(client, server, port)
 	if d.Verdict == policy.Allow {
 		return ""
 	}
-	return d.Reason.String()
+	return d.String()
+}
+
+func (v *view) explain(client, server *pods.Pod, port uint16) policy.Decision {
+	return policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 }
 
 func end(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
@@ -114,6 +118,12 @@ func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint1
 		// What the kernel was told when the direction last had something to send;
 		// that a pod has left is known here only.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
+			if client != nil && server != nil {
+				// The kernel does not know the name of the object that refuses.
+				if now := v.explain(client, server, port); now.Reason == reason {
+					return now.String()
+				}
+			}
 			return reason.String()
 		}
 		return cmp.Or(v.why(client, server, port), policy.NoRule.String())

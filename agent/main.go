@@ -22,11 +22,13 @@ var version = "devel"
 const usage = `podshunt-agent lets TCP between opted-in pods of one node skip the stack.
 
 Commands:
-  run      be the agent of this node
-  status   what takes part and what does not, and why
-  flows    the TCP connections of the pods that take part
-  unload   take everything out of the kernel without losing a byte
-  version  print the version
+  run          be the agent of this node
+  status       what takes part and what does not, and why
+  flows        the TCP connections of the pods that take part
+  unload       take everything out of the kernel without losing a byte
+  uninstall    take the plugin out of the CNI configuration, then unload; on all nodes if told so
+  mount-bpffs  mount the file system that keeps the kernel objects, where there is none
+  version      print the version
 
 "podshunt-agent COMMAND -h" lists the flags of a command.
 `
@@ -57,6 +59,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		err = flowsCommand(ctx, args, stdout, stderr)
 	case "unload":
 		err = unloadCommand(ctx, args, stdout, stderr)
+	case "uninstall":
+		err = uninstallCommand(ctx, args, stdout, stderr)
+	case "mount-bpffs":
+		err = mountCommand(args, stdout, stderr)
 	case "version":
 		_, err = fmt.Fprintln(stdout, version)
 	case "help", "-h", "-help", "--help":

@@ -12,12 +12,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
@@ -45,11 +47,21 @@ func TestCommandErrors(t *testing.T) {
 		{"output", []string{"flows", "-o", "xml"}, `-o "xml": accepted are text, json`},
 		{"no agent", []string{"status", "--socket", socket}, "no agent at " + socket},
 		{"unload timeout", []string{"unload", "--timeout=0s"}, "--timeout=0s: accepted are durations above 0"},
-		{"no pods file", []string{"run"}, "--pods-file is required"},
+		{"no source", []string{"run"}, "--node-name or --pods-file is required"},
+		{"two sources", []string{"run", "--node-name=n", "--pods-file=p"}, "--node-name and --pods-file exclude each other"},
+		{"kubeconfig without node", []string{"run", "--pods-file=p", "--kubeconfig=k"}, "--kubeconfig is for the cluster: give --node-name"},
+		{"runtime classes", []string{"run", "--sandboxed-runtime-classes=kata,[x"}, `"[x": accepted are patterns`},
+		{"uninstall timeout", []string{"uninstall", "--timeout=-1s"}, "--timeout=-1s: accepted are durations above 0"},
+		{"uninstall of all nodes", []string{"uninstall", "--all-nodes"}, "--namespace and --selector are required"},
+		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
+		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + socket}, "open mount namespace"},
+		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
+		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
+		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -62,7 +74,7 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"version"}} {
+	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"uninstall", "-h"}, {"mount-bpffs", "-h"}, {"version"}} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
 			t.Errorf("%v: %v", args, err)
@@ -74,13 +86,22 @@ func TestHelp(t *testing.T) {
 }
 
 func TestParseConfig(t *testing.T) {
-	got, err := parseConfig([]string{"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug"}, io.Discard)
+	got, err := parseConfig([]string{
+		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
+		"--sandboxed-runtime-classes=kata-*, x",
+	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
-	if got != want {
+	want.cni = cniconf.Config{
+		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
+		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
+	}
+	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
+	got.sandboxed, want.sandboxed = nil, nil
+	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
@@ -138,7 +159,7 @@ func testView() *view {
 			Pod: api.PodRef{Namespace: "default", Name: name}, NetnsCookie: cookie,
 			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(cookie)})},
 			Enrolled:  s.Enabled, Reason: reason,
-		}, Settings: s}
+		}, Policy: policy.Pod{ID: cookie, Settings: s}}
 	}
 	web := pod("web", 2, api.Settings{Enabled: true, ExcludePorts: []api.PortRange{{First: 22, Last: 22}}}, "")
 	return newView([]pods.Pod{
@@ -147,7 +168,7 @@ func testView() *view {
 		pod("out", 3, api.Settings{}, "not opted in"),
 		pod("held", 4, api.Settings{Enabled: true, PausedUntil: now.Add(time.Hour)}, "paused"),
 		pod("unknown", 0, api.Settings{Enabled: true}, "its netns cannot be read"),
-	}, now)
+	}, policy.Cluster{}, now)
 }
 
 func TestUnpaired(t *testing.T) {
@@ -347,6 +368,7 @@ func TestWriteStatus(t *testing.T) {
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
 		},
+		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		SourceError: "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
@@ -356,13 +378,14 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, `
-agent      v1, running
-kernel     6.18
-observer   tracepoint
-cgroup     /cg
-pins       /pins
-pods file  no file
-policy     map full
+agent       v1, running
+kernel      6.18
+observer    tracepoint
+cgroup      /cg
+pins        /pins
+cni plugin  installed in /c/10-x.conflist since 2026-01-02 03:04:05: another is not valid
+source      no file
+policy      map full
 
 HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
@@ -23,6 +24,7 @@ import (
 type node struct {
 	registry *pods.Registry
 	datapath *datapath.Datapath
+	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
 	log      *slog.Logger
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
@@ -62,6 +64,10 @@ func (n *node) Status() (api.Status, error) {
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
 	}
+	if n.keeper != nil {
+		state := n.keeper.State()
+		status.CNI = &state
+	}
 	var err1, err2 error
 	status.Maps, err1 = n.datapath.Maps()
 	status.Outcomes, err2 = n.datapath.Outcomes()
@@ -73,7 +79,8 @@ func (n *node) Status() (api.Status, error) {
 func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
-	v := newView(n.registry.Snapshot().Pods, time.Now())
+	snapshot := n.registry.Snapshot()
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
@@ -107,7 +114,28 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
-	return unload(ctx, n.datapath, newView(n.registry.Snapshot().Pods, time.Now()))
+	snapshot := n.registry.Snapshot()
+	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
+}
+
+// Uninstall takes the plugin out of the CNI configuration first, so that no new
+// pod asks for an agent that does nothing any more, and unloads.
+func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
+	if n.keeper != nil {
+		if err := n.keeper.Uninstall(); err != nil {
+			return api.UnloadResult{}, err
+		}
+	}
+	return n.Unload(ctx)
+}
+
+// ready returns why the kernel objects are not there. That no pod may take part
+// is no such reason: the agent does all that it should.
+func (n *node) ready() error {
+	if n.unloaded.Load() {
+		return errors.New("unloaded: nothing is shortcut until the agent is started again")
+	}
+	return nil
 }
 
 func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {

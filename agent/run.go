@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -19,7 +21,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/server"
@@ -35,18 +39,29 @@ const (
 
 // config is what the flags of run say.
 type config struct {
-	runDir    string
-	socket    string // empty: agent.sock in runDir
-	podsFile  string
-	hazards   string
-	logFormat string
-	logLevel  slog.Level
-	datapath  datapath.Config
+	runDir   string
+	socket   string // empty: agent.sock in runDir
+	podsFile string
+	// nodeName, kubeconfig, sandboxed and defaultNamespaces are for the cluster as the source of pods.
+	nodeName          string
+	kubeconfig        string
+	sandboxed         patterns
+	defaultNamespaces kube.Selector
+	proc              string
+	hazards           string
+	logFormat         string
+	logLevel          slog.Level
+	// metricsAddress is where probes and metrics are served; empty: nowhere.
+	metricsAddress string
+	datapath       datapath.Config
+	cni            cniconf.Config // no ConfDir: nothing is installed
 }
 
 func defaults() config {
 	return config{
 		runDir:    api.RunDir,
+		sandboxed: patterns{"*gvisor*", "*runsc*", "*kata*", "*firecracker*", "*quark*", "*edera*"},
+		proc:      "/proc",
 		hazards:   "refuse",
 		logFormat: "auto",
 		logLevel:  slog.LevelInfo,
@@ -60,13 +75,24 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags := newFlags("run", stderr)
 	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "`directory` of the lock, the socket and the attachments")
 	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket to listen on (default agent.sock in the run directory)")
-	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods; required")
+	flags.StringVar(&cfg.nodeName, "node-name", cfg.nodeName,
+		"`name` of this node in the cluster whose API server says what the pods ask for; this or --pods-file is required")
+	flags.StringVar(&cfg.kubeconfig, "kubeconfig", cfg.kubeconfig, "kubeconfig `file` for the API server (default the service account of the agent's pod)")
+	flags.Var(&cfg.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own, separated by commas")
+	flags.Var(&cfg.defaultNamespaces, "default-namespaces",
+		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
+	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods of a machine without a cluster")
+	flags.StringVar(&cfg.proc, "proc", cfg.proc, "`directory` where the procfs of the node is mounted")
 	flags.StringVar(&cfg.hazards, "kernel-hazards", cfg.hazards,
 		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent status\" lists the hazards")
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
+	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
+		"TCP `address` such as :19469 for /metrics, /healthz and /readyz (default none)")
 	d := &cfg.datapath
 	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
+	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
+		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
 	flags.Var((*count)(&d.Budget), "budget", "`bytes` a receiver may leave unread before its sender is put on TCP")
@@ -74,12 +100,23 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
 	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
 	flags.Var((*count)(&d.MaxHandshakes), "max-handshakes", "`size` of the maps of unfinished handshakes")
+	flags.StringVar(&cfg.cni.ConfDir, "cni-conf-dir", "", "`directory` of the runtime's network configurations, to keep the plugin's entry in (default none)")
+	flags.StringVar(&cfg.cni.BinDir, "cni-bin-dir", "", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
+	flags.StringVar(&cfg.cni.Plugin, "plugin", "", "`file` to install as the plugin (default podshunt beside this program)")
 	if err := parse(flags, args); err != nil {
 		return config{}, err
 	}
 	if cfg.socket == "" {
 		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
 	}
+	if cfg.cni.Plugin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return config{}, err
+		}
+		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
+	}
+	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }
 
@@ -92,13 +129,30 @@ func (c config) validate() error {
 	}
 	oneOf("kernel-hazards", c.hazards, "refuse", "accept")
 	oneOf("log-format", c.logFormat, "auto", "text", "json")
-	if c.podsFile == "" {
-		errs = append(errs, errors.New("--pods-file is required: it says which pods take part"))
+	switch {
+	case c.nodeName == "" && c.podsFile == "":
+		errs = append(errs, errors.New("--node-name or --pods-file is required: the cluster or a file says which pods take part"))
+	case c.nodeName != "" && c.podsFile != "":
+		errs = append(errs, errors.New("--node-name and --pods-file exclude each other: either the cluster or a file says which pods take part"))
+	case c.nodeName == "" && c.kubeconfig != "":
+		errs = append(errs, errors.New("--kubeconfig is for the cluster: give --node-name, too, and not --pods-file"))
 	}
 	if len(c.socket) > server.MaxSocketPath {
 		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
 	}
+	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
+		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
+	}
+	if c.cni.ConfDir != "" {
+		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
+			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --socket and --run-dir: %w", err))
+		}
+	}
 	return errors.Join(append(errs, c.datapath.Validate())...)
+}
+
+func (c config) attachmentsDir() string {
+	return filepath.Join(c.runDir, filepath.Base(api.AttachmentsDir))
 }
 
 // count is a flag of 32 bits.
@@ -114,6 +168,27 @@ func (c *count) Set(text string) error {
 		return errors.New("accepted are numbers from 0 to 4294967295")
 	}
 	*c = count(n)
+	return nil
+}
+
+// patterns is a flag with patterns as of path.Match.
+type patterns []string
+
+var _ flag.Value = (*patterns)(nil)
+
+func (p *patterns) String() string { return strings.Join(*p, ",") }
+
+func (p *patterns) Set(text string) error {
+	*p = nil
+	for item := range strings.SplitSeq(text, ",") {
+		item = strings.TrimSpace(item)
+		if _, err := path.Match(item, ""); err != nil {
+			return fmt.Errorf("%q: accepted are patterns with * and ?, such as \"kata-*\"", item)
+		}
+		if item != "" {
+			*p = append(*p, item)
+		}
+	}
 	return nil
 }
 
@@ -146,7 +221,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer lock.Close()
-	host, err := hostNetns(log)
+	host, err := hostNetns(cfg.proc, log)
 	if err != nil {
 		return err
 	}
@@ -163,11 +238,17 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer d.Close()
+	src, err := openSource(cfg, refusal, log)
+	if err != nil {
+		return err
+	}
 	registry, err := pods.New(pods.Config{
-		Dir:         filepath.Join(cfg.runDir, filepath.Base(api.AttachmentsDir)),
-		PodsFile:    cfg.podsFile,
+		Dir:         cfg.attachmentsDir(),
+		Source:      src,
+		Proc:        cfg.proc,
 		HostNetns:   host,
 		Refusal:     refusal,
+		Report:      src.report,
 		Datapath:    kernel{d},
 		NetnsCookie: datapath.NetnsCookie,
 		Now:         time.Now,
@@ -181,6 +262,10 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if cfg.cni.ConfDir != "" {
+		cfg.cni.Log = log
+		n.keeper = cniconf.New(cfg.cni)
+	}
 	listener, err := server.Listen(cfg.socket)
 	if err != nil {
 		return err
@@ -192,13 +277,51 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		log.Error("no pod takes part", "reason", refusal)
 	}
 
+	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load)
 	group, ctx := errgroup.WithContext(ctx)
+	if cfg.metricsAddress != "" {
+		health, err := net.Listen("tcp", cfg.metricsAddress)
+		if err != nil {
+			return errors.Join(fmt.Errorf("listen for --metrics-address: %w", err), listener.Close())
+		}
+		group.Go(func() error { return server.ServeHealth(ctx, health, metrics, n.ready, log) })
+	}
+	group.Go(func() error { return src.run(ctx) })
 	group.Go(func() error { return registry.Run(ctx) })
-	group.Go(func() error { return server.Serve(ctx, listener, registry, n, log) })
+	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	if n.keeper != nil {
+		group.Go(func() error { return n.keeper.Run(ctx) })
+	}
 	err = group.Wait()
 	log.Info("agent stopped")
 	return err
+}
+
+// source is a pods.Source with what main has to do for it.
+type source struct {
+	pods.Source
+	run    func(context.Context) error
+	report func([]pods.Pod) // nil if nobody is told
+}
+
+func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
+	if cfg.podsFile != "" {
+		return source{Source: pods.NewFile(cfg.podsFile), run: func(context.Context) error { return nil }}, nil
+	}
+	cluster, err := kube.Open(kube.Config{
+		Kubeconfig:              cfg.kubeconfig,
+		NodeName:                cfg.nodeName,
+		SandboxedRuntimeClasses: cfg.sandboxed,
+		DefaultNamespaces:       cfg.defaultNamespaces,
+		Refusal:                 refusal,
+		UserAgent:               "podshunt-agent/" + version,
+		Log:                     log,
+	})
+	if err != nil {
+		return source{}, err
+	}
+	return source{cluster, cluster.Run, cluster.Report}, nil
 }
 
 // sweep deletes what handshakes that never ended have left, until ctx ends.
@@ -219,8 +342,8 @@ func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
 
 // hostNetns returns the cookies of the network namespaces that are no pod's:
 // the agent's own and that of the node.
-func hostNetns(log *slog.Logger) ([]uint64, error) {
-	const node = "/proc/1/ns/net"
+func hostNetns(proc string, log *slog.Logger) ([]uint64, error) {
+	node := filepath.Join(proc, "1/ns/net")
 	paths := []string{"/proc/self/ns/net"}
 	if _, err := os.Stat(node); err == nil {
 		paths = append(paths, node)
@@ -258,7 +381,17 @@ type kernel struct {
 	*datapath.Datapath
 }
 
-func (k kernel) SetPolicy(rules []policy.Rule) error {
+func (k kernel) SetPolicy(rules []policy.Rule) error { return k.Datapath.SetPolicy(convert(rules)) }
+
+func (k kernel) UpdatePolicy(changed []policy.PairRules) error {
+	converted := make([]datapath.PairRules, len(changed))
+	for i, pair := range changed {
+		converted[i] = datapath.PairRules{Client: pair.Client, Server: pair.Server, Rules: convert(pair.Rules)}
+	}
+	return k.Datapath.UpdatePolicy(converted)
+}
+
+func convert(rules []policy.Rule) []datapath.Rule {
 	converted := make([]datapath.Rule, len(rules))
 	for i, r := range rules {
 		converted[i] = datapath.Rule{
@@ -266,7 +399,7 @@ func (k kernel) SetPolicy(rules []policy.Rule) error {
 			Verdict: verdict(r.Decision.Verdict), Reason: uint32(r.Decision.Reason),
 		}
 	}
-	return k.Datapath.SetPolicy(converted)
+	return converted
 }
 
 func verdict(v policy.Verdict) datapath.Verdict {

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -38,8 +39,11 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("observer", s.Observer)
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
+	if s.CNI != nil {
+		t.row("cni plugin", cniText(*s.CNI))
+	}
 	if s.SourceError != "" {
-		t.row("pods file", s.SourceError)
+		t.row("source", s.SourceError)
 	}
 	if s.PolicyError != "" {
 		t.row("policy", s.PolicyError)
@@ -74,6 +78,18 @@ func writeStatus(w io.Writer, s api.Status) error {
 		}
 	}
 	return t.Flush()
+}
+
+func cniText(s api.CNIStatus) string {
+	text := "not installed"
+	if s.Installed {
+		text = "installed in " + s.Conflist
+	}
+	text += " since " + s.Since.Local().Format(time.DateTime)
+	if s.Error != "" {
+		text += ": " + s.Error
+	}
+	return text
 }
 
 func hazardState(h api.Hazard, accepted bool) string {

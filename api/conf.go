@@ -74,6 +74,30 @@ func ParseConf(section []byte) (PluginConf, error) {
 	return conf, nil
 }
 
+// Section returns the plugin's section of a conflist: its type, and the keys
+// whose values are not the defaults. ParseConf accepts it if the values are
+// those that it accepts.
+func (c PluginConf) Section() []byte {
+	section := struct {
+		Type           string `json:"type"`
+		AgentSocket    string `json:"agentSocket,omitempty"`
+		AgentTimeout   string `json:"agentTimeout,omitempty"`
+		AttachmentsDir string `json:"attachmentsDir,omitempty"`
+	}{Type: PluginType}
+	if c.AgentSocket != Socket {
+		section.AgentSocket = c.AgentSocket
+	}
+	if c.AgentTimeout != PluginTimeout {
+		section.AgentTimeout = c.AgentTimeout.String()
+	}
+	if c.AttachmentsDir != AttachmentsDir {
+		section.AttachmentsDir = c.AttachmentsDir
+	}
+	// Strings always marshal.
+	text, _ := json.Marshal(section)
+	return text
+}
+
 func parsePath(value json.RawMessage) (string, error) {
 	var path string
 	if err := json.Unmarshal(value, &path); err != nil || !filepath.IsAbs(path) {

@@ -101,6 +101,31 @@ func checkError(t testing.TB, err error, parts []string) {
 	}
 }
 
+func TestSection(t *testing.T) {
+	defaults := api.PluginConf{AgentSocket: api.Socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: api.AttachmentsDir}
+	for _, tc := range []struct {
+		name string
+		conf api.PluginConf
+		want string
+	}{
+		{"defaults", defaults, `{"type":"podshunt"}`},
+		{
+			"others", api.PluginConf{AgentSocket: "/a", AgentTimeout: 1500 * time.Millisecond, AttachmentsDir: "/b"},
+			`{"type":"podshunt","agentSocket":"/a","agentTimeout":"1.5s","attachmentsDir":"/b"}`,
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := tc.conf.Section()
+			if string(got) != tc.want {
+				t.Errorf("got %s, want %s", got, tc.want)
+			}
+			if back, err := api.ParseConf(got); err != nil || back != tc.conf {
+				t.Errorf("parsed: got %+v and error %v, want %+v", back, err, tc.conf)
+			}
+		})
+	}
+}
+
 func FuzzParseConf(f *testing.F) {
 	for _, seed := range []string{
 		`{}`, `null`, `[]`, `{"agentSocket":"/a","agentTimeout":"5s","attachmentsDir":"/b"}`,

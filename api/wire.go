@@ -20,6 +20,8 @@ const (
 	PathFlows = "/v1/flows"
 	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go duration.
 	PathUnload = "/v1/unload"
+	// PathUninstall: as PathUnload, after our entry has been taken out of the CNI configuration.
+	PathUninstall = "/v1/uninstall"
 )
 
 // Error is the body of every failed request.
@@ -87,10 +89,24 @@ type Status struct {
 	// SourceError is why the source of pod annotations cannot be read at present; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
-	PolicyError string     `json:"policyError,omitempty"`
-	Maps        []MapUsage `json:"maps"`
+	PolicyError string `json:"policyError,omitempty"`
+	// CNI is the state of the plugin's installation; nil if the agent was told not to install it.
+	CNI  *CNIStatus `json:"cni,omitempty"`
+	Maps []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
+}
+
+// CNIStatus tells whether the runtime runs the plugin for new pods.
+type CNIStatus struct {
+	// Conflist is the file of the runtime that has the plugin's entry, "" if there is none.
+	Conflist string `json:"conflist,omitempty"`
+	// Installed is true if the entry is in the network that the runtime uses, and the binary in place.
+	Installed bool `json:"installed"`
+	// Error is what is not as wanted. The agent goes on trying.
+	Error string `json:"error,omitempty"`
+	// Since is when all of the above became so.
+	Since time.Time `json:"since"`
 }
 
 // Hazard is one way in which this kernel serves sockets of the shortcut

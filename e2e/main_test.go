@@ -62,9 +62,9 @@ func (n *node) places() []string {
 }
 
 // mustStart returns when the agent answers.
-func (n *node) mustStart(t testing.TB) {
+func (n *node) mustStart(t testing.TB, flags ...string) {
 	t.Helper()
-	args := slices.Concat([]string{"run", "--pods-file=" + n.podsFile, "--kernel-hazards=accept", "--cgroup=" + n.Cgroup}, n.places())
+	args := slices.Concat([]string{"run", "--pods-file=" + n.podsFile, "--kernel-hazards=accept", "--cgroup=" + n.Cgroup}, n.places(), flags)
 	cmd := exec.Command(n.binary, args...)
 	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {

@@ -43,9 +43,11 @@ type Config struct {
 	// Cgroup is a directory of a cgroup2; connections of the processes below it
 	// are seen. Empty means the root of the first cgroup2 mount.
 	Cgroup string
-	// PinDir is a directory in a bpffs; where there is none, one is mounted on
-	// its parent directory.
+	// PinDir is a directory in a bpffs.
 	PinDir string
+	// MountBPFFS mounts a bpffs on the parent of PinDir where there is none. In a
+	// container that mount, and all pins with it, would end with the container.
+	MountBPFFS bool
 	// Budget is how many bytes a receiver may leave unread before a direction
 	// spills to TCP.
 	Budget uint32
@@ -65,6 +67,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		PinDir:        api.PinDir,
+		MountBPFFS:    true,
 		Budget:        8 << 20, // TCP's own buffers may grow to 4 and 6 MiB by default
 		MaxPods:       1024,
 		MaxPolicies:   131072,
@@ -132,7 +135,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.Cgroup, err = findCgroup(cfg.Cgroup); err != nil {
 		return nil, err
 	}
-	if err := ensureBPFFS(filepath.Dir(cfg.PinDir)); err != nil {
+	if err := cfg.prepareBPFFS(); err != nil {
 		return nil, err
 	}
 	// A crash in a first bring-up leaves this; it was never published.
@@ -154,6 +157,20 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, errors.Join(err, os.RemoveAll(fresh), d.Close())
 	}
 	return d, nil
+}
+
+func (c Config) prepareBPFFS() error {
+	dir := filepath.Dir(c.PinDir)
+	if c.MountBPFFS {
+		_, err := ensureBPFFS(dir)
+		return err
+	}
+	there, err := isBPFFS(dir)
+	if err == nil && !there {
+		err = fmt.Errorf("pin directory %s: %s is not in a bpffs, and the agent may not mount one: "+
+			"run `podshunt-agent mount-bpffs` on the node first", c.PinDir, dir)
+	}
+	return err
 }
 
 // create makes everything anew, pinned in fresh, and publishes it by a rename.

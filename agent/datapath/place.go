@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/containernetworking/plugins/pkg/ns"
@@ -38,20 +39,57 @@ func findCgroup(dir string) (string, error) {
 	return dir, nil
 }
 
-// ensureBPFFS makes dir and mounts a bpffs on it unless it is in one.
-func ensureBPFFS(dir string) error {
+// ensureBPFFS makes dir and mounts a bpffs on it unless it is in one; it tells
+// whether it has mounted.
+func ensureBPFFS(dir string) (mounted bool, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("make %s: %w", dir, err)
+		return false, fmt.Errorf("make %s: %w", dir, err)
 	}
-	if magic, err := filesystem(dir); err != nil {
-		return fmt.Errorf("look at %s: %w", dir, err)
-	} else if magic == unix.BPF_FS_MAGIC {
-		return nil
+	if there, err := isBPFFS(dir); err != nil || there {
+		return false, err
 	}
 	if err := unix.Mount("bpffs", dir, "bpf", 0, "mode=0700"); err != nil {
-		return fmt.Errorf("mount a bpffs on %s: %w", dir, err)
+		return false, fmt.Errorf("mount a bpffs on %s: %w", dir, err)
 	}
-	return nil
+	return true, nil
+}
+
+func isBPFFS(dir string) (bool, error) {
+	magic, err := filesystem(dir)
+	if err != nil {
+		return false, fmt.Errorf("look at %s: %w", dir, err)
+	}
+	return magic == unix.BPF_FS_MAGIC, nil
+}
+
+// MountBPFFS makes sure that dir is in a bpffs, as the mount namespace at the
+// given path (such as /proc/1/ns/mnt) sees it, and tells whether it has mounted
+// one. A mount made in a container's own namespace ends with the container, and
+// all pins in it.
+func MountBPFFS(namespace, dir string) (mounted bool, err error) {
+	f, err := os.Open(namespace)
+	if err != nil {
+		return false, fmt.Errorf("open mount namespace: %w", err)
+	}
+	defer f.Close()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// Never unlocked: the thread, which lives in the other namespace, ends with the goroutine.
+		runtime.LockOSThread()
+		// A thread that shares its working directory with others cannot change its mount namespace.
+		if err = unix.Unshare(unix.CLONE_FS); err != nil {
+			err = fmt.Errorf("unshare the working directory: %w", err)
+			return
+		}
+		if err = unix.Setns(int(f.Fd()), unix.CLONE_NEWNS); err != nil {
+			err = fmt.Errorf("enter mount namespace %s: %w", namespace, err)
+			return
+		}
+		mounted, err = ensureBPFFS(dir)
+	}()
+	<-done
+	return mounted, err
 }
 
 // filesystem returns the magic number of the file system that holds path.

@@ -70,18 +70,48 @@ func (d *Datapath) Enrolled() ([]uint64, error) {
 func (d *Datapath) SetPolicy(rules []Rule) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err := d.loadPolicy(); err != nil {
+		return err
+	}
+	return d.setPolicy(compile(rules))
+}
+
+// UpdatePolicy changes the rules of the pairs of pods that are named, and of no
+// others. Else it is as SetPolicy.
+func (d *Datapath) UpdatePolicy(changed []PairRules) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.loadPolicy(); err != nil {
+		return err
+	}
+	want := maps.Clone(d.policy)
+	for _, pair := range changed {
+		maps.DeleteFunc(want, func(key bpf.ShortcutPolicyKey, _ bpf.ShortcutPolicy) bool {
+			return key.Client == words(pair.Client) && key.Server == words(pair.Server)
+		})
+		maps.Copy(want, compile(pair.Rules))
+	}
+	return d.setPolicy(want)
+}
+
+// loadPolicy reads what an earlier process has left.
+func (d *Datapath) loadPolicy() error {
 	if d.unloaded {
 		return ErrUnloaded
 	}
-	table := d.objects.Maps[bpf.ShortcutMapPolicies]
-	if d.policy == nil {
-		have, err := entries[bpf.ShortcutPolicyKey, bpf.ShortcutPolicy](table)
-		if err != nil {
-			return fmt.Errorf("read the policy map: %w", err)
-		}
-		d.policy = have
+	if d.policy != nil {
+		return nil
 	}
-	want := compile(rules)
+	have, err := entries[bpf.ShortcutPolicyKey, bpf.ShortcutPolicy](d.objects.Maps[bpf.ShortcutMapPolicies])
+	if err != nil {
+		return fmt.Errorf("read the policy map: %w", err)
+	}
+	d.policy = have
+	return nil
+}
+
+func (d *Datapath) setPolicy(want map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy) error {
+	table := d.objects.Maps[bpf.ShortcutMapPolicies]
 	if maps.Equal(want, d.policy) {
 		return nil
 	}
@@ -155,6 +185,8 @@ func podsOf(k bpf.ShortcutPolicyKey) [4]uint32 {
 	return [4]uint32{k.Client[0], k.Client[1], k.Server[0], k.Server[1]}
 }
 
+func words(cookie uint64) [2]uint32 { return [2]uint32{uint32(cookie), uint32(cookie >> 32)} }
+
 // compile turns rules into entries of the longest-prefix match.
 func compile(rules []Rule) map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy {
 	want := make(map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy, len(rules))
@@ -163,8 +195,8 @@ func compile(rules []Rule) map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy {
 		for port, length := range prefixes(r.First, r.Last) {
 			want[bpf.ShortcutPolicyKey{
 				Prefixlen: prefixPods + uint32(length),
-				Client:    [2]uint32{uint32(r.Client), uint32(r.Client >> 32)},
-				Server:    [2]uint32{uint32(r.Server), uint32(r.Server >> 32)},
+				Client:    words(r.Client),
+				Server:    words(r.Server),
 				Port:      networkOrder(port),
 			}] = value
 		}

@@ -34,6 +34,13 @@ type Rule struct {
 	Reason uint32
 }
 
+// PairRules are all rules of the connections from the pod Client to the pod
+// Server; none if they are refused.
+type PairRules struct {
+	Client, Server uint64
+	Rules          []Rule
+}
+
 // Flow is one paired connection, as the kernel's pair record has it.
 type Flow struct {
 	// ID is the socket cookie of the client's socket.

@@ -32,7 +32,7 @@ func readStamp(path string) (stamp, error) {
 }
 
 // entry is the file of an attachment and what is known of the pod's network
-// namespace.
+// namespace. Without a file it stands for a pod that was found otherwise.
 type entry struct {
 	file       stamp
 	attachment api.Attachment
@@ -46,6 +46,27 @@ type entry struct {
 
 	// told is what was last logged about the attachment.
 	told string
+}
+
+// read reads the cookie of the pod's network namespace if it may have changed. It
+// returns false if the namespace is not there any more.
+func (e *entry) read(cookieOf func(path string) (uint64, error)) bool {
+	now, err := readStamp(e.attachment.Netns)
+	if err == nil && now == e.netns {
+		return true
+	}
+	var cookie uint64
+	if err == nil {
+		cookie, err = cookieOf(e.attachment.Netns)
+	}
+	if errors.Is(err, fs.ErrNotExist) || err == nil && e.cookie != 0 && e.cookie != cookie {
+		return false
+	}
+	e.netnsErr = err
+	if err == nil {
+		e.netns, e.cookie = now, cookie
+	}
+	return true
 }
 
 // readAttachments returns an entry for every file in dir, taken from old where

@@ -2,9 +2,10 @@
 
 // Package pods knows the pods of this node and keeps the kernel in line with
 // what they ask for. It owns the directory of attachments, where the CNI plugin
-// leaves what the runtime told it, and reads the annotations from the pods
-// file. Every change of either is in force within a second. It never releases a
-// pod that still takes part, so that live connections do not notice a restart.
+// leaves what the runtime told it, and takes what the pods ask for from a Source.
+// A pod that the plugin has not told of is looked for among the processes of the
+// node. Every change is in force within a second. It never releases a pod that
+// still takes part, so that live connections do not notice a restart.
 package pods
 
 import (
@@ -12,7 +13,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/proc"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -39,14 +40,17 @@ type Datapath interface {
 	Enrolled() ([]uint64, error)
 	// SetPolicy replaces the whole policy.
 	SetPolicy(rules []policy.Rule) error
+	// UpdatePolicy replaces the rules of the pairs of pods that are named.
+	UpdatePolicy(changed []policy.PairRules) error
 }
 
-// Config is what a Registry works with; all of it but Refusal is required.
+// Config is what a Registry works with; all of it but Refusal and Report is required.
 type Config struct {
 	// Dir is the directory of attachments; it is made if needed.
-	Dir string
-	// PodsFile is where the annotations of the pods are read from.
-	PodsFile string
+	Dir    string
+	Source Source
+	// Proc is where the procfs of the node is mounted.
+	Proc string
 	// HostNetns are cookies of network namespaces that are the node's own.
 	HostNetns []uint64
 	// Refusal is why no pod at all may take part; empty if they may.
@@ -54,43 +58,61 @@ type Config struct {
 	Datapath Datapath
 	// NetnsCookie reads the cookie of the network namespace at a path.
 	NetnsCookie func(path string) (uint64, error)
+	// Report is called with all pods when one of them has changed. It must neither
+	// block nor call the Registry.
+	Report func([]Pod)
 	// Now is the clock.
 	Now func() time.Time
 	Log *slog.Logger
 }
 
-// Pod is an attachment with what its pod asks for.
+// Pod is an attachment, or a pod without one that wants to take part, with what
+// it asks for.
 type Pod struct {
 	api.PodStatus
+	// ID is that of the attachment, zero if there is none.
 	ID api.AttachmentID
-	// Settings are zero if the pod's annotations are not known or not accepted.
-	Settings api.Settings
+	// Policy is what the policy goes by. Its Settings are zero if the pod's
+	// annotations are not known or not accepted.
+	Policy policy.Pod
+	// Problem is set if the pod wants to take part and cannot.
+	Problem Problem
+
+	entry *entry
 }
 
 // Snapshot is the state of the registry.
 type Snapshot struct {
 	Pods []Pod
+	// Cluster is what the policy was compiled with.
+	Cluster policy.Cluster
 	// SourceError and PolicyError are those of api.Status.
 	SourceError, PolicyError error
 }
 
 // Registry is safe for concurrent use.
 type Registry struct {
-	cfg Config
+	cfg    Config
+	finder proc.Finder
 
-	mu      sync.Mutex
-	entries map[string]*entry // by file name
-	source  source
-	stopped string // why nothing is done any more
-	pods    []Pod  // the result of the last sync, in the order of file names
+	mu         sync.Mutex
+	entries    map[string]*entry  // attachments by file name
+	searches   map[string]*search // by UID, for the pods without an attachment
+	nextSearch time.Time
+	content    *Content // what the source last said, nil before it has said anything
+	sourceErr  error
+	stopped    string // why nothing is done any more
+	pods       []Pod  // the result of the last sync
 
 	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
 	enrolled map[uint64]bool
-	// The policy in the kernel was compiled from policyPods and holds until policyEnd.
-	policyPods []policy.Pod
-	policyEnd  time.Time
-	policySet  bool
-	policyErr  error
+	// compiler is nil until the whole policy is in the kernel. It was compiled from
+	// policyPods and policyContent, and holds until policyEnd.
+	compiler      *policy.Compiler
+	policyPods    []policy.Pod
+	policyContent *Content
+	policyEnd     time.Time
+	policyErr     error
 
 	// faults are those that have been logged and still last.
 	faults map[string]string
@@ -108,7 +130,7 @@ func New(cfg Config) (*Registry, error) {
 	}
 	r := &Registry{
 		cfg:      cfg,
-		source:   source{path: cfg.PodsFile},
+		finder:   proc.Finder{Root: cfg.Proc, HostNetns: cfg.HostNetns, NetnsCookie: cfg.NetnsCookie},
 		enrolled: map[uint64]bool{},
 		faults:   map[string]string{},
 	}
@@ -122,21 +144,34 @@ func New(cfg Config) (*Registry, error) {
 func (r *Registry) Run(ctx context.Context) error {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
+	changed := r.cfg.Source.Changed()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-changed:
 		case <-ticker.C:
-			r.Sync()
 		}
+		r.Sync()
 	}
 }
 
-// Sync brings the kernel in line with the files as they are now. What could not
-// be done is in the Snapshot, and is tried again by the next Sync.
+// Sync brings the kernel in line with the source and the files as they are now.
+// What could not be done is in the Snapshot, and is tried again by the next Sync.
 func (r *Registry) Sync() {
 	r.mu.Lock()
+	r.sync()
+	uids := r.missing()
+	r.mu.Unlock()
+	if len(uids) == 0 {
+		return
+	}
+	// Without the lock: a pod that starts does not wait for a look at all processes.
+	found, err := r.finder.Find(uids)
+	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.complain("search", "processes not searched for pods without an attachment", err)
+	r.settle(uids, found)
 	r.sync()
 }
 
@@ -202,7 +237,7 @@ func (r *Registry) Stop(reason string) {
 func (r *Registry) Snapshot() Snapshot {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return Snapshot{Pods: slices.Clone(r.pods), SourceError: r.source.err, PolicyError: r.policyErr}
+	return Snapshot{Pods: slices.Clone(r.pods), Cluster: r.cluster(), SourceError: r.sourceErr, PolicyError: r.policyErr}
 }
 
 func (r *Registry) sync() {
@@ -212,8 +247,12 @@ func (r *Registry) sync() {
 	for _, name := range slices.Sorted(maps.Keys(r.entries)) {
 		r.findNetns(name)
 	}
-	r.source.read()
-	r.complain("source", "pods file not accepted, the last good content stays in force", r.source.err)
+	content, err := r.cfg.Source.Content()
+	if content != nil {
+		r.content = content
+	}
+	r.sourceErr = err
+	r.complain("source", "what pods ask for is not up to date, what was last known stays in force", err)
 
 	r.decide()
 	if r.stopped == "" && !r.waiting() {
@@ -221,8 +260,12 @@ func (r *Registry) sync() {
 		r.setPolicy()
 		r.release()
 	}
+	changed := false
 	for i := range r.pods {
-		r.finish(&r.pods[i])
+		changed = r.finish(&r.pods[i]) || changed
+	}
+	if changed && r.cfg.Report != nil {
+		r.cfg.Report(slices.Clone(r.pods))
 	}
 }
 
@@ -237,65 +280,52 @@ func (r *Registry) findNetns(name string) {
 		}
 		return
 	}
-	now, err := readStamp(e.attachment.Netns)
-	if err == nil && now == e.netns {
+	if e.read(r.cfg.NetnsCookie) {
 		return
 	}
-	var cookie uint64
-	if err == nil {
-		cookie, err = r.cfg.NetnsCookie(e.attachment.Netns)
-	}
-	gone := errors.Is(err, fs.ErrNotExist) || err == nil && e.cookie != 0 && e.cookie != cookie
-	if gone {
-		delete(r.entries, name)
-		r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
-		r.complain("remove "+name, "attachment of a gone network namespace not deleted", removeAttachment(r.cfg.Dir, name))
-		return
-	}
-	e.netnsErr = err
-	if err == nil {
-		e.netns, e.cookie = now, cookie
-	}
+	delete(r.entries, name)
+	r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
+	r.complain("remove "+name, "attachment of a gone network namespace not deleted", removeAttachment(r.cfg.Dir, name))
 }
 
 // waiting tells whether the pods' wishes are still unknown, so that the state
 // left by an earlier agent has to stay.
-func (r *Registry) waiting() bool { return r.source.pods == nil && r.cfg.Refusal == "" }
+func (r *Registry) waiting() bool { return r.content == nil && r.cfg.Refusal == "" }
 
-// decide fills r.pods. A pod without a reason is to be enrolled.
+func (r *Registry) cluster() policy.Cluster {
+	if r.content == nil {
+		return policy.Cluster{}
+	}
+	return r.content.Cluster
+}
+
+// decide fills r.pods: the attachments in the order of their file names, then
+// the pods that r.searches is for. A pod without a reason is to be enrolled.
 func (r *Registry) decide() {
-	owner := map[uint64]string{}
-	shared := map[uint64]bool{}
 	r.pods = nil
+	attached := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(r.entries)) {
 		e := r.entries[name]
 		if e.fileErr != nil {
 			continue
 		}
-		p := Pod{PodStatus: api.PodStatus{
-			Pod:         e.attachment.Pod,
-			ContainerID: e.attachment.ContainerID,
-			Netns:       e.attachment.Netns,
-			Addresses:   e.attachment.Addresses,
-			NetnsCookie: e.cookie,
-		}, ID: e.attachment.AttachmentID}
+		pod := e.attachment.Pod
+		w, reason := r.wish(pod)
+		if w != nil {
+			attached[pod.String()] = true
+		}
+		r.add(e, w, reason)
+	}
+	r.search(attached)
+
+	owner := map[uint64]string{}
+	shared := map[uint64]bool{}
+	for _, p := range r.pods {
 		pod := p.Pod.String()
-		p.Settings, p.Reason = r.wish(pod)
-		switch {
-		case r.stopped != "":
-			p.Reason = r.stopped
-		case e.cookie == 0:
-			p.Reason = e.netnsErr.Error()
-		case slices.Contains(r.cfg.HostNetns, e.cookie):
-			p.Reason = "it runs in the node's own network namespace (hostNetwork)"
-		case r.cfg.Refusal != "":
-			p.Reason = r.cfg.Refusal
+		if other, ok := owner[p.NetnsCookie]; ok && p.NetnsCookie != 0 && other != pod {
+			shared[p.NetnsCookie] = true
 		}
-		if other, ok := owner[e.cookie]; ok && e.cookie != 0 && other != pod {
-			shared[e.cookie] = true
-		}
-		owner[e.cookie] = pod
-		r.pods = append(r.pods, p)
+		owner[p.NetnsCookie] = pod
 	}
 	for i, p := range r.pods {
 		if shared[p.NetnsCookie] && p.Reason == "" {
@@ -304,21 +334,69 @@ func (r *Registry) decide() {
 	}
 }
 
-// wish returns what a pod asks for, and why it cannot take part.
-func (r *Registry) wish(pod string) (api.Settings, string) {
-	if r.source.pods == nil {
-		return api.Settings{}, fmt.Sprintf("waiting for the pods file: %v", r.source.err)
+// wish returns what a pod asks for. It is nil, and the reason says why, if that
+// is not known.
+func (r *Registry) wish(pod api.PodRef) (w *Wish, reason string) {
+	if r.content == nil {
+		reason := "waiting for " + r.cfg.Source.String()
+		if r.sourceErr != nil {
+			reason += ": " + r.sourceErr.Error()
+		}
+		return nil, reason
 	}
-	w, ok := r.source.pods[pod]
+	wish, ok := r.content.Pods[pod.String()]
 	switch {
 	case !ok:
-		return api.Settings{}, "not opted in: no entry in " + r.source.path
-	case w.err != nil:
-		return api.Settings{}, w.err.Error()
-	case !w.settings.Enabled:
-		return w.settings, "not opted in by " + api.AnnotationShortcut
+		return nil, r.content.Unlisted
+	case !wish.isFor(pod.UID):
+		// Either the pod has been replaced, or its source does not tell of it yet.
+		return nil, "another pod of the same name is known to " + r.cfg.Source.String()
 	}
-	return w.settings, ""
+	return &wish, ""
+}
+
+// add appends a pod to r.pods with the first reason that keeps it out. Without
+// a wish that is unknown.
+func (r *Registry) add(e *entry, w *Wish, unknown string) {
+	p := Pod{PodStatus: api.PodStatus{
+		Pod:         e.attachment.Pod,
+		ContainerID: e.attachment.ContainerID,
+		Netns:       e.attachment.Netns,
+		Addresses:   e.attachment.Addresses,
+		NetnsCookie: e.cookie,
+		Reason:      unknown,
+	}, ID: e.attachment.AttachmentID, entry: e}
+	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name, Addresses: p.Addresses}
+	if w != nil {
+		p.Policy.Labels, p.Policy.Ports, p.Policy.Settings, p.Policy.Bandwidth = w.Labels, w.Ports, w.Settings, w.Bandwidth
+		if len(w.Addresses) > 0 {
+			// They may have changed since the attachment was made.
+			p.Addresses, p.Policy.Addresses = w.Addresses, w.Addresses
+		}
+		p.Reason, p.Problem = w.out()
+	}
+	wants := p.Reason == ""
+	out := func(reason string, problem Problem) {
+		if p.Reason, p.Problem = reason, ""; wants {
+			p.Problem = problem
+		}
+	}
+	switch {
+	case r.stopped != "":
+		out(r.stopped, "")
+	case e.netnsErr != nil && e.cookie == 0:
+		out(e.netnsErr.Error(), "")
+	case slices.Contains(r.cfg.HostNetns, e.cookie):
+		out(ReasonHostNetwork, HostNetwork)
+	case r.cfg.Refusal != "":
+		out(r.cfg.Refusal, KernelRefused)
+	case wants && e.cookie == 0:
+		p.Reason = "no process of it is found yet"
+		if len(p.Addresses) == 0 {
+			p.Reason = "waiting for its network"
+		}
+	}
+	r.pods = append(r.pods, p)
 }
 
 // enrol takes in the pods that decide has picked; a failure becomes the reason.
@@ -338,7 +416,7 @@ func (r *Registry) enrol() {
 		}
 		// A pod that an earlier agent has enrolled is in all the same.
 		if _, in := r.enrolled[p.NetnsCookie]; err != nil && !in {
-			p.Reason = err.Error()
+			p.Reason, p.Problem = err.Error(), EnrolFailed
 			err = nil
 		}
 		r.complain("enrol "+p.Netns, "pod not enrolled again, it stays as the earlier agent left it", err)
@@ -350,22 +428,43 @@ func (r *Registry) setPolicy() {
 	var taking []policy.Pod
 	for _, p := range r.pods {
 		if p.Reason == "" {
-			taking = append(taking, policy.Pod{ID: p.NetnsCookie, Settings: p.Settings})
+			taking = append(taking, p.Policy)
 		}
 	}
-	byID := func(a, b policy.Pod) int { return cmp.Compare(a.ID, b.ID) }
-	slices.SortFunc(taking, byID)
+	slices.SortStableFunc(taking, func(a, b policy.Pod) int { return cmp.Compare(a.ID, b.ID) })
 	taking = slices.CompactFunc(taking, func(a, b policy.Pod) bool { return a.ID == b.ID })
 
 	now := r.cfg.Now()
 	ended := !r.policyEnd.IsZero() && !now.Before(r.policyEnd)
-	if r.policySet && r.policyErr == nil && !ended && reflect.DeepEqual(taking, r.policyPods) {
+	if r.compiler != nil && !ended && r.content == r.policyContent && reflect.DeepEqual(taking, r.policyPods) {
 		return
 	}
-	rules, end := policy.Compile(taking, now)
-	err := r.cfg.Datapath.SetPolicy(rules)
-	r.policyPods, r.policyEnd, r.policySet, r.policyErr = taking, end, true, err
-	r.complain("policy", "policy not complete, what is missing stays on TCP", err)
+	r.policyErr = r.writePolicy(taking, now)
+	if r.policyErr != nil {
+		r.compiler = nil
+	}
+	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
+}
+
+// writePolicy writes what has changed, and all of it the first time and after an error.
+func (r *Registry) writePolicy(taking []policy.Pod, now time.Time) error {
+	whole := r.compiler == nil
+	if whole {
+		r.compiler = &policy.Compiler{}
+	}
+	changed, end := r.compiler.Update(taking, r.cluster(), now)
+	r.policyPods, r.policyContent, r.policyEnd = taking, r.content, end
+	if !whole && len(changed) == 0 {
+		return nil
+	}
+	if !whole {
+		return r.cfg.Datapath.UpdatePolicy(changed)
+	}
+	var rules []policy.Rule
+	for _, pair := range changed {
+		rules = append(rules, pair.Rules...)
+	}
+	return r.cfg.Datapath.SetPolicy(rules)
 }
 
 // release takes out the pods that do not take part any more. Their policy is
@@ -389,30 +488,30 @@ func (r *Registry) release() {
 	}
 }
 
-// finish completes a pod's status and logs it if it has changed.
-func (r *Registry) finish(p *Pod) {
+// finish completes a pod's status, and logs it and returns true if it has changed.
+func (r *Registry) finish(p *Pod) bool {
 	switch _, in := r.enrolled[p.NetnsCookie]; {
 	case r.stopped != "":
 	case r.waiting():
 		p.Enrolled = in
 	case p.Reason == "":
 		p.Enrolled = true
-		if end := p.Settings.PausedUntil; end.After(r.cfg.Now()) {
+		if end := p.Policy.Settings.PausedUntil; end.After(r.cfg.Now()) {
 			p.Reason = "paused until " + end.Format(time.RFC3339)
 		}
 	}
-	e := r.entries[p.ID.FileName()]
 	told := fmt.Sprint(p.Enrolled, p.NetnsCookie, p.Reason)
-	if e.told == told {
-		return
+	if p.entry.told == told {
+		return false
 	}
-	e.told = told
+	p.entry.told = told
 	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
 	if p.Enrolled {
 		log.Info("pod takes part")
 	} else {
 		log.Info("pod stays on tcp")
 	}
+	return true
 }
 
 // complain logs a fault when it appears or changes.

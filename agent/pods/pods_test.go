@@ -73,6 +73,17 @@ func (k *fakeKernel) SetPolicy(rules []policy.Rule) error {
 	return nil
 }
 
+// UpdatePolicy is logged with the number of all rules, as SetPolicy.
+func (k *fakeKernel) UpdatePolicy(changed []policy.PairRules) error {
+	rules := slices.DeleteFunc(slices.Clone(k.rules), func(r policy.Rule) bool {
+		return slices.ContainsFunc(changed, func(p policy.PairRules) bool { return p.Client == r.Client && p.Server == r.Server })
+	})
+	for _, pair := range changed {
+		rules = append(rules, pair.Rules...)
+	}
+	return k.SetPolicy(rules)
+}
+
 // fixture is a registry on a fake kernel, with a clock that stands still.
 type fixture struct {
 	*Registry
@@ -89,7 +100,8 @@ func newFixture(t testing.TB, change func(*Config, *fakeKernel)) *fixture {
 	f.podsFile = filepath.Join(f.dir, "pods.yaml")
 	cfg := Config{
 		Dir:         filepath.Join(f.dir, "attachments"),
-		PodsFile:    f.podsFile,
+		Source:      NewFile(f.podsFile),
+		Proc:        filepath.Join(f.dir, "proc"),
 		HostNetns:   []uint64{1},
 		Datapath:    f.kernel,
 		NetnsCookie: readCookie,
@@ -310,7 +322,7 @@ func TestRestartKeepsPods(t *testing.T) {
 	first.mustPut(t, first.attachment(t, "web", 11))
 
 	f := newFixture(t, func(cfg *Config, k *fakeKernel) {
-		cfg.Dir, cfg.PodsFile = first.cfg.Dir, first.podsFile
+		cfg.Dir, cfg.Source = first.cfg.Dir, NewFile(first.podsFile)
 		k.enrolled = []uint64{10, 11, 99}
 	})
 	f.Sync()

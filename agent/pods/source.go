@@ -5,56 +5,145 @@ package pods
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
+	"slices"
+	"sync"
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 )
 
-// source is the pods file: the annotations of the pods of a machine that has no
-// cluster to ask.
-type source struct {
+// Source says what the pods of this node ask for. It must be safe for concurrent
+// use.
+type Source interface {
+	// Content returns what is known; nil until it is known for the first time, and
+	// then what an earlier agent left stays in force. The error is why it is not up
+	// to date. A Content is not changed after it was returned.
+	Content() (*Content, error)
+	// Changed receives after a change. It is nil if the source has to be polled.
+	Changed() <-chan struct{}
+	// String names the source in texts: "waiting for ...".
+	String() string
+}
+
+// Content is what a Source knows.
+type Content struct {
+	Pods map[string]Wish // by api.PodRef.String
+	// Unlisted is why a pod that is not among Pods does not take part.
+	Unlisted string
+	Cluster  policy.Cluster
+}
+
+// Wish is what a pod asks for.
+type Wish struct {
+	// UIDs are those by which a runtime may know the pod. Without any the name is
+	// enough, and a pod that no attachment tells of is not looked for.
+	UIDs     []string
+	Settings api.Settings
+	// Err is why the annotations are not accepted; Settings are zero then.
+	Err error
+	// Reason is why the pod cannot take part whatever it asks for. Problem goes
+	// with it where this is not the ordinary course of things.
+	Reason  string
+	Problem Problem
+	// The rest is as in policy.Pod.
+	Labels    map[string]string
+	Addresses []netip.Addr
+	Ports     []policy.NamedPort
+	Bandwidth string
+}
+
+// Problem tells why a pod that wants to take part cannot, where somebody can do
+// something about it. It is the reason of an Event.
+type Problem string
+
+const (
+	InvalidAnnotation Problem = "InvalidAnnotation"
+	HostNetwork       Problem = "HostNetwork"
+	SandboxedRuntime  Problem = "SandboxedRuntime"
+	KernelRefused     Problem = "KernelRefused"
+	EnrolFailed       Problem = "EnrolFailed"
+)
+
+// ReasonHostNetwork is the reason of pods with the problem HostNetwork.
+const ReasonHostNetwork = "it runs in the node's own network namespace (hostNetwork)"
+
+// isFor tells whether the wish is that of the pod with the UID, which a runtime
+// may not have given.
+func (w *Wish) isFor(uid string) bool {
+	return len(w.UIDs) == 0 || uid == "" || slices.Contains(w.UIDs, uid)
+}
+
+// out returns why the pod does not take part by its own wish or nature, or "".
+func (w *Wish) out() (reason string, problem Problem) {
+	switch {
+	case w.Err != nil:
+		return w.Err.Error(), InvalidAnnotation
+	case !w.Settings.Enabled:
+		return "not opted in by " + api.AnnotationShortcut, ""
+	}
+	return w.Reason, w.Problem
+}
+
+// File is a Source that needs no cluster: a YAML file with the annotations of the
+// pods of a machine.
+type File struct {
 	path string
+
+	mu sync.Mutex
 	// stamp is that of the content last read, accepted or not.
 	stamp stamp
-	// pods is the last accepted content by api.PodRef.String; nil before there was one.
-	pods map[string]wish
+	// content is the last accepted one; nil before there was one.
+	content *Content
 	// err is why the present content is not in force.
 	err error
 }
 
-// wish is what the annotations of a pod ask for, or why that is not clear.
-type wish struct {
-	settings api.Settings
-	err      error
+var _ Source = (*File)(nil)
+
+// NewFile returns a File that need not exist yet.
+func NewFile(path string) *File { return &File{path: path} }
+
+func (f *File) String() string { return "the pods file" }
+
+// Changed returns nil: the file has to be polled.
+func (f *File) Changed() <-chan struct{} { return nil }
+
+// Content takes up the file if it has changed.
+func (f *File) Content() (*Content, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.read()
+	return f.content, f.err
 }
 
-// read takes up the file if it has changed.
-func (s *source) read() {
-	now, err := readStamp(s.path)
-	if err == nil && now == s.stamp {
+func (f *File) read() {
+	now, err := readStamp(f.path)
+	if err == nil && now == f.stamp {
 		return
 	}
 	// The stamp is older than the content: a write in between is seen next time.
-	s.stamp = now
+	f.stamp = now
 	var data []byte
 	if err == nil {
-		data, err = os.ReadFile(s.path)
+		data, err = os.ReadFile(f.path)
 	}
 	if err != nil {
-		s.stamp, s.err = stamp{}, fmt.Errorf("read pods file: %w", err)
+		f.stamp, f.err = stamp{}, fmt.Errorf("read pods file: %w", err)
 		return
 	}
 	pods, err := parsePods(data)
 	if err != nil {
-		s.err = fmt.Errorf("pods file %s: %w", s.path, err)
+		f.err = fmt.Errorf("pods file %s: %w", f.path, err)
 		return
 	}
-	s.pods, s.err = pods, nil
+	f.content, f.err = &Content{Pods: pods, Unlisted: "not opted in: no entry in " + f.path}, nil
 }
 
-func parsePods(data []byte) (map[string]wish, error) {
+func parsePods(data []byte) (map[string]Wish, error) {
 	var file struct {
 		Pods []struct {
 			Namespace   string            `json:"namespace"`
@@ -69,7 +158,7 @@ func parsePods(data []byte) (map[string]wish, error) {
 	if file.Pods == nil {
 		return nil, errors.New(`no key "pods"; for no pods write "pods: []"`)
 	}
-	pods := make(map[string]wish, len(file.Pods))
+	pods := make(map[string]Wish, len(file.Pods))
 	for i, p := range file.Pods {
 		if p.Namespace == "" || p.Name == "" {
 			return nil, fmt.Errorf("pods[%d]: namespace and name are required", i)
@@ -79,7 +168,7 @@ func parsePods(data []byte) (map[string]wish, error) {
 			return nil, fmt.Errorf("pods[%d]: %s is listed twice", i, key)
 		}
 		settings, err := api.ParseAnnotations(p.Annotations)
-		pods[key] = wish{settings, err}
+		pods[key] = Wish{Settings: settings, Err: err}
 	}
 	return pods, nil
 }

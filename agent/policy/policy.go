@@ -2,13 +2,16 @@
 
 // Package policy decides which connections between the pods of this node may be
 // shortcut, and says why not in words for users. It is pure: pods and a time in,
-// rules out; it does no I/O and keeps no state.
+// rules out; it does no I/O.
 package policy
 
 import (
 	"fmt"
-	"slices"
+	"iter"
+	"net/netip"
 	"time"
+
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -31,13 +34,17 @@ const (
 type Reason uint32
 
 const (
-	// NoRule is what the kernel has for a pair that no rule is for.
+	// NoRule is what the kernel has for every refusal; Explain knows why.
 	NoRule Reason = iota
 	Allowed
 	ClientNotOptedIn
 	ServerNotOptedIn
 	PortNotListed
 	PortExcluded
+	ClientBandwidth
+	ServerBandwidth
+	IngressPolicy
+	EgressPolicy
 	ClientPaused
 	ServerPaused
 	reasonMax
@@ -47,7 +54,7 @@ const (
 func (r Reason) String() string {
 	switch r {
 	case NoRule:
-		return "one of the pods does not take part"
+		return "refused when it was last asked"
 	case Allowed:
 		return "allowed"
 	case ClientNotOptedIn:
@@ -58,6 +65,14 @@ func (r Reason) String() string {
 		return "server port not in " + api.AnnotationPorts
 	case PortExcluded:
 		return "server port in " + api.AnnotationExcludePorts
+	case ClientBandwidth:
+		return "the client's bandwidth is limited, which a shortcut would not keep to"
+	case ServerBandwidth:
+		return "the server's bandwidth is limited, which a shortcut would not keep to"
+	case IngressPolicy:
+		return "NetworkPolicy does not allow it into the server"
+	case EgressPolicy:
+		return "NetworkPolicy does not allow it out of the client"
 	case ClientPaused:
 		return "client paused by " + api.AnnotationPausedUntil
 	case ServerPaused:
@@ -66,137 +81,136 @@ func (r Reason) String() string {
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
 }
 
+func (r Reason) verdict() Verdict {
+	switch r {
+	case Allowed:
+		return Allow
+	case ClientPaused, ServerPaused:
+		return Hold
+	}
+	return Refuse
+}
+
 // Pod is a pod of this node. A pod whose annotations are not accepted has zero
 // Settings, which is a pod that was not opted in.
 type Pod struct {
 	// ID is the cookie of the pod's network namespace.
-	ID       uint64
+	ID              uint64
+	Namespace, Name string
+	Labels          map[string]string
+	Addresses       []netip.Addr
+	// Ports are the container ports that have a name, those of TCP.
+	Ports    []NamedPort
 	Settings api.Settings
+	// Bandwidth is the name of the annotation that limits the pod's bandwidth, if
+	// there is one.
+	Bandwidth string
 }
 
-// Decision is a verdict and its reason.
+// NamedPort is a container port with a name.
+type NamedPort struct {
+	Name   string
+	Number uint16
+}
+
+// Cluster is what NetworkPolicies are evaluated with. Its objects do not change
+// once they are handed over: the same pointer is the same policy.
+type Cluster struct {
+	// Namespaces are the labels of namespaces by name.
+	Namespaces map[string]map[string]string
+	Policies   []*networkingv1.NetworkPolicy
+}
+
+// Decision is a verdict, its reason, and what refuses, in words for users.
 type Decision struct {
 	Verdict Verdict
 	Reason  Reason
+	// Object is empty where the reason says it all.
+	Object string
+}
+
+// String returns the text that users read.
+func (d Decision) String() string {
+	if d.Object == "" {
+		return d.Reason.String()
+	}
+	return d.Reason.String() + ": " + d.Object
 }
 
 // Rule holds for connections from the pod Client to the server ports of the pod
-// Server; both are Pod.ID.
+// Server; both are Pod.ID. A rule that refuses has no reason; Explain knows it.
 type Rule struct {
 	Client, Server uint64
 	Ports          api.PortRange
 	Decision       Decision
 }
 
-// Compile returns the rules for every ordered pair of the opted-in pods, a pod
-// with itself included: that is loopback inside the pod. Pairs without a rule
-// are refused. The first rule of a pair is over all ports, 0 to 65535; those
-// that follow it are narrower, override it and do not overlap each other. until
-// is when the rules will change without a change of the pods, zero for never.
-func Compile(pods []Pod, now time.Time) (rules []Rule, until time.Time) {
-	for _, server := range pods {
-		if !server.Settings.Enabled {
-			continue
-		}
-		if end := server.Settings.PausedUntil; end.After(now) && (until.IsZero() || end.Before(until)) {
-			until = end
-		}
-		byPort := compilePorts(server.Settings)
-		for _, client := range pods {
-			if !client.Settings.Enabled {
-				continue
-			}
-			parts := byPort
-			if d, ok := decidePair(client, server, now); ok {
-				parts = []portsDecision{{allPorts(), d}}
-			}
-			for _, part := range parts {
-				rules = append(rules, Rule{client.ID, server.ID, part.ports, part.decision})
-			}
-		}
-	}
-	return rules, until
+// PairRules are all rules of an ordered pair of pods. Ports without a rule are
+// refused. A rule over all ports, 0 to 65535, is the first if there is one;
+// narrower ones override it and do not overlap each other.
+type PairRules struct {
+	Client, Server uint64
+	Rules          []Rule
 }
 
-// Explain decides one connection. It agrees with the rules of Compile.
-func Explain(client, server Pod, port uint16, now time.Time) Decision {
-	if d, ok := decidePair(client, server, now); ok {
-		return d
+// Explain decides one connection. It agrees with the rules of a Compiler.
+func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) Decision {
+	from, to := newPod(client, cluster, now), newPod(server, cluster, now)
+	for _, object := range cluster.Policies {
+		if object.Namespace == client.Namespace || object.Namespace == server.Namespace {
+			n := parsePolicy(object)
+			from.take(n)
+			to.take(n)
+		}
 	}
-	return decidePort(server.Settings, port)
+	for reason, ports := range restrictions(from, to) {
+		if !ports.contains(port) {
+			return Decision{Refuse, reason, culprit(reason, from, to)}
+		}
+	}
+	reason := unrestricted(from, to)
+	return Decision{reason.verdict(), reason, ""}
 }
 
-// decidePair is what holds for all ports of a pair, if anything does.
-func decidePair(client, server Pod, now time.Time) (Decision, bool) {
+// restrictions yields why ports are refused, each with the ports that are not.
+// A port is refused for the first reason that does not leave it.
+func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
+	return func(yield func(Reason, portSet) bool) {
+		_ = (client.Settings.Enabled || yield(ClientNotOptedIn, nil)) &&
+			(server.Settings.Enabled || yield(ServerNotOptedIn, nil)) &&
+			yield(PortNotListed, server.listed) &&
+			yield(PortExcluded, server.notExcluded) &&
+			(client.Bandwidth == "" || yield(ClientBandwidth, nil)) &&
+			(server.Bandwidth == "" || yield(ServerBandwidth, nil)) &&
+			// NetworkPolicy never stands between a pod and itself.
+			client.ID != server.ID &&
+			(len(server.isolatedBy[ingress]) == 0 || yield(IngressPolicy, server.allowedWith(ingress, client, server))) &&
+			(len(client.isolatedBy[egress]) == 0 || yield(EgressPolicy, client.allowedWith(egress, server, server)))
+	}
+}
+
+// unrestricted is what holds for the ports that restrictions leave.
+func unrestricted(client, server *pod) Reason {
 	switch {
-	case !client.Settings.Enabled:
-		return Decision{Refuse, ClientNotOptedIn}, true
-	case !server.Settings.Enabled:
-		return Decision{Refuse, ServerNotOptedIn}, true
-	case client.Settings.PausedUntil.After(now):
-		return Decision{Hold, ClientPaused}, true
-	case server.Settings.PausedUntil.After(now):
-		return Decision{Hold, ServerPaused}, true
+	case client.paused:
+		return ClientPaused
+	case server.paused:
+		return ServerPaused
 	}
-	return Decision{}, false
+	return Allowed
 }
 
-func decidePort(server api.Settings, port uint16) Decision {
-	in := func(ranges []api.PortRange) bool {
-		return slices.ContainsFunc(ranges, func(r api.PortRange) bool { return r.First <= port && port <= r.Last })
+// culprit names for users what refuses.
+func culprit(reason Reason, client, server *pod) string {
+	switch reason {
+	case ClientBandwidth:
+		return fmt.Sprintf("pod %s/%s has %s", client.Namespace, client.Name, client.Bandwidth)
+	case ServerBandwidth:
+		return fmt.Sprintf("pod %s/%s has %s", server.Namespace, server.Name, server.Bandwidth)
+	case IngressPolicy:
+		return names(server.isolatedBy[ingress])
+	case EgressPolicy:
+		return names(client.isolatedBy[egress])
 	}
-	switch {
-	case len(server.Ports) > 0 && !in(server.Ports):
-		return Decision{Refuse, PortNotListed}
-	case in(server.ExcludePorts):
-		return Decision{Refuse, PortExcluded}
-	}
-	return Decision{Allow, Allowed}
-}
-
-type portsDecision struct {
-	ports    api.PortRange
-	decision Decision
-}
-
-func allPorts() api.PortRange { return api.PortRange{First: 0, Last: 65535} }
-
-// compilePorts returns the base over all ports and what differs from it. The
-// base is the decision that saves the most rules.
-func compilePorts(server api.Settings) []portsDecision {
-	// The decision can only change at an edge of a range.
-	starts := []int{1}
-	for _, r := range slices.Concat(server.Ports, server.ExcludePorts) {
-		starts = append(starts, int(r.First), int(r.Last)+1)
-	}
-	slices.Sort(starts)
-	starts = slices.Compact(starts)
-
-	var parts []portsDecision
-	count := map[Decision]int{}
-	for _, start := range starts {
-		if start > 65535 {
-			break
-		}
-		d := decidePort(server, uint16(start))
-		if len(parts) > 0 {
-			last := &parts[len(parts)-1]
-			last.ports.Last = uint16(start - 1)
-			if last.decision == d {
-				continue
-			}
-		}
-		parts = append(parts, portsDecision{api.PortRange{First: uint16(start)}, d})
-		count[d]++
-	}
-	parts[len(parts)-1].ports.Last = 65535
-
-	base := parts[0].decision
-	for _, part := range parts {
-		if count[part.decision] > count[base] {
-			base = part.decision
-		}
-	}
-	parts = slices.DeleteFunc(parts, func(p portsDecision) bool { return p.decision == base })
-	return slices.Insert(parts, 0, portsDecision{allPorts(), base})
+	return ""
 }

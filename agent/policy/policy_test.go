@@ -3,12 +3,13 @@
 package policy
 
 import (
-	"math/rand/v2"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -21,235 +22,236 @@ func ports(bounds ...uint16) []api.PortRange {
 	return ranges
 }
 
-func TestCompile(t *testing.T) {
+func TestRules(t *testing.T) {
 	now := time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC)
 	later, latest := now.Add(time.Minute), now.Add(time.Hour)
 	all := api.PortRange{First: 0, Last: 65535}
 	on := api.Settings{Enabled: true}
-	allow := Decision{Allow, Allowed}
-	notListed := Decision{Refuse, PortNotListed}
-	excluded := Decision{Refuse, PortExcluded}
+	allow := Decision{Verdict: Allow, Reason: Allowed}
+	refuse := Decision{Verdict: Refuse}
+	hold := func(reason Reason) Decision { return Decision{Verdict: Hold, Reason: reason} }
+	// pair has a rule for each range.
+	pair := func(client, server uint64, d Decision, ranges ...api.PortRange) PairRules {
+		p := PairRules{Client: client, Server: server}
+		for _, r := range ranges {
+			p.Rules = append(p.Rules, Rule{client, server, r, d})
+		}
+		return p
+	}
 
 	for _, tc := range []struct {
 		name  string
 		pods  []Pod
-		rules []Rule
+		rules []PairRules
 		until time.Time
 	}{
 		{name: "no pods"},
 		{
 			name: "not opted in",
-			pods: []Pod{{1, api.Settings{}}, {2, on}, {3, api.Settings{PausedUntil: later}}},
-			rules: []Rule{
-				{2, 2, all, allow},
+			pods: []Pod{{ID: 1}, {ID: 2, Settings: on}, {ID: 3, Settings: api.Settings{PausedUntil: later}}},
+			rules: []PairRules{
+				pair(2, 2, allow, all),
 			},
 		},
 		{
 			name: "every ordered pair and loopback",
-			pods: []Pod{{1, on}, {2, on}},
-			rules: []Rule{
-				{1, 1, all, allow},
-				{2, 1, all, allow},
-				{1, 2, all, allow},
-				{2, 2, all, allow},
+			pods: []Pod{{ID: 1, Settings: on}, {ID: 2, Settings: on}},
+			rules: []PairRules{
+				pair(1, 1, allow, all),
+				pair(2, 1, allow, all),
+				pair(1, 2, allow, all),
+				pair(2, 2, allow, all),
 			},
 		},
 		{
-			name: "listed ports",
-			pods: []Pod{{1, api.Settings{Enabled: true, Ports: ports(8000, 8010, 80, 80)}}},
-			rules: []Rule{
-				{1, 1, all, notListed},
-				{1, 1, api.PortRange{First: 80, Last: 80}, allow},
-				{1, 1, api.PortRange{First: 8000, Last: 8010}, allow},
-			},
+			name:  "listed ports",
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(8000, 8010, 80, 80)}}},
+			rules: []PairRules{pair(1, 1, allow, ports(80, 80, 8000, 8010)...)},
 		},
 		{
 			name: "excluded ports",
-			pods: []Pod{{1, api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
-			rules: []Rule{
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
+			rules: []PairRules{{1, 1, []Rule{
 				{1, 1, all, allow},
-				{1, 1, api.PortRange{First: 22, Last: 22}, excluded},
-			},
+				{1, 1, api.PortRange{First: 22, Last: 22}, refuse},
+			}}},
 		},
 		{
-			name: "exclusion wins over the list",
-			pods: []Pod{{1, api.Settings{Enabled: true, Ports: ports(10, 20), ExcludePorts: ports(15, 30)}}},
-			rules: []Rule{
-				{1, 1, all, notListed},
-				{1, 1, api.PortRange{First: 10, Last: 14}, allow},
-				{1, 1, api.PortRange{First: 15, Last: 20}, excluded},
-			},
+			name:  "exclusion wins over the list",
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20), ExcludePorts: ports(15, 30)}}},
+			rules: []PairRules{pair(1, 1, allow, ports(10, 14)...)},
+		},
+		{
+			name: "the shorter list",
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(1, 10, 12, 20, 22, 65535)}}},
+			rules: []PairRules{{1, 1, []Rule{
+				{1, 1, all, allow},
+				{1, 1, api.PortRange{First: 11, Last: 11}, refuse},
+				{1, 1, api.PortRange{First: 21, Last: 21}, refuse},
+			}}},
 		},
 		{
 			name:  "overlapping and adjacent ranges are one",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(10, 20, 15, 30, 31, 40)}}},
-			rules: []Rule{{1, 1, all, notListed}, {1, 1, api.PortRange{First: 10, Last: 40}, allow}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20, 15, 30, 31, 40)}}},
+			rules: []PairRules{pair(1, 1, allow, ports(10, 40)...)},
 		},
 		{
 			name:  "all ports listed",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(1, 65535)}}},
-			rules: []Rule{{1, 1, all, allow}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(1, 65535)}}},
+			rules: []PairRules{pair(1, 1, allow, all)},
 		},
 		{
-			name:  "all ports excluded",
-			pods:  []Pod{{1, api.Settings{Enabled: true, ExcludePorts: ports(1, 65535)}}},
-			rules: []Rule{{1, 1, all, excluded}},
+			name: "all ports excluded",
+			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(1, 65535)}}},
 		},
 		{
 			name:  "last port",
-			pods:  []Pod{{1, api.Settings{Enabled: true, Ports: ports(65535, 65535)}}},
-			rules: []Rule{{1, 1, all, notListed}, {1, 1, api.PortRange{First: 65535, Last: 65535}, allow}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(65535, 65535)}}},
+			rules: []PairRules{pair(1, 1, allow, ports(65535, 65535)...)},
 		},
 		{
 			name: "pause holds both roles and the earliest end counts",
 			pods: []Pod{
-				{1, api.Settings{Enabled: true, PausedUntil: latest, Ports: ports(80, 80)}},
-				{2, api.Settings{Enabled: true, PausedUntil: later}},
+				{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: latest}},
+				{ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later}},
 			},
-			rules: []Rule{
-				{1, 1, all, Decision{Hold, ClientPaused}},
-				{2, 1, all, Decision{Hold, ClientPaused}},
-				{1, 2, all, Decision{Hold, ClientPaused}},
-				{2, 2, all, Decision{Hold, ClientPaused}},
+			rules: []PairRules{
+				pair(1, 1, hold(ClientPaused), all),
+				pair(2, 1, hold(ClientPaused), all),
+				pair(1, 2, hold(ClientPaused), all),
+				pair(2, 2, hold(ClientPaused), all),
 			},
 			until: later,
 		},
 		{
-			name: "paused server",
-			pods: []Pod{{1, on}, {2, api.Settings{Enabled: true, PausedUntil: later, Ports: ports(80, 80)}}},
-			rules: []Rule{
-				{1, 1, all, allow},
-				{2, 1, all, Decision{Hold, ClientPaused}},
-				{1, 2, all, Decision{Hold, ServerPaused}},
-				{2, 2, all, Decision{Hold, ClientPaused}},
+			name: "a refusal is none less during a pause",
+			pods: []Pod{
+				{ID: 1, Settings: on, Bandwidth: "kubernetes.io/egress-bandwidth"},
+				{ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later, Ports: ports(80, 80)}},
+				{ID: 3, Settings: on},
+			},
+			rules: []PairRules{
+				pair(2, 2, hold(ClientPaused), ports(80, 80)...),
+				pair(3, 2, hold(ServerPaused), ports(80, 80)...),
+				pair(2, 3, hold(ClientPaused), all),
+				pair(3, 3, allow, all),
 			},
 			until: later,
 		},
 		{
 			name:  "a pause that is over",
-			pods:  []Pod{{1, api.Settings{Enabled: true, PausedUntil: now}}},
-			rules: []Rule{{1, 1, all, allow}},
+			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: now}}},
+			rules: []PairRules{pair(1, 1, allow, all)},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			rules, until := Compile(tc.pods, now)
+			var c Compiler
+			rules, until := c.Update(tc.pods, Cluster{}, now)
 			if diff := cmp.Diff(tc.rules, rules); diff != "" {
 				t.Errorf("rules (-want +got)\n%s", diff)
 			}
 			if !until.Equal(tc.until) {
 				t.Errorf("until: got %v, want %v", until, tc.until)
 			}
+			if rules, _ := c.Update(tc.pods, Cluster{}, now); rules != nil {
+				t.Errorf("the same again: got %v, want no change", rules)
+			}
 		})
 	}
 }
 
-// TestRandom compares Compile and Explain with an evaluator that knows nothing
-// of ranges: it asks every port in turn.
-func TestRandom(t *testing.T) {
-	const seed = 1
-	random := rand.New(rand.NewPCG(seed, seed))
+// TestChanges: an update returns the pairs that a change is about, and no others.
+func TestChanges(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
-
-	randomRanges := func() []api.PortRange {
-		var ranges []api.PortRange
-		for range random.IntN(4) {
-			// Low and few ports, so that ranges meet; sometimes the last ones.
-			first := 1 + random.IntN(30)
-			if random.IntN(4) == 0 {
-				first = 65535 - random.IntN(10)
-			}
-			last := min(65535, first+random.IntN(10))
-			ranges = append(ranges, api.PortRange{First: uint16(first), Last: uint16(last)})
+	on := api.Settings{Enabled: true}
+	pod := func(id uint64, name string) Pod {
+		return Pod{
+			ID: id, Namespace: "default", Name: name, Settings: on,
+			Labels: map[string]string{"app": name}, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(id)})},
 		}
-		return ranges
 	}
-	for range 10 {
-		var pods []Pod
-		for id := range 3 {
-			p := Pod{ID: uint64(id + 1), Settings: api.Settings{
-				Enabled: random.IntN(5) > 0, Ports: randomRanges(), ExcludePorts: randomRanges(),
-			}}
-			if random.IntN(4) == 0 {
-				p.Settings.PausedUntil = now.Add(time.Duration(random.IntN(3)-1) * time.Second)
-			}
-			pods = append(pods, p)
+	web, db, job := pod(1, "web"), pod(2, "db"), pod(3, "job")
+	closed := mustPolicy(t, "default", "db", "podSelector: {matchLabels: {app: db}}")
+	open := mustPolicy(t, "default", "db", `{podSelector: {matchLabels: {app: db}}, ingress: [{from: [{namespaceSelector: {matchLabels: {team: a}}}]}]}`)
+	with := func(labels map[string]string, policies ...*networkingv1.NetworkPolicy) Cluster {
+		return Cluster{Namespaces: map[string]map[string]string{"default": labels}, Policies: policies}
+	}
+	teamA := map[string]string{"team": "a"}
+	renamed, paused, out := web, web, web
+	renamed.Labels = map[string]string{"app": "other"}
+	paused.Settings.PausedUntil = now.Add(time.Second)
+	out.Settings = api.Settings{}
+
+	var c Compiler
+	for _, step := range []struct {
+		name    string
+		pods    []Pod
+		cluster Cluster
+		after   time.Duration
+		want    []string // client-server=number of rules
+	}{
+		{"pods come", []Pod{web, db}, with(nil), 0, []string{"1-1=1", "2-1=1", "1-2=1", "2-2=1"}},
+		{"one more", []Pod{web, db, job}, with(nil), 0, []string{"3-1=1", "3-2=1", "1-3=1", "2-3=1", "3-3=1"}},
+		{"a policy", []Pod{web, db, job}, with(nil, closed), 0, []string{"1-2=0", "3-2=0"}},
+		{"it is replaced by one that comes to the same", []Pod{web, db, job}, with(nil, open), 0, nil},
+		{"the namespace gets a label", []Pod{web, db, job}, with(teamA, open), 0, []string{"1-2=1", "3-2=1"}},
+		{"labels that no policy asks for", []Pod{renamed, db, job}, with(teamA, open), 0, nil},
+		{"a pause", []Pod{paused, db, job}, with(teamA, open), 0, []string{"1-1=1", "2-1=1", "3-1=1", "1-2=1", "1-3=1"}},
+		{"its end", []Pod{paused, db, job}, with(teamA, open), time.Second, []string{"1-1=1", "2-1=1", "3-1=1", "1-2=1", "1-3=1"}},
+		{"opted out", []Pod{out, db, job}, with(teamA, open), 0, []string{"1-1=0", "1-2=0", "1-3=0", "2-1=0", "3-1=0"}},
+		{"a pod goes", []Pod{out, db}, with(teamA, open), 0, []string{"2-3=0", "3-2=0", "3-3=0"}},
+		{"all go", nil, Cluster{}, 0, []string{"2-2=0"}},
+	} {
+		changed, _ := c.Update(step.pods, step.cluster, now.Add(step.after))
+		var got []string
+		for _, p := range changed {
+			got = append(got, sprintPair(p))
 		}
-		rules, _ := Compile(pods, now)
-		for _, client := range pods {
-			for _, server := range pods {
-				table := naive(client, server, now)
-				applied := apply(t, rules, client.ID, server.ID)
-				for port := 1; port <= 65535; port++ {
-					if got := applied[port].Verdict; got != table[port] {
-						t.Fatalf("%+v to %+v port %d: Compile says %d, want %d", client, server, port, got, table[port])
-					}
-				}
-				for range 50 {
-					port := 1 + random.IntN(45)
-					got, want := Explain(client, server, uint16(port), now), applied[port]
-					if !client.Settings.Enabled || !server.Settings.Enabled {
-						want = Decision{Refuse, got.Reason}
-					}
-					if got != want {
-						t.Fatalf("%+v to %+v port %d: Explain says %+v, Compile %+v", client, server, port, got, want)
-					}
-				}
-			}
+		if diff := cmp.Diff(step.want, got); diff != "" {
+			t.Errorf("%s: changed pairs (-want +got):\n%s", step.name, diff)
 		}
 	}
 }
 
-// naive answers for every port of a pair.
-func naive(client, server Pod, now time.Time) []Verdict {
-	mark := func(ranges []api.PortRange) map[int]bool {
-		marked := map[int]bool{}
-		for _, r := range ranges {
-			for port := int(r.First); port <= int(r.Last); port++ {
-				marked[port] = true
-			}
-		}
-		return marked
-	}
-	listed, excluded := mark(server.Settings.Ports), mark(server.Settings.ExcludePorts)
-	table := make([]Verdict, 65536)
-	if !client.Settings.Enabled || !server.Settings.Enabled {
-		return table
-	}
-	for port := range table {
-		switch {
-		case client.Settings.PausedUntil.Sub(now) > 0, server.Settings.PausedUntil.Sub(now) > 0:
-			table[port] = Hold
-		case (len(listed) == 0 || listed[port]) && !excluded[port]:
-			table[port] = Allow
-		}
-	}
-	return table
-}
-
-// apply does what the kernel does with the rules of a pair, and checks their form.
-func apply(t testing.TB, rules []Rule, client, server uint64) []Decision {
-	t.Helper()
-	table := make([]Decision, 65536)
-	narrow := make([]bool, 65536)
-	first := true
-	for _, r := range rules {
-		if r.Client != client || r.Server != server {
-			continue
-		}
-		base := r.Ports == api.PortRange{First: 0, Last: 65535}
-		if base != first {
-			t.Fatalf("rule %+v: the base of a pair must be its first rule, and only that", r)
-		}
-		first = false
-		for port := int(r.Ports.First); port <= int(r.Ports.Last); port++ {
-			if narrow[port] {
-				t.Fatalf("rule %+v overlaps another at port %d", r, port)
-			}
-			narrow[port] = !base
-			table[port] = r.Decision
+// TestReasons: of several reasons, users are told the first.
+func TestReasons(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	client := Pod{ID: 1, Namespace: "shop", Name: "web", Bandwidth: "kubernetes.io/egress-bandwidth"}
+	server := Pod{ID: 2, Namespace: "data", Name: "db", Bandwidth: "kubernetes.io/ingress-bandwidth"}
+	client.Settings.PausedUntil, server.Settings.PausedUntil = now.Add(1), now.Add(1)
+	server.Settings.Ports, server.Settings.ExcludePorts = ports(1, 79), ports(80, 80)
+	cluster := Cluster{Policies: []*networkingv1.NetworkPolicy{
+		mustPolicy(t, "data", "deny-all", "{podSelector: {}, policyTypes: [Ingress, Egress]}"),
+		mustPolicy(t, "shop", "e", "{podSelector: {}, policyTypes: [Egress]}"),
+		mustPolicy(t, "shop", "d", "{podSelector: {}, policyTypes: [Egress]}"),
+		mustPolicy(t, "shop", "c", "{podSelector: {}, policyTypes: [Egress], egress: [{ports: [{port: 443}]}]}"),
+		mustPolicy(t, "shop", "bad", "{podSelector: {}, policyTypes: [Egress], egress: [{}, {to: [{ipBlock: {cidr: 10.0.0.0/33}}]}]}"),
+		mustPolicy(t, "shop", "a", "{podSelector: {}, policyTypes: [Ingress]}"),
+	}}
+	for _, step := range []struct {
+		change func() // takes away the reason before
+		want   string
+	}{
+		{func() {}, "client not opted in"},
+		{func() { client.Settings.Enabled = true }, "server not opted in"},
+		{func() { server.Settings.Enabled = true }, "server port not in podshunt.io/ports"},
+		{func() { server.Settings.Ports = nil }, "server port in podshunt.io/exclude-ports"},
+		{func() { server.Settings.ExcludePorts = nil }, "the client's bandwidth is limited, which a shortcut would not keep to: " +
+			"pod shop/web has kubernetes.io/egress-bandwidth"},
+		{func() { client.Bandwidth = "" }, "the server's bandwidth is limited, which a shortcut would not keep to: " +
+			"pod data/db has kubernetes.io/ingress-bandwidth"},
+		{func() { server.Bandwidth = "" }, "NetworkPolicy does not allow it into the server: NetworkPolicy data/deny-all"},
+		{func() { cluster.Policies = cluster.Policies[1:] }, "NetworkPolicy does not allow it out of the client: " +
+			"NetworkPolicies shop/bad (its spec.egress[1].to[0] is not valid), shop/c, shop/d and 1 more"},
+		{func() { cluster.Policies = nil }, "client paused by podshunt.io/paused-until"},
+		{func() { client.Settings.PausedUntil = now }, "server paused by podshunt.io/paused-until"},
+		{func() { server.Settings.PausedUntil = now }, "allowed"},
+	} {
+		step.change()
+		if got := Explain(client, server, 80, cluster, now).String(); got != step.want {
+			t.Errorf("got %q, want %q", got, step.want)
 		}
 	}
-	return table
 }
 
 func TestReasonString(t *testing.T) {

@@ -2,7 +2,7 @@
 
 // Package server serves the CNI plugin and the command line on the agent's unix
 // socket: the routes of api, nothing else. It checks what it is sent and leaves
-// every decision to those behind it.
+// every decision to those behind it. On a TCP port it serves probes and metrics.
 package server
 
 import (
@@ -42,6 +42,8 @@ type Node interface {
 	Flows(context.Context) ([]api.Flow, error)
 	// Unload returns when nothing is left, or when ctx ends.
 	Unload(context.Context) (api.UnloadResult, error)
+	// Uninstall does so after it has taken the plugin out of the CNI configuration.
+	Uninstall(context.Context) (api.UnloadResult, error)
 }
 
 // Listen makes the socket at path and the directories above it. A socket file
@@ -76,20 +78,20 @@ func Listen(path string) (net.Listener, error) {
 // Serve answers on l until ctx ends, and closes it. It gives requests that are
 // being served two seconds to end.
 func Serve(ctx context.Context, l net.Listener, attachments Attachments, node Node, log *slog.Logger) error {
-	s := &http.Server{
-		Handler: handler(attachments, node, log),
-		// No ReadTimeout and WriteTimeout: an unload takes as long as its caller
-		// lets it, and the former would cancel its context.
-		ReadHeaderTimeout: 5 * time.Second,
-		IdleTimeout:       time.Minute,
-		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
+	// No ReadTimeout and WriteTimeout: an unload takes as long as its caller
+	// lets it, and the former would cancel its context.
+	return serve(ctx, l, &http.Server{Handler: handler(attachments, node, log), ReadHeaderTimeout: 5 * time.Second}, log)
+}
+
+func serve(ctx context.Context, l net.Listener, s *http.Server, log *slog.Logger) error {
+	s.IdleTimeout = time.Minute
+	s.BaseContext = func(net.Listener) context.Context { return ctx }
+	s.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelWarn)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	select {
 	case err := <-served:
-		return fmt.Errorf("serve unix socket: %w", err)
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	case <-ctx.Done():
 	}
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
@@ -140,19 +142,23 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 		flows, err := node.Flows(r.Context())
 		answer(w, log, flows, err)
 	})
-	mux.HandleFunc("POST "+api.PathUnload, func(w http.ResponseWriter, r *http.Request) {
-		timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
-		if err != nil || timeout <= 0 {
-			refuse(w, http.StatusBadRequest, errors.New(`query parameter timeout: accepted is a positive duration such as "30s"`))
-			return
+	remove := func(what string, do func(context.Context) (api.UnloadResult, error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
+			if err != nil || timeout <= 0 {
+				refuse(w, http.StatusBadRequest, errors.New(`query parameter timeout: accepted is a positive duration such as "30s"`))
+				return
+			}
+			ctx, cancel := context.WithTimeout(r.Context(), timeout)
+			defer cancel()
+			log.Info("removal", "what", what, "timeout", timeout.String())
+			result, err := do(ctx)
+			log.Info("removal ended", "what", what, "done", result.Done, "waiting", len(result.Waiting))
+			answer(w, log, result, err)
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), timeout)
-		defer cancel()
-		log.Info("unload", "timeout", timeout.String())
-		result, err := node.Unload(ctx)
-		log.Info("unload ended", "done", result.Done, "waiting", len(result.Waiting))
-		answer(w, log, result, err)
-	})
+	}
+	mux.HandleFunc("POST "+api.PathUnload, remove("unload", node.Unload))
+	mux.HandleFunc("POST "+api.PathUninstall, remove("uninstall", node.Uninstall))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, fmt.Errorf("no such request: %s %s", r.Method, r.URL.Path))
 	})

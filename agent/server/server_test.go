@@ -52,8 +52,13 @@ func (f *fake) Unload(ctx context.Context) (api.UnloadResult, error) {
 	return api.UnloadResult{Done: true}, f.err
 }
 
-// serve runs a server in a directory of its own and returns its socket.
-func serve(t testing.TB, f *fake) string {
+func (f *fake) Uninstall(context.Context) (api.UnloadResult, error) {
+	f.calls = append(f.calls, "uninstall")
+	return api.UnloadResult{Done: true}, f.err
+}
+
+// mustServe runs a server in a directory of its own and returns its socket.
+func mustServe(t testing.TB, f *fake) string {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "run", "agent.sock")
 	l, err := Listen(socket)
@@ -161,6 +166,10 @@ func TestRoutes(t *testing.T) {
 			code: 200, answer: `{"done":true}`, calls: []string{"unload 20s"},
 		},
 		{
+			name: "uninstall", method: "POST", path: "/v1/uninstall?timeout=20s",
+			code: 200, answer: `{"done":true}`, calls: []string{"uninstall"},
+		},
+		{
 			name: "unload without timeout", method: "POST", path: "/v1/unload",
 			code: 400, answer: `{"error":"query parameter timeout: accepted is a positive duration such as \"30s\""}`,
 		},
@@ -175,7 +184,7 @@ func TestRoutes(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := &fake{err: tc.err}
-			code, answer := request(t, serve(t, f), tc.method, tc.path, tc.body)
+			code, answer := request(t, mustServe(t, f), tc.method, tc.path, tc.body)
 			if code != tc.code || answer != tc.answer {
 				t.Errorf("got %d %s, want %d %s", code, answer, tc.code, tc.answer)
 			}
@@ -187,14 +196,14 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
-	code, answer := request(t, serve(t, &fake{}), "GET", "/v1/status", "")
+	code, answer := request(t, mustServe(t, &fake{}), "GET", "/v1/status", "")
 	if code != 200 || !strings.Contains(answer, `"version":"v1"`) {
 		t.Errorf("got %d %s, want the status", code, answer)
 	}
 }
 
 func TestSocketFile(t *testing.T) {
-	socket := serve(t, &fake{})
+	socket := mustServe(t, &fake{})
 	info, err := os.Stat(socket)
 	if err != nil {
 		t.Fatal(err)

@@ -5,7 +5,6 @@ package cluster_test
 import (
 	"encoding/json"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -68,23 +67,12 @@ func (f flow) String() string {
 // show runs a command of podshunt-agent on the node, and decodes what it prints.
 func show[T any](n *node, command string) (T, error) {
 	var answer T
-	out, err := n.output(stepTimeout, nil, n.cluster.agentBinary(), command, "-o", "json")
+	out, err := n.output(stepTimeout, nil, n.cluster.agent, command, "-o", "json")
 	if err == nil {
 		err = json.Unmarshal([]byte(out), &answer)
 	}
 	return answer, err
 }
-
-// repository is where podshunt's own files are.
-func (c *cluster) repository() string {
-	path, err := filepath.Abs("../..")
-	if err != nil {
-		return err.Error() // no working directory: whatever uses it fails
-	}
-	return path
-}
-
-func (c *cluster) agentBinary() string { return filepath.Join(c.repository(), "bin", "podshunt-agent") }
 
 // flows returns the connections of the client to its server, as the agent of its node lists them.
 func (t *traffic) flows() []flow {

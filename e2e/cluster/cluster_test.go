@@ -37,25 +37,37 @@ const (
 
 // cluster is two nodes; the first is the control plane as well.
 type cluster struct {
-	run       run
+	run run
+	// debs and bin are what build.sh has made.
 	debs, bin string
-	nodes     []*node
+	// agent, image and chart are podshunt's.
+	agent, image, chart string
+	nodes               []*node
 	// figures are what the tests have measured, in their order.
 	mu      sync.Mutex
 	figures []string
 }
 
-// cache is the directory that build.sh has filled.
-func cache() string { return os.Getenv("PODSHUNT_CLUSTER_CACHE") }
-
-// keptLogs is where the logs of a failed run are afterwards.
-func keptLogs() string { return filepath.Join(cache(), "logs") }
+// setting returns an absolute path from the environment.
+func setting(name string) (string, error) {
+	path := os.Getenv(name)
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("%s=%q is no absolute path: run `make test-cluster`", name, path)
+	}
+	return path, nil
+}
 
 func newCluster(r run) (*cluster, error) {
-	if !filepath.IsAbs(cache()) {
-		return nil, fmt.Errorf("PODSHUNT_CLUSTER_CACHE=%q is no absolute path: run `make test-cluster`", cache())
+	cache, err1 := setting("PODSHUNT_CLUSTER")
+	product, err2 := setting("PODSHUNT_BIN")
+	chart, err3 := setting("PODSHUNT_CHART")
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return nil, err
 	}
-	c := &cluster{run: r, debs: filepath.Join(cache(), "usr"), bin: filepath.Join(cache(), "bin")}
+	c := &cluster{
+		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"),
+		agent: filepath.Join(product, "podshunt-agent"), image: filepath.Join(product, "podshunt-image.tar"), chart: chart,
+	}
 	for i, mode := range []string{"iptables", "nftables"} {
 		c.nodes = append(c.nodes, &node{
 			number: i + 1, name: fmt.Sprintf("node%d", i+1), proxyMode: mode, cluster: c, daemons: map[string]*daemon{},
@@ -330,7 +342,12 @@ END`, peerImage, n.podRange()))
 	if err != nil {
 		return err
 	}
-	return n.importImage(bytes.NewReader(peer))
+	agent, err := os.Open(n.cluster.image)
+	if err != nil {
+		return err
+	}
+	defer agent.Close()
+	return errors.Join(n.importImage(bytes.NewReader(peer)), n.importImage(agent))
 }
 
 func (n *node) importImage(archive io.Reader) error {

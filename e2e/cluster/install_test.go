@@ -24,18 +24,14 @@ func (c *cluster) helm(args ...string) (string, error) {
 	return c.control().output(2*stepTimeout, nil, "helm", append(args, "--namespace="+release)...)
 }
 
-// chartValues are those that differ from what README has: the image is on the
-// nodes, the kernel of this machine is one that has to be accepted, and a node
-// is not the whole machine.
+// chartValues are those that README has not: the kernel of this machine may be
+// one that has to be accepted, and a node is not the whole machine.
 func chartValues() []string {
 	return []string{
-		"--set=image.pullPolicy=Never",
 		"--set=agent.kernelHazards=accept",
 		"--set=agent.cgroup=/run/cgroup2",
 	}
 }
-
-func (c *cluster) chart() string { return filepath.Join(c.repository(), "charts", "podshunt") }
 
 // installed tells whether the chart is installed.
 func (c *cluster) installed() bool {
@@ -50,7 +46,7 @@ func (p *proof) mustInstall() time.Duration {
 		return 0
 	}
 	began := time.Now()
-	if _, err := p.helm(append([]string{"install", release, p.chart(), "--create-namespace", "--wait"}, chartValues()...)...); err != nil {
+	if _, err := p.helm(append([]string{"install", release, p.chart, "--create-namespace", "--wait"}, chartValues()...)...); err != nil {
 		p.Fatal(err)
 	}
 	return time.Since(began)

@@ -88,7 +88,7 @@ func TestUpgrade(t *testing.T) {
 	p.mustInstall()
 	l := p.mustLoad()
 	began := time.Now()
-	args := append([]string{"upgrade", release, p.chart(), "--wait", "--set=agent.logLevel=debug"}, chartValues()...)
+	args := append([]string{"upgrade", release, p.chart, "--wait", "--set=agent.logLevel=debug"}, chartValues()...)
 	if _, err := p.helm(args...); err != nil {
 		t.Fatal(err)
 	}

@@ -139,13 +139,18 @@ func supervise() (status int, err error) {
 	return cmd.ProcessState.ExitCode(), err
 }
 
-// keepLogs copies the logs of a failed run's daemons to where the next run does not look.
+// keepLogs copies the logs of a failed run's daemons to where they outlive it.
 func (r run) keepLogs() error {
-	if err := os.RemoveAll(keptLogs()); err != nil {
+	cache, err := setting("PODSHUNT_CLUSTER")
+	if err != nil {
 		return err
 	}
-	fmt.Fprintln(os.Stderr, "cluster: logs of the nodes are in", keptLogs())
-	return os.CopyFS(keptLogs(), os.DirFS(filepath.Join(r.directory(), "logs")))
+	kept := filepath.Join(cache, "logs")
+	if err := os.RemoveAll(kept); err != nil {
+		return err
+	}
+	fmt.Fprintln(os.Stderr, "cluster: logs of the nodes are in", kept)
+	return os.CopyFS(kept, os.DirFS(filepath.Join(r.directory(), "logs")))
 }
 
 // sweep removes what runs have left whose owner is dead.

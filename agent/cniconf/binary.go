@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cniconf
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// versionTimeout bounds how long the plugin may take to say what it supports.
+const versionTimeout = 10 * time.Second
+
+// binary keeps a copy of the plugin where the runtime looks for it.
+type binary struct {
+	source, path string
+	// installed and wanted are the two files as they were when they were last found equal.
+	installed, wanted os.FileInfo
+	// versions are the CNI versions that the copy has last said to support.
+	versions []string
+}
+
+// keep makes the copy what the source is. Whoever runs the copy gets the whole
+// old or the whole new one. It is asked for its versions before it gets its name:
+// one that cannot run on this node (a mount with noexec, another architecture)
+// never gets it. If it returns an error, versions are those of an older copy that
+// is there and runs, or none.
+func (b *binary) keep() error {
+	wanted, err := os.Stat(b.source)
+	if err != nil {
+		return b.fall(fmt.Errorf("plugin to install: %w", err))
+	}
+	if installed, err := os.Stat(b.path); err == nil && same(installed, b.installed) && same(wanted, b.wanted) {
+		return nil
+	}
+	content, err := os.ReadFile(b.source)
+	if err != nil {
+		return b.fall(fmt.Errorf("plugin to install: %w", err))
+	}
+	if err := b.write(content); err != nil {
+		return b.fall(fmt.Errorf("install plugin: %w", err))
+	}
+	installed, err := os.Stat(b.path)
+	if err != nil {
+		return b.fall(err)
+	}
+	b.installed, b.wanted = installed, wanted
+	return nil
+}
+
+func same(a, b os.FileInfo) bool {
+	return a != nil && b != nil && os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime()) && a.Mode() == b.Mode()
+}
+
+// write copies the content unless it is there already, and asks the copy for its versions.
+func (b *binary) write(content []byte) error {
+	present, err := os.ReadFile(b.path)
+	if info, statErr := os.Stat(b.path); err == nil && statErr == nil && bytes.Equal(present, content) && info.Mode().Perm()&0o111 == 0o111 {
+		b.versions, err = versions(b.path)
+		return err
+	}
+	f, err := os.OpenFile(b.path+tempExtension, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Chmod(0o755)
+	}
+	err = errors.Join(err, f.Close()) // a file that is open for writing cannot be executed
+	if err == nil {
+		b.versions, err = versions(f.Name())
+	}
+	if err != nil {
+		return errors.Join(err, removeIfThere(f.Name()))
+	}
+	if f, err = os.Open(f.Name()); err != nil {
+		return err
+	}
+	return publish(f, nil, b.path)
+}
+
+// fall returns err after it has asked whatever copy there is.
+func (b *binary) fall(err error) error {
+	b.installed, b.wanted = nil, nil
+	b.versions, _ = versions(b.path)
+	return err
+}
+
+// versions asks a plugin for the CNI versions that it supports.
+func versions(path string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
+	defer cancel()
+	exec := &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: io.Discard}}
+	info, err := invoke.GetVersionInfo(ctx, path, exec)
+	if err != nil {
+		return nil, fmt.Errorf("run %s: %w", path, err)
+	}
+	return info.SupportedVersions(), nil
+}
+
+func newBinary(source, dir string) binary {
+	return binary{source: source, path: filepath.Join(dir, api.PluginType)}
+}

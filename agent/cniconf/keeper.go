@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cniconf installs the CNI plugin on a node: its binary in the directory
+// of plugins, and its entry as the last plugin of the network that the runtime
+// uses. It keeps both there while other programs rewrite their files, and takes
+// the entry out again so that a file is to the byte what it was.
+//
+// A runtime (containerd, CRI-O) uses the first file, in the order of names, that
+// it accepts of those ending in .conf, .conflist and .json. The entry goes there,
+// and nowhere else. No file is ever written that libcni would not accept, or that
+// would be another network apart from our entry; every write is one rename.
+package cniconf
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+const (
+	// pollInterval is how soon a change is seen that no event tells of: the
+	// directory was made or mounted, or the node is out of inotify watches.
+	pollInterval = 500 * time.Millisecond
+	// settleTime is how long a change is left alone: files that are written in
+	// place are incomplete for a moment.
+	settleTime = 50 * time.Millisecond
+	// maxWrites is how often a configuration is changed within writeWindow.
+	// Another program that undoes each change would do so for ever, and make
+	// the runtime load its configuration each time.
+	maxWrites   = 5
+	writeWindow = time.Minute
+)
+
+// errNoNetwork says that there is nothing to put the entry into yet.
+var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
+
+// Config says what a Keeper keeps where. Every field is required.
+type Config struct {
+	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
+	ConfDir, BinDir string
+	// Plugin is the path of the binary to install.
+	Plugin string
+	// Section is what the plugin is told. Its paths are those of the node.
+	Section api.PluginConf
+	Log     *slog.Logger
+}
+
+// Keeper keeps the plugin installed. Its methods may be called at any time, by
+// any goroutine.
+type Keeper struct {
+	cfg     Config
+	section []byte
+	window  time.Duration
+
+	state atomic.Pointer[api.CNIStatus]
+
+	mu      sync.Mutex // held while files are changed
+	stopped bool       // by Uninstall
+	binary  binary
+	writes  map[string][]time.Time // by path, those within the window
+}
+
+// New returns a Keeper that has not done anything yet.
+func New(cfg Config) *Keeper {
+	k := &Keeper{
+		cfg: cfg, section: cfg.Section.Section(), window: writeWindow,
+		binary: newBinary(cfg.Plugin, cfg.BinDir), writes: map[string][]time.Time{},
+	}
+	k.state.Store(&api.CNIStatus{Error: "not started", Since: time.Now()})
+	return k
+}
+
+// State returns what is installed, as of the last look.
+func (k *Keeper) State() api.CNIStatus { return *k.state.Load() }
+
+// Run keeps the plugin installed until ctx ends, and leaves it installed then.
+// What goes wrong with files is in State and in the log, and tried again; the
+// error is always nil.
+func (k *Keeper) Run(ctx context.Context) error {
+	var events <-chan fsnotify.Event
+	var failures <-chan error
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil {
+		defer watcher.Close()
+		events, failures = watcher.Events, watcher.Errors
+	} else {
+		k.cfg.Log.Warn("cni directories not watched, but looked at from time to time", "interval", pollInterval.String(), "err", err)
+	}
+	ticker := time.NewTicker(pollInterval)
+	defer ticker.Stop()
+	for {
+		if watcher != nil {
+			// Added again each time: the watch of a directory ends with it. Without one the next tick comes.
+			_, _ = watcher.Add(k.cfg.ConfDir), watcher.Add(k.cfg.BinDir)
+		}
+		k.Keep()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		case <-failures:
+		case <-events:
+			settle(ctx, events)
+		}
+	}
+}
+
+// settle waits for the end of what may be a series of events.
+func settle(ctx context.Context, events <-chan fsnotify.Event) {
+	timer := time.NewTimer(settleTime)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			return
+		case <-events:
+		}
+	}
+}
+
+// Keep looks at everything once and changes what is not as wanted, unless
+// Uninstall was called. State tells how that went.
+func (k *Keeper) Keep() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.stopped {
+		return
+	}
+	k.setState(k.install())
+}
+
+// Uninstall stops keeping, for the life of the Keeper, and takes everything out
+// but the binary; see the function Uninstall. After an error it may be called
+// again.
+func (k *Keeper) Uninstall() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.stopped = true
+	err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
+	if err != nil {
+		k.setState("", fmt.Errorf("uninstall: %w", err))
+		return err
+	}
+	k.setState("", errors.New("uninstalled: start the agent again to install"))
+	return nil
+}
+
+// setState publishes what has changed, and logs it.
+func (k *Keeper) setState(path string, err error) {
+	now := api.CNIStatus{Conflist: path, Installed: path != ""}
+	if err != nil {
+		now.Error = strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
+	last := k.State()
+	now.Since = last.Since
+	if now == last {
+		return
+	}
+	now.Since = time.Now()
+	k.state.Store(&now)
+	switch {
+	case err == nil:
+		k.cfg.Log.Info("cni plugin installed", "conflist", path, "plugin", k.binary.path)
+	case k.stopped, errors.Is(err, errNoNetwork):
+		k.cfg.Log.Info("cni plugin not installed", "err", err)
+	default:
+		k.cfg.Log.Warn("cni plugin not installed as wanted", "conflist", path, "err", err)
+	}
+}
+
+// install returns the list with our entry that the runtime uses, or "". With
+// an error, something is not as wanted.
+func (k *Keeper) install() (string, error) {
+	files, err := readDir(k.cfg.ConfDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
+	}
+	if err != nil {
+		return "", err
+	}
+	pluginErr := k.binary.keep()
+	if k.binary.versions == nil {
+		// An entry without a binary would keep every pod from starting.
+		return "", errors.Join(pluginErr, takeOut(files, "", k.cfg.Log))
+	}
+	// CRI-O passes over files that are not valid; containerd takes no network
+	// at all if one comes before those that it needs.
+	var errs []error
+	first := slices.IndexFunc(files, func(f file) bool {
+		if f.err != nil {
+			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
+		}
+		return f.err == nil
+	})
+	if first < 0 {
+		return "", errors.Join(append(errs, errNoNetwork)...)
+	}
+	if pluginErr != nil {
+		// The older plugin may not know the section: what is there stays.
+		path := ""
+		if files[first].isList() && holdsOurs(files[first].data) {
+			path = files[first].path
+		}
+		return path, pluginErr
+	}
+	path, err := k.put(files[first], files)
+	if err == nil {
+		err = takeOut(files, path, k.cfg.Log)
+	}
+	return path, errors.Join(append(errs, err)...)
+}
+
+// put makes our entry the last of the network in f, the first of files that is
+// valid. It returns the list that has it, or "".
+func (k *Keeper) put(f file, files []file) (string, error) {
+	if err := k.checkVersions(f); err != nil {
+		return "", errors.Join(err, takeOut([]file{f}, "", k.cfg.Log))
+	}
+	change := Insert
+	if !f.isList() {
+		change = Wrap
+	}
+	list, err := change(f.data, k.section)
+	if err != nil {
+		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
+	}
+	if bytes.Equal(list, f.data) {
+		return f.path, nil
+	}
+	if err := k.admit(f.path); err != nil {
+		return "", err
+	}
+	path := f.path
+	if f.isList() {
+		err = replace(f, list)
+	} else {
+		path, err = convert(f, list, files)
+	}
+	if err != nil {
+		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
+	}
+	k.writes[f.path] = append(k.writes[f.path], time.Now())
+	k.cfg.Log.Info("entry put into cni configuration", "path", path)
+	return path, nil
+}
+
+// checkVersions returns an error if a runtime could call the plugin with a CNI
+// version that it does not support, which would keep every pod from starting.
+// Which of several versions a runtime chooses depends on its own.
+func (k *Keeper) checkVersions(f file) error {
+	var keys map[string]any
+	if err := json.Unmarshal(f.data, &keys); err != nil {
+		return fmt.Errorf("read versions of %s: %w", f.path, err)
+	}
+	versions, _ := keys["cniVersions"].([]any)
+	if version, ok := keys["cniVersion"]; ok || len(versions) == 0 {
+		versions = append(versions, version)
+	}
+	for _, version := range versions {
+		if text, _ := version.(string); !slices.Contains(k.binary.versions, text) {
+			return fmt.Errorf("%s has the CNI version %q; accepted are %s: raise it there if the network's plugins support one of them",
+				f.path, text, strings.Join(k.binary.versions, ", "))
+		}
+	}
+	return nil
+}
+
+// admit returns an error if a file has been changed too often of late.
+func (k *Keeper) admit(path string) error {
+	now := time.Now()
+	recent := slices.DeleteFunc(k.writes[path], func(at time.Time) bool { return now.Sub(at) >= k.window })
+	k.writes[path] = recent
+	if len(recent) >= maxWrites {
+		return fmt.Errorf("another program has undone our change of %s %d times within %s, next try at %s: let it keep changes (Cilium: cni.exclusive=false)",
+			path, maxWrites, k.window, recent[0].Add(k.window).Format(time.TimeOnly))
+	}
+	return nil
+}

@@ -1,0 +1,500 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cniconf
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	testList   = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"a"}]}`
+	testBoth   = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"a"},{"type":"podshunt"}]}`
+	otherList  = `{"cniVersion":"1.0.0","name":"b","plugins":[{"type":"b"}]}`
+	testLone   = `{"cniVersion":"1.0.0","name":"a","type":"a"}`
+	testPlugin = "#!/bin/sh\necho '{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}'\n"
+)
+
+// newTestKeeper has empty directories and a plugin that says its versions.
+func newTestKeeper(t testing.TB) *Keeper {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := Config{
+		ConfDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Plugin: filepath.Join(dir, "plugin"),
+		Section: testConf, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	}
+	for _, dir := range []string{cfg.ConfDir, cfg.BinDir} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, cfg.Plugin, testPlugin)
+	return New(cfg)
+}
+
+func (k *Keeper) conf(name string) string { return filepath.Join(k.cfg.ConfDir, name) }
+
+func writeFile(t testing.TB, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func snapshot(t testing.TB, dir string) map[string]stamped {
+	t.Helper()
+	result := map[string]stamped{}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		content, err1 := os.ReadFile(path)
+		info, err2 := os.Stat(path)
+		if err1 != nil || err2 != nil {
+			t.Fatal(err1, err2)
+		}
+		stat := info.Sys().(*syscall.Stat_t)
+		result[e.Name()] = stamped{string(content), info.Mode(), stat.Uid, stat.Gid, info.ModTime().UnixNano(), stat.Ino}
+	}
+	return result
+}
+
+func wantFiles(t testing.TB, k *Keeper, what string, want map[string]string) {
+	t.Helper()
+	if diff := cmp.Diff(want, contents(t, k.cfg.ConfDir)); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+// wantState compares the state; its error has to contain the given text, or to be empty.
+func wantState(t testing.TB, k *Keeper, conflist, text string) {
+	t.Helper()
+	state := k.State()
+	path := ""
+	if conflist != "" {
+		path = k.conf(conflist)
+	}
+	if state.Conflist != path || state.Installed != (path != "") || !strings.Contains(state.Error, text) || text == "" && state.Error != "" {
+		t.Errorf("got state %+v, want conflist %q and an error with %q", state, path, text)
+	}
+}
+
+// eventually waits for what has to be so within a second of what was done.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	start := time.Now()
+	for !ok() {
+		if time.Since(start) > time.Second {
+			t.Fatalf("%s: not within a second", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Logf("%s: %s", what, time.Since(start).Round(time.Millisecond))
+}
+
+func hasContent(path, want string) func() bool {
+	return func() bool {
+		got, err := os.ReadFile(path)
+		return err == nil && string(got) == want
+	}
+}
+
+func start(t testing.TB, k *Keeper) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- k.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRunKeeps(t *testing.T) {
+	k := newTestKeeper(t)
+	path, plugin := k.conf("10-a.conflist"), filepath.Join(k.cfg.BinDir, "podshunt")
+	if err := os.Remove(k.cfg.ConfDir); err != nil {
+		t.Fatal(err)
+	}
+	start(t, k)
+	eventually(t, "says that the directory is missing", func() bool {
+		return strings.Contains(k.State().Error, "no network configuration yet") && strings.Contains(k.State().Error, "net.d: no such file")
+	})
+	if err := os.Mkdir(k.cfg.ConfDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, path, testList)
+	eventually(t, "installed when the directory is made", hasContent(path, testBoth))
+	eventually(t, "plugin", hasContent(plugin, testPlugin))
+	eventually(t, "state", func() bool { return k.State().Installed })
+
+	writeFile(t, path, testList)
+	eventually(t, "kept when the file is written in place", hasContent(path, testBoth))
+	writeFile(t, path+".tmp", testList)
+	if err := os.Rename(path+".tmp", path); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "kept when the file is replaced", hasContent(path, testBoth))
+	if err := os.Remove(plugin); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
+
+	if err := k.Uninstall(); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
+	time.Sleep(pollInterval + settleTime)
+	wantFiles(t, k, "still uninstalled", map[string]string{"10-a.conflist": testList})
+	wantState(t, k, "", "uninstalled: start the agent again")
+}
+
+func TestNoNetwork(t *testing.T) {
+	k := newTestKeeper(t)
+	k.Keep()
+	wantState(t, k, "", "no network configuration yet")
+	writeFile(t, k.conf("10-a.conflist"), "")
+	writeFile(t, k.conf("20-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[]}`)
+	k.Keep()
+	wantState(t, k, "", "no network configuration yet")
+	wantState(t, k, "", "20-a.conflist is not valid: error parsing configuration list: no plugins in list")
+	writeFile(t, k.conf("05-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"podshunt"}]}`)
+	k.Keep()
+	wantState(t, k, "", `no plugin besides podshunt in "plugins"`)
+}
+
+// The entry follows the file that the runtime uses.
+func TestFirstValid(t *testing.T) {
+	k := newTestKeeper(t)
+	writeFile(t, k.conf("10-a.conflist"), "{")
+	writeFile(t, k.conf("20-b.conflist"), otherList)
+	k.Keep()
+	wantState(t, k, "20-b.conflist", "10-a.conflist is not valid: error parsing configuration list")
+	writeFile(t, k.conf("10-a.conflist"), testList)
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "")
+	wantFiles(t, k, "first repaired", map[string]string{"10-a.conflist": testBoth, "20-b.conflist": otherList})
+
+	// A lone configuration before it, converted, and a list before that.
+	writeFile(t, k.conf("08-c.conf"), testLone)
+	k.Keep()
+	wantState(t, k, "08-c.conflist", "")
+	writeFile(t, k.conf("05-b.conflist"), otherList)
+	k.Keep()
+	wantState(t, k, "05-b.conflist", "")
+	wantFiles(t, k, "moved", map[string]string{
+		"05-b.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1),
+		"08-c.conf":     testLone, "10-a.conflist": testList, "20-b.conflist": otherList,
+	})
+}
+
+func TestUpgrade(t *testing.T) {
+	k := newTestKeeper(t)
+	path := k.conf("10-a.conflist")
+	writeFile(t, path, strings.Replace(testBoth, `"podshunt"`, `"podshunt","agentTimeout":"1s"`, 1))
+	writeFile(t, filepath.Join(k.cfg.BinDir, "podshunt"), "#!/bin/sh\nexit 1\n")
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "")
+	wantFiles(t, k, "upgraded", map[string]string{"10-a.conflist": testBoth})
+	// Another plugin was added after ours.
+	writeFile(t, path, strings.Replace(testBoth, "]", `,{"type":"c"}]`, 1))
+	k.Keep()
+	wantFiles(t, k, "last again", map[string]string{"10-a.conflist": strings.Replace(testBoth, `{"type":"podshunt"}`, `{"type":"c"},{"type":"podshunt"}`, 1)})
+}
+
+func TestConvert(t *testing.T) {
+	const changed = `{"cniVersion":"1.0.0","name":"a","type":"a","mtu":1400}`
+	list, err := Wrap([]byte(testLone), []byte(testSection))
+	if err != nil {
+		t.Fatal(err)
+	}
+	changedList, err := Wrap([]byte(changed), []byte(testSection))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stripped, err := Remove(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edited := bytes.Replace(list, []byte(`"type": "a"`), []byte(`"type": "e"`), 1)
+	for _, tc := range []struct {
+		name                    string
+		before, kept, uninstall map[string]string
+		err                     string
+	}{
+		{
+			name:      "crash before the configuration is renamed",
+			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": string(list), "10-a.conflist.podshunt-new": "{"},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(list), "10-a.conflist.podshunt-new": "{"},
+			uninstall: map[string]string{"10-a.conf": testLone},
+		},
+		{
+			name:      "written again by its owner",
+			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": string(list)},
+			kept:      map[string]string{"10-a.conf.podshunt": changed, "10-a.conflist": string(changedList)},
+			uninstall: map[string]string{"10-a.conf": changed},
+		},
+		{
+			name:      "written again, crash before it is renamed",
+			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": string(changedList)},
+			kept:      map[string]string{"10-a.conf.podshunt": changed, "10-a.conflist": string(changedList)},
+			uninstall: map[string]string{"10-a.conf": changed},
+		},
+		{
+			name:      "list rewritten by its owner",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": otherList},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)},
+			uninstall: map[string]string{"10-a.conflist": otherList},
+		},
+		{
+			name:      "list edited",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(edited)},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(edited)},
+			uninstall: map[string]string{"10-a.conflist": strings.Replace(string(stripped), `"a"`+"\n    }", `"e"`+"\n    }", 1)},
+		},
+		{
+			name:      "what was kept is lost",
+			before:    map[string]string{"10-a.conflist": string(list)},
+			kept:      map[string]string{"10-a.conflist": string(list)},
+			uninstall: map[string]string{"10-a.conflist": string(stripped)},
+		},
+		{
+			name:      "another list in the way",
+			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
+			err:       "10-a.conflist is in the way of a list for ",
+		},
+		{
+			name:      "another network between the names",
+			before:    map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
+			err:       "10-a.conf-b.conflist instead: give that one a later name",
+		},
+		{
+			name:      "json that a crash left beside its list",
+			before:    map[string]string{"10-a.json": testLone, "10-a.conflist": string(list)},
+			kept:      map[string]string{"10-a.json": testLone, "10-a.conflist": string(list)},
+			uninstall: map[string]string{"10-a.json": testLone},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			k := newTestKeeper(t)
+			for name, content := range tc.before {
+				writeFile(t, k.conf(name), content)
+			}
+			// An uninstall of what is found, without an agent.
+			fresh := newTestKeeper(t)
+			for name, content := range tc.before {
+				writeFile(t, fresh.conf(name), content)
+			}
+			k.Keep()
+			wantFiles(t, k, "kept", tc.kept)
+			conflist := "10-a.conflist"
+			if tc.err != "" {
+				conflist = ""
+			}
+			wantState(t, k, conflist, tc.err)
+			if err := k.Uninstall(); err != nil {
+				t.Error(err)
+			}
+			wantFiles(t, k, "uninstalled", tc.uninstall)
+			if err := Uninstall(fresh.cfg.ConfDir, fresh.cfg.BinDir, fresh.cfg.Log); err != nil {
+				t.Error(err)
+			}
+			wantFiles(t, fresh, "uninstalled without an agent", tc.uninstall)
+		})
+	}
+}
+
+func TestUninstallLeavesChangesOfOthers(t *testing.T) {
+	k := newTestKeeper(t)
+	path := k.conf("10-a.conflist")
+	writeFile(t, path, testList)
+	k.Keep()
+	writeFile(t, path, strings.Replace(testBoth, `"a"}`, `"a","mtu":1400}`, 1))
+	if err := k.Uninstall(); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": strings.Replace(testList, `"a"}`, `"a","mtu":1400}`, 1)})
+
+	writeFile(t, path, testBoth+"}")
+	if err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
+		t.Errorf("got error %v, want one about a file that is not valid", err)
+	}
+	if err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
+		t.Errorf("got error %v of a directory that is not there", err)
+	}
+}
+
+// No list is changed if a runtime could then call the plugin with a version that it does not know.
+func TestVersions(t *testing.T) {
+	for name, keys := range map[string]string{
+		"none": ``, "old": `"cniVersion":"0.2.0",`, "new": `"cniVersion":"2.0.0",`, "not exact": `"CNIVersion":"1.0.0",`,
+		"one of several": `"cniVersion":"0.4.0","cniVersions":["0.4.0","1.0.0","0.2.0"],`,
+	} {
+		for file, text := range map[string]string{"10-a.conflist": strings.Replace(testList, `"cniVersion":"1.0.0",`, keys, 1), "10-a.conf": strings.Replace(testLone, `"cniVersion":"1.0.0",`, keys, 1)} {
+			t.Run(name+" "+file, func(t *testing.T) {
+				k := newTestKeeper(t)
+				writeFile(t, k.conf(file), text)
+				k.Keep()
+				wantState(t, k, "", "accepted are 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0")
+				wantFiles(t, k, "kept", map[string]string{file: text})
+			})
+		}
+	}
+	k := newTestKeeper(t)
+	writeFile(t, k.conf("10-a.conflist"), strings.Replace(testBoth, "1.0.0", "0.2.0", 1))
+	k.Keep()
+	wantFiles(t, k, "entry taken out again", map[string]string{"10-a.conflist": strings.Replace(testList, "1.0.0", "0.2.0", 1)})
+}
+
+func TestPlugin(t *testing.T) {
+	k := newTestKeeper(t)
+	plugin := filepath.Join(k.cfg.BinDir, "podshunt")
+	writeFile(t, k.conf("10-a.conflist"), testList)
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "")
+
+	// A new plugin replaces the old one, whose file whoever runs it still has.
+	running, err := os.Open(plugin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer running.Close()
+	writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
+	k.Keep()
+	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 1 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
+		t.Errorf("got %+v, want %q with mode 0755", got, want)
+	}
+	old := new(bytes.Buffer)
+	if _, err := old.ReadFrom(running); err != nil || old.String() != testPlugin {
+		t.Errorf("got old plugin %q and error %v, want %q", old, err, testPlugin)
+	}
+
+	// A plugin that does not run is not installed; the old one and the entry stay.
+	writeFile(t, k.cfg.Plugin, "#!/bin/sh\nexit 1\n")
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "install plugin: run ")
+	wantFiles(t, k, "old plugin", map[string]string{"10-a.conflist": testBoth})
+	if err := os.Remove(k.cfg.Plugin); err != nil {
+		t.Fatal(err)
+	}
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "plugin to install: stat ")
+
+	// Without any plugin the entry goes, so that pods start.
+	if err := os.Remove(plugin); err != nil {
+		t.Fatal(err)
+	}
+	k.Keep()
+	wantState(t, k, "", "plugin to install: stat ")
+	wantFiles(t, k, "no plugin", map[string]string{"10-a.conflist": testList})
+	writeFile(t, k.cfg.Plugin, testPlugin)
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "")
+}
+
+func TestFight(t *testing.T) {
+	k := newTestKeeper(t)
+	k.window = time.Hour
+	path := k.conf("10-a.conflist")
+	for range maxWrites {
+		writeFile(t, path, testList)
+		k.Keep()
+		wantState(t, k, "10-a.conflist", "")
+	}
+	writeFile(t, path, testList)
+	for range 2 {
+		k.Keep()
+		wantState(t, k, "", "another program has undone our change of "+path+" 5 times within 1h0m0s, next try at ")
+		wantFiles(t, k, "left alone", map[string]string{"10-a.conflist": testList})
+	}
+	k.window = 0
+	k.Keep()
+	wantState(t, k, "10-a.conflist", "")
+}
+
+// Both directories are read-only: by their mode, or for root by a mount in a
+// mount namespace of the test's own.
+func TestReadOnly(t *testing.T) {
+	k := newTestKeeper(t)
+	writeFile(t, k.conf("10-a.conflist"), testList)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// Never unlocked: the thread ends with its mount namespace.
+		runtime.LockOSThread()
+		if !readOnly(t, k.cfg.ConfDir) {
+			return
+		}
+		k.Keep()
+		wantState(t, k, "", "put entry into "+k.conf("10-a.conflist"))
+		readOnly(t, k.cfg.BinDir)
+		k.Keep() // with a plugin in place
+		writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
+		k.Keep()
+		wantState(t, k, "", "install plugin: open ")
+		if err := k.Uninstall(); err != nil {
+			t.Errorf("uninstall of nothing: %v", err)
+		}
+	}()
+	<-done
+	wantFiles(t, k, "untouched", map[string]string{"10-a.conflist": testList})
+}
+
+func readOnly(t testing.TB, dir string) bool {
+	if os.Geteuid() != 0 {
+		if err := os.Chmod(dir, 0o555); err != nil {
+			t.Error(err)
+		}
+		t.Cleanup(func() { _ = os.Chmod(dir, 0o755) })
+		return !t.Failed()
+	}
+	for _, do := range []func() error{
+		func() error { return unix.Unshare(unix.CLONE_NEWNS) },
+		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") },
+		func() error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") },
+		func() error { return unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "") },
+	} {
+		if err := do(); err != nil {
+			t.Errorf("mount %s read-only: %v", dir, err)
+			return false
+		}
+	}
+	return true
+}
+
+func TestSymlink(t *testing.T) {
+	k := newTestKeeper(t)
+	target := filepath.Join(t.TempDir(), "real")
+	writeFile(t, target, testList)
+	if err := os.Symlink(target, k.conf("10-a.conflist")); err != nil {
+		t.Fatal(err)
+	}
+	k.Keep()
+	wantFiles(t, k, "installed", map[string]string{"10-a.conflist": testBoth})
+	if err := k.Uninstall(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.Readlink(k.conf("10-a.conflist")); err != nil || got != target {
+		t.Errorf("got link to %q and error %v, want %q", got, err, target)
+	}
+	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// counters is the part of a Datapath that a Collector reads.
+type counters interface {
+	Outcomes() ([]api.Outcome, error)
+	Maps() ([]api.MapUsage, error)
+}
+
+// collector gives what the kernel has counted to Prometheus.
+type collector struct {
+	counters
+	messages, bytes, connections, sockets *prometheus.Desc
+	mapEntries, mapMax                    *prometheus.Desc
+}
+
+// NewCollector returns a collector of d's counters, which start at zero when
+// the kernel objects are created, not when an agent starts, and of the fill of
+// its maps. After an unload it has nothing.
+func NewCollector(d *Datapath) prometheus.Collector { return newCollector(d) }
+
+func newCollector(c counters) *collector {
+	return &collector{
+		counters: c,
+		messages: prometheus.NewDesc("podshunt_messages_total",
+			"Messages that senders of paired connections wrote, by the way they went: shortcut, or the reason for TCP.", []string{"outcome"}, nil),
+		bytes: prometheus.NewDesc("podshunt_message_bytes_total",
+			"Bytes of the messages of podshunt_messages_total.", []string{"outcome"}, nil),
+		connections: prometheus.NewDesc("podshunt_connections_total",
+			"Connections of enrolled pods, by what became of them: paired, or the reason why not.", []string{"outcome"}, nil),
+		sockets: prometheus.NewDesc("podshunt_sockets_total",
+			"Sockets of paired connections that met the outcome before they were closed.", []string{"outcome"}, nil),
+		mapEntries: prometheus.NewDesc("podshunt_map_entries",
+			"Entries of a kernel map.", []string{"map"}, nil),
+		mapMax: prometheus.NewDesc("podshunt_map_max_entries",
+			"Size of a kernel map. What does not fit stays on TCP.", []string{"map"}, nil),
+	}
+}
+
+func (c *collector) Describe(descs chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{c.messages, c.bytes, c.connections, c.sockets, c.mapEntries, c.mapMax} {
+		descs <- d
+	}
+}
+
+func (c *collector) Collect(metrics chan<- prometheus.Metric) {
+	outcomes, err := c.Outcomes()
+	if err != nil {
+		metrics <- prometheus.NewInvalidMetric(c.messages, err)
+	}
+	for _, o := range outcomes {
+		// The table of outcomes names them by what they count: message_budget.
+		kind, label, _ := strings.Cut(o.Name, "_")
+		counter := func(desc *prometheus.Desc, value uint64) {
+			metrics <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), label)
+		}
+		switch kind {
+		case "message":
+			counter(c.messages, o.Count)
+			counter(c.bytes, o.Bytes)
+		case "connection":
+			counter(c.connections, o.Count)
+		case "socket":
+			counter(c.sockets, o.Count)
+		default:
+			metrics <- prometheus.NewInvalidMetric(c.messages, fmt.Errorf("outcome %q counts something that has no metric", o.Name))
+		}
+	}
+	maps, err := c.Maps()
+	if err != nil {
+		metrics <- prometheus.NewInvalidMetric(c.mapEntries, err)
+	}
+	for _, m := range maps {
+		metrics <- prometheus.MustNewConstMetric(c.mapEntries, prometheus.GaugeValue, float64(m.Entries), m.Name)
+		metrics <- prometheus.MustNewConstMetric(c.mapMax, prometheus.GaugeValue, float64(m.Max), m.Name)
+	}
+}

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package kube knows what the API server says of this node: its pods, and the
+// namespaces and NetworkPolicies that they are judged by. It lists and watches
+// nothing else, so that its load on the API server does not grow with the cluster's
+// pods or Services. While the API server is away, what was last known stays. It
+// also tells users by Events where something keeps a pod on TCP. It is the only
+// importer of client-go.
+package kube
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/klog/v2"
+
+	"github.com/podshunt/podshunt/agent/pods"
+)
+
+// Config is what a Source works with; all of it but Kubeconfig and Refusal is required.
+type Config struct {
+	// Kubeconfig is the path of a kubeconfig file. Without one the service account
+	// of the pod is used that the agent runs in.
+	Kubeconfig string
+	// NodeName is the name of this node's Node object.
+	NodeName string
+	// SandboxedRuntimeClasses are patterns as of path.Match for the names of
+	// runtime classes whose pods have a kernel of their own.
+	SandboxedRuntimeClasses []string
+	// DefaultNamespaces selects, by their labels, the namespaces whose pods are
+	// opted in unless they, or the namespace, say otherwise.
+	DefaultNamespaces Selector
+	// Refusal is why no pod may take part; it becomes an Event on the node.
+	Refusal string
+	// UserAgent is how the agent names itself to the API server.
+	UserAgent string
+	Log       *slog.Logger
+}
+
+// Source is a pods.Source that asks the API server. It is safe for concurrent use.
+type Source struct {
+	cfg         Config
+	informers   [kinds]cache.SharedIndexInformer
+	changed     chan struct{}
+	events      typedcorev1.EventsGetter
+	broadcaster record.EventBroadcaster
+	recorder    record.EventRecorder
+
+	mu      sync.Mutex
+	content *pods.Content
+	stale   [kinds]bool // has changed since content was made
+	outages [kinds]outage
+	// reported are the last Events, by the UID of their pods.
+	reported map[types.UID]string
+}
+
+var _ pods.Source = (*Source)(nil)
+
+// kind is one of the resources that are watched.
+type kind int
+
+const (
+	podKind kind = iota
+	namespaceKind
+	policyKind
+	kinds
+)
+
+func (k kind) String() string {
+	return [kinds]string{podKind: "pods", namespaceKind: "namespaces", policyKind: "networkpolicies"}[k]
+}
+
+// outage is why a kind cannot be watched at present; zero while it can.
+type outage struct {
+	since time.Time
+	err   error
+}
+
+// Open returns a Source that has not asked anything yet; Run does. Whatever
+// client-go logs in this process goes to the Config's logger from then on.
+func Open(cfg Config) (*Source, error) {
+	connection, err := connect(cfg.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	connection.UserAgent = cfg.UserAgent
+	connection.ContentType = runtime.ContentTypeProtobuf
+	connection.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	// Two clients with a rate limiter each: a watch never waits behind Events.
+	var clients [2]*kubernetes.Clientset
+	for i := range clients {
+		if clients[i], err = kubernetes.NewForConfig(connection); err != nil {
+			return nil, fmt.Errorf("make a client of the API server: %w", err)
+		}
+	}
+	klog.SetSlogLogger(cfg.Log)
+	return newSource(cfg, clients[0], clients[1])
+}
+
+func connect(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		connection, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("find the API server: %w: outside of a cluster's pod --kubeconfig is required", err)
+		}
+		return connection, nil
+	}
+	connection, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("read kubeconfig %s: %w", kubeconfig, err)
+	}
+	return connection, nil
+}
+
+func newSource(cfg Config, client, events kubernetes.Interface) (*Source, error) {
+	s := &Source{
+		cfg:         cfg,
+		changed:     make(chan struct{}, 1),
+		events:      events.CoreV1(),
+		broadcaster: record.NewBroadcaster(),
+		stale:       [kinds]bool{true, true, true},
+		reported:    map[types.UID]string{},
+	}
+	s.recorder = s.broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "podshunt", Host: cfg.NodeName})
+
+	ofNode := fields.OneTermEqualSelector("spec.nodeName", cfg.NodeName).String()
+	ours := client.CoreV1().Pods(metav1.NamespaceAll)
+	namespaces := client.CoreV1().Namespaces()
+	policies := client.NetworkingV1().NetworkPolicies(metav1.NamespaceAll)
+	for k, resource := range [kinds]struct {
+		object runtime.Object
+		list   cache.ListWithContextFunc
+		watch  cache.WatchFuncWithContext
+	}{
+		podKind: {
+			&corev1.Pod{},
+			func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+				o.FieldSelector = ofNode
+				return ours.List(ctx, o)
+			},
+			func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+				o.FieldSelector = ofNode
+				return ours.Watch(ctx, o)
+			},
+		},
+		namespaceKind: {
+			&corev1.Namespace{},
+			func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+				return namespaces.List(ctx, o)
+			},
+			namespaces.Watch,
+		},
+		policyKind: {
+			&networkingv1.NetworkPolicy{},
+			func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return policies.List(ctx, o) },
+			policies.Watch,
+		},
+	} {
+		k := kind(k)
+		lw := s.observe(k, resource.list, resource.watch)
+		informer := cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, client), resource.object, 0, cache.Indexers{})
+		if err := s.prepare(k, informer); err != nil {
+			return nil, fmt.Errorf("prepare informer of %s: %w", k, err)
+		}
+		s.informers[k] = informer
+	}
+	return s, nil
+}
+
+// observe notes how requests end. A watch error handler would not do: reflectors
+// do not tell it of refused connections.
+func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.WatchFuncWithContext) *cache.ListWatch {
+	note := func(ctx context.Context, verb string, err error) {
+		if ctx.Err() != nil {
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		o := &s.outages[k]
+		switch {
+		case err == nil:
+			*o = outage{}
+			return
+		case o.err == nil:
+			o.since = time.Now()
+		}
+		o.err = fmt.Errorf("%s %s: %w", verb, k, err)
+	}
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			objects, err := list(ctx, o)
+			// A list alone does not keep anything up to date.
+			if err != nil {
+				note(ctx, "list", err)
+			}
+			return objects, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			w, err := open(ctx, o)
+			note(ctx, "watch", err)
+			return w, err
+		},
+	}
+}
+
+func (s *Source) prepare(k kind, informer cache.SharedIndexInformer) error {
+	change := func() {
+		s.mu.Lock()
+		s.stale[k] = true
+		s.mu.Unlock()
+		s.notify()
+	}
+	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(any) { change() },
+		UpdateFunc: func(any, any) { change() },
+		DeleteFunc: func(any) { change() },
+	})
+	return errors.Join(err, informer.SetTransform(trim),
+		informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
+			// Content returns it, if it lasts.
+			s.cfg.Log.Debug("watch ended", "resource", k.String(), "err", err)
+		}))
+}
+
+// notify makes Changed receive.
+func (s *Source) notify() {
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Run watches the API server and sends Events until ctx ends.
+func (s *Source) Run(ctx context.Context) error {
+	defer s.broadcaster.Shutdown()
+	s.broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: s.events.Events(metav1.NamespaceAll)})
+	s.reportNode()
+	var running sync.WaitGroup
+	defer running.Wait()
+	for _, informer := range s.informers {
+		running.Go(func() { informer.RunWithContext(ctx) })
+	}
+	synced := []cache.InformerSynced{}
+	for _, informer := range s.informers {
+		synced = append(synced, informer.HasSynced)
+	}
+	if cache.WaitForCacheSync(ctx.Done(), synced...) {
+		// Nothing else tells of a kind that has no objects.
+		s.notify()
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// Changed receives after a change.
+func (s *Source) Changed() <-chan struct{} { return s.changed }
+
+func (s *Source) String() string { return "the API server" }
+
+// Content returns what the API server last said, nil before it has said
+// everything for the first time. With an error, a kind of objects cannot be watched
+// at present.
+func (s *Source) Content() (*pods.Content, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ready := true
+	for _, informer := range s.informers {
+		ready = ready && informer.HasSynced()
+	}
+	if ready && slices.Contains(s.stale[:], true) {
+		s.content = s.read(s.content)
+		s.stale = [kinds]bool{}
+	}
+	var first outage
+	for _, o := range s.outages {
+		if o.err != nil && (first.err == nil || o.since.Before(first.since)) {
+			first = o
+		}
+	}
+	if first.err != nil {
+		return s.content, fmt.Errorf("not up to date since %s: %w", first.since.UTC().Format(time.RFC3339), first.err)
+	}
+	return s.content, nil
+}
+
+// read returns what is in the caches, and takes what is not stale from the last
+// content.
+func (s *Source) read(last *pods.Content) *pods.Content {
+	next := &pods.Content{Unlisted: "not known to the API server"}
+	if last != nil {
+		*next = *last
+	}
+	if s.stale[namespaceKind] {
+		next.Cluster.Namespaces = map[string]map[string]string{}
+		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
+			next.Cluster.Namespaces[namespace.Name] = namespace.Labels
+		}
+	}
+	if s.stale[policyKind] {
+		next.Cluster.Policies = objects[*networkingv1.NetworkPolicy](s, policyKind)
+		slices.SortFunc(next.Cluster.Policies, func(a, b *networkingv1.NetworkPolicy) int {
+			return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+		})
+	}
+	if s.stale[podKind] || s.stale[namespaceKind] {
+		defaults := map[string]map[string]string{}
+		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
+			defaults[namespace.Name] = s.cfg.DefaultNamespaces.optIn(namespace)
+		}
+		next.Pods = map[string]pods.Wish{}
+		for _, pod := range objects[*corev1.Pod](s, podKind) {
+			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults[pod.Namespace], s.cfg.SandboxedRuntimeClasses)
+		}
+	}
+	return next
+}
+
+// objects returns what the cache of a kind holds.
+func objects[T any](s *Source, k kind) []T {
+	var all []T
+	for _, object := range s.informers[k].GetIndexer().List() {
+		if o, ok := object.(T); ok {
+			all = append(all, o)
+		}
+	}
+	return all
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kube
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// Selector selects by labels, in the form that kubectl takes. It is a flag.
+// Unlike kubectl's, an empty one selects nothing.
+type Selector struct {
+	selector labels.Selector
+}
+
+var _ flag.Value = (*Selector)(nil)
+
+// String returns what Set accepts.
+func (s *Selector) String() string {
+	if s.selector == nil {
+		return ""
+	}
+	return s.selector.String()
+}
+
+// Set parses a selector.
+func (s *Selector) Set(text string) error {
+	s.selector = nil
+	if text == "" {
+		return nil
+	}
+	parsed, err := labels.Parse(text)
+	if err != nil {
+		return fmt.Errorf(`accepted is a label selector such as "env=prod,team in (a,b)": %w`, err)
+	}
+	s.selector = parsed
+	return nil
+}
+
+// optIn returns the annotations that the pods of a namespace have unless they
+// say otherwise: its own, and that they are opted in if it is selected and does not
+// say itself.
+func (s *Selector) optIn(namespace *corev1.Namespace) map[string]string {
+	_, said := namespace.Annotations[api.AnnotationShortcut]
+	if said || s.selector == nil || !s.selector.Matches(labels.Set(namespace.Labels)) {
+		return namespace.Annotations
+	}
+	annotations := map[string]string{api.AnnotationShortcut: "enabled"}
+	maps.Copy(annotations, namespace.Annotations)
+	return annotations
+}

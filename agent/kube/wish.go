@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kube
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podshunt/podshunt/agent/pods"
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/api"
+)
+
+const (
+	annotationConfigHash       = "kubernetes.io/config.hash"
+	annotationIngressBandwidth = "kubernetes.io/ingress-bandwidth"
+	annotationEgressBandwidth  = "kubernetes.io/egress-bandwidth"
+)
+
+// configHash is what a kubelet writes for a static pod. Others may write the
+// annotation as well, but not name another pod's UID by it.
+var configHash = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
+// trim returns an object with only what wish and the policy need of it. The caches
+// hold nothing else.
+func trim(object any) (any, error) {
+	switch o := object.(type) {
+	case *corev1.Pod:
+		trimmed := &corev1.Pod{ObjectMeta: trimMeta(o.ObjectMeta)}
+		trimmed.Spec.HostNetwork = o.Spec.HostNetwork
+		trimmed.Spec.RuntimeClassName = o.Spec.RuntimeClassName
+		trimmed.Spec.Containers = trimContainers(o.Spec.Containers, isContainer)
+		trimmed.Spec.InitContainers = trimContainers(o.Spec.InitContainers, isSidecar)
+		trimmed.Status.Phase = o.Status.Phase
+		trimmed.Status.PodIP = o.Status.PodIP
+		trimmed.Status.PodIPs = o.Status.PodIPs
+		return trimmed, nil
+	case *corev1.Namespace:
+		return &corev1.Namespace{ObjectMeta: trimMeta(o.ObjectMeta)}, nil
+	case *networkingv1.NetworkPolicy:
+		trimmed := &networkingv1.NetworkPolicy{ObjectMeta: trimMeta(o.ObjectMeta), Spec: o.Spec}
+		trimmed.Labels = nil
+		return trimmed, nil
+	}
+	return object, nil
+}
+
+// trimMeta keeps the resource version because informers tell changes by it.
+func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
+	trimmed := metav1.ObjectMeta{
+		Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: m.Labels,
+	}
+	for name, value := range m.Annotations {
+		switch {
+		case strings.HasPrefix(name, api.AnnotationPrefix):
+		case name == annotationConfigHash, name == annotationIngressBandwidth, name == annotationEgressBandwidth:
+		default:
+			continue
+		}
+		if trimmed.Annotations == nil {
+			trimmed.Annotations = map[string]string{}
+		}
+		trimmed.Annotations[name] = value
+	}
+	return trimmed
+}
+
+// trimContainers keeps named TCP ports. Of the init containers only those remain
+// that run as long as the pod.
+func trimContainers(containers []corev1.Container, keep func(corev1.Container) bool) []corev1.Container {
+	var trimmed []corev1.Container
+	for _, c := range containers {
+		if !keep(c) {
+			continue
+		}
+		named := corev1.Container{RestartPolicy: c.RestartPolicy}
+		for _, p := range c.Ports {
+			// An empty protocol is TCP.
+			if p.Name != "" && (p.Protocol == corev1.ProtocolTCP || p.Protocol == "") {
+				named.Ports = append(named.Ports, corev1.ContainerPort{Name: p.Name, ContainerPort: p.ContainerPort})
+			}
+		}
+		if named.Ports != nil {
+			trimmed = append(trimmed, named)
+		}
+	}
+	return trimmed
+}
+
+func isContainer(corev1.Container) bool { return true }
+
+func isSidecar(c corev1.Container) bool {
+	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+}
+
+// wish returns what a trimmed pod asks for, by its own annotations and those of
+// its namespace. A pod that is being deleted takes part to its end.
+func wish(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods.Wish {
+	w := pods.Wish{UIDs: []string{string(pod.UID)}, Labels: pod.Labels}
+	if hash := pod.Annotations[annotationConfigHash]; configHash.MatchString(hash) {
+		w.UIDs = append(w.UIDs, hash)
+	}
+	w.Settings, w.Err = settings(pod, namespace)
+	w.Reason, w.Problem = exclusion(pod, sandboxed)
+	for _, ip := range podIPs(pod) {
+		if address, err := netip.ParseAddr(ip); err == nil {
+			w.Addresses = append(w.Addresses, address.Unmap())
+		}
+	}
+	for _, c := range slices.Concat(pod.Spec.Containers, pod.Spec.InitContainers) {
+		for _, p := range c.Ports {
+			w.Ports = append(w.Ports, policy.NamedPort{Name: p.Name, Number: uint16(p.ContainerPort)})
+		}
+	}
+	for _, name := range []string{annotationIngressBandwidth, annotationEgressBandwidth} {
+		if _, ok := pod.Annotations[name]; ok && w.Bandwidth == "" {
+			w.Bandwidth = name
+		}
+	}
+	return w
+}
+
+// settings takes each annotation from the namespace that the pod itself does not
+// have. An error says whose annotation it is.
+func settings(pod *corev1.Pod, namespace map[string]string) (api.Settings, error) {
+	defaults := map[string]string{}
+	for name, value := range namespace {
+		if _, ok := pod.Annotations[name]; !ok {
+			defaults[name] = value
+		}
+	}
+	_, err1 := api.ParseAnnotations(pod.Annotations)
+	_, err2 := api.ParseAnnotations(defaults)
+	if err2 != nil {
+		err2 = fmt.Errorf("namespace %s: %w", pod.Namespace, err2)
+	}
+	if err := errors.Join(err1, err2); err != nil {
+		return api.Settings{}, err
+	}
+	maps.Copy(defaults, pod.Annotations)
+	return api.ParseAnnotations(defaults)
+}
+
+// exclusion returns why the pod cannot take part whatever it asks for, or "".
+func exclusion(pod *corev1.Pod, sandboxed []string) (reason string, problem pods.Problem) {
+	if phase := pod.Status.Phase; phase == corev1.PodSucceeded || phase == corev1.PodFailed {
+		return "it has finished", ""
+	}
+	if pod.Spec.HostNetwork {
+		return pods.ReasonHostNetwork, pods.HostNetwork
+	}
+	if class := pod.Spec.RuntimeClassName; class != nil {
+		for _, pattern := range sandboxed {
+			if ok, _ := path.Match(pattern, *class); ok {
+				return fmt.Sprintf("its sockets are not in the node's kernel: runtime class %s is one of --sandboxed-runtime-classes", *class),
+					pods.SandboxedRuntime
+			}
+		}
+	}
+	return "", ""
+}
+
+func podIPs(pod *corev1.Pod) []string {
+	if len(pod.Status.PodIPs) == 0 && pod.Status.PodIP != "" {
+		return []string{pod.Status.PodIP}
+	}
+	var ips []string
+	for _, ip := range pod.Status.PodIPs {
+		ips = append(ips, ip.IP)
+	}
+	return ips
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/proc"
+	"github.com/podshunt/podshunt/api"
+)
+
+const (
+	// searchInterval is the least time between two looks at all processes, and the
+	// first time a pod that was not found waits for the next. It doubles up to
+	// maxSearchDelay.
+	searchInterval = time.Second
+	maxSearchDelay = time.Minute
+)
+
+// search is for a pod that wants to take part and that no attachment tells of.
+type search struct {
+	// entry has the pod, and its network namespace once that is found.
+	entry
+	uids []string
+	// wanted is false as long as there is nothing to be found, or no use for it.
+	wanted bool
+	// lost is set when the process is gone that the network namespace was found by.
+	lost  bool
+	next  time.Time
+	delay time.Duration
+}
+
+// search brings r.searches in line with the source, and adds their pods to r.pods.
+func (r *Registry) search(attached map[string]bool) {
+	searches := map[string]*search{}
+	if r.content != nil {
+		for _, name := range slices.Sorted(maps.Keys(r.content.Pods)) {
+			w := r.content.Pods[name]
+			reason, problem := w.out()
+			if attached[name] || len(w.UIDs) == 0 || reason != "" && problem == "" {
+				continue
+			}
+			uid := w.UIDs[0]
+			s := r.searches[uid]
+			if s == nil {
+				namespace, name, _ := strings.Cut(name, "/")
+				s = &search{uids: w.UIDs, delay: searchInterval}
+				s.attachment.Pod = api.PodRef{Namespace: namespace, Name: name, UID: uid}
+			}
+			// A pod has addresses from the moment on that it has a network namespace.
+			s.wanted = reason == "" && len(w.Addresses) > 0 && r.cfg.Refusal == "" && r.stopped == ""
+			if s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
+				// Another process of the pod may still be in it: settle decides.
+				s.lost, s.next = true, time.Time{}
+			}
+			searches[uid] = s
+			r.add(&s.entry, &w, "")
+		}
+	}
+	r.searches = searches
+}
+
+// missing returns the UIDs of the pods that are to be looked for now.
+func (r *Registry) missing() map[string]bool {
+	now := r.cfg.Now()
+	if now.Before(r.nextSearch) {
+		return nil
+	}
+	uids := map[string]bool{}
+	for _, s := range r.searches {
+		if s.wanted && (s.cookie == 0 || s.lost) && !now.Before(s.next) {
+			for _, uid := range s.uids {
+				uids[uid] = true
+			}
+		}
+	}
+	return uids
+}
+
+// settle takes up the result of a search for uids.
+func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
+	now := r.cfg.Now()
+	r.nextSearch = now.Add(searchInterval)
+	for uid, s := range r.searches {
+		if !uids[uid] {
+			continue
+		}
+		s.entry.netns, s.cookie, s.netnsErr, s.lost = stamp{}, 0, nil, false
+		s.attachment.Netns = ""
+		s.next = now.Add(s.delay)
+		s.delay = min(2*s.delay, maxSearchDelay)
+		for _, uid := range s.uids {
+			if n, ok := found[uid]; ok {
+				s.attachment.Netns, s.cookie = n.Path, n.Cookie
+				s.delay = searchInterval
+			}
+		}
+	}
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package policy
+
+import (
+	"cmp"
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+	"time"
+
+	networkingv1 "k8s.io/api/networking/v1"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// Compiler turns pods into rules, again after every change, and looks then only
+// at the pairs of pods that the change is about. Its zero value is ready; it is
+// not safe for concurrent use.
+type Compiler struct {
+	policies map[*networkingv1.NetworkPolicy]*networkPolicy
+	pods     map[uint64]*pod // those that are opted in
+	grants   map[pair]grant  // of the last Update, without pairs that are refused
+}
+
+type pair struct{ client, server uint64 }
+
+// grant is what a pair has: the ports that are not refused, and the reason that
+// holds for them. No ports are no grant.
+type grant struct {
+	ports  portSet
+	reason Reason
+}
+
+// Update returns the pairs whose rules differ from those of the last Update, and
+// when rules will change by time alone, zero for never. A pod is a pair with
+// itself too: that is loopback inside the pod. The arguments are kept, and must
+// not be changed afterwards; IDs are unique.
+func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []PairRules, until time.Time) {
+	if c.grants == nil {
+		c.grants = map[pair]grant{}
+	}
+	added, removed := c.parse(cluster.Policies)
+	before := c.pods
+	c.pods = map[uint64]*pod{}
+	var order []*pod
+	for _, asked := range pods {
+		if !asked.Settings.Enabled {
+			continue
+		}
+		if end := asked.Settings.PausedUntil; end.After(now) && (until.IsZero() || end.Before(until)) {
+			until = end
+		}
+		p := before[asked.ID]
+		if p != nil && p.isStill(asked, cluster, now) {
+			p.changed = false
+			for _, n := range removed {
+				p.drop(n)
+			}
+			for _, n := range added {
+				p.take(n)
+			}
+		} else {
+			p = newPod(asked, cluster, now)
+			for _, n := range c.policies {
+				p.take(n)
+			}
+		}
+		c.pods[p.ID] = p
+		order = append(order, p)
+	}
+	for _, server := range order {
+		for _, client := range order {
+			if !client.changed && !server.changed {
+				continue
+			}
+			key := pair{client.ID, server.ID}
+			if next := newGrant(client, server); c.put(key, next) {
+				changed = append(changed, PairRules{key.client, key.server, next.rules(key)})
+			}
+		}
+	}
+	return append(changed, c.forget(before)...), until
+}
+
+// parse takes up policies and returns what has come and gone.
+func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed []*networkPolicy) {
+	before := c.policies
+	c.policies = make(map[*networkingv1.NetworkPolicy]*networkPolicy, len(objects))
+	for _, object := range objects {
+		n := before[object]
+		if n == nil {
+			n = parsePolicy(object)
+			added = append(added, n)
+		}
+		c.policies[object] = n
+	}
+	for object, n := range before {
+		if c.policies[object] == nil {
+			removed = append(removed, n)
+		}
+	}
+	return added, removed
+}
+
+// put keeps a grant and tells whether it differs from the last one.
+func (c *Compiler) put(key pair, next grant) bool {
+	last := c.grants[key]
+	if last.reason == next.reason && slices.Equal(last.ports, next.ports) {
+		return false
+	}
+	if len(next.ports) == 0 {
+		delete(c.grants, key)
+	} else {
+		c.grants[key] = next
+	}
+	return true
+}
+
+// forget drops the grants of pods that are not among c.pods any more.
+func (c *Compiler) forget(before map[uint64]*pod) (changed []PairRules) {
+	gone := func(id uint64) bool { return c.pods[id] == nil }
+	if !slices.ContainsFunc(slices.Collect(maps.Keys(before)), gone) {
+		return nil
+	}
+	for key := range c.grants {
+		if gone(key.client) || gone(key.server) {
+			delete(c.grants, key)
+			changed = append(changed, PairRules{Client: key.client, Server: key.server})
+		}
+	}
+	slices.SortFunc(changed, func(a, b PairRules) int {
+		return cmp.Or(cmp.Compare(a.Client, b.Client), cmp.Compare(a.Server, b.Server))
+	})
+	return changed
+}
+
+func newGrant(client, server *pod) grant {
+	ports := server.all
+	for _, left := range restrictions(client, server) {
+		if ports = ports.intersect(left); len(ports) == 0 {
+			return grant{}
+		}
+	}
+	return grant{ports, unrestricted(client, server)}
+}
+
+// rules lists the ports of a grant, or all ports and those that it lacks, whatever is shorter.
+func (g grant) rules(key pair) []Rule {
+	var rules []Rule
+	add := func(ports api.PortRange, d Decision) { rules = append(rules, Rule{key.client, key.server, ports, d}) }
+	listed, d := g.ports, Decision{Verdict: g.reason.verdict(), Reason: g.reason}
+	if refused := g.ports.complement(); len(refused) < len(listed) {
+		add(api.PortRange{First: 0, Last: 65535}, d)
+		listed, d = refused, Decision{}
+	}
+	for _, ports := range listed {
+		add(ports, d)
+	}
+	return rules
+}
+
+// pod is a Pod and what the policies that it has taken say about it.
+type pod struct {
+	Pod
+	all, listed, notExcluded portSet // of its own ports
+	paused                   bool
+	namespaceLabels          map[string]string
+	namespaceKnown           bool
+	changed                  bool // since the last Update
+
+	isolatedBy [directions][]*networkPolicy
+	ends       []end
+}
+
+// end is an address of a pod. A connection may use any, so only what is allowed
+// with all of them is allowed with the pod. A pod without addresses has an end too.
+type end struct {
+	address netip.Addr
+	// allowed are the ports that policies allow between the pods which they isolate
+	// and this end.
+	allowed [directions]map[*networkPolicy]rulePorts
+}
+
+func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
+	p := &pod{
+		Pod: asked, all: allPorts(), listed: allPorts(),
+		notExcluded: newPortSet(slices.Clone(asked.Settings.ExcludePorts)).complement(),
+		paused:      asked.Settings.PausedUntil.After(now),
+		changed:     true,
+	}
+	if len(asked.Settings.Ports) > 0 {
+		p.listed = newPortSet(slices.Clone(asked.Settings.Ports))
+	}
+	p.namespaceLabels, p.namespaceKnown = cluster.Namespaces[asked.Namespace]
+	for _, address := range asked.Addresses {
+		p.ends = append(p.ends, end{address: address.Unmap()})
+	}
+	if p.ends == nil {
+		p.ends = make([]end, 1)
+	}
+	for i := range p.ends {
+		for d := range directions {
+			p.ends[i].allowed[d] = map[*networkPolicy]rulePorts{}
+		}
+	}
+	return p
+}
+
+// isStill tells whether newPod would make the same of asked.
+func (p *pod) isStill(asked Pod, cluster Cluster, now time.Time) bool {
+	namespaceLabels, known := cluster.Namespaces[asked.Namespace]
+	return p.paused == asked.Settings.PausedUntil.After(now) && p.namespaceKnown == known &&
+		maps.Equal(p.namespaceLabels, namespaceLabels) && reflect.DeepEqual(p.Pod, asked)
+}
+
+// take lets a policy have its say about the pod: as one that it isolates, and as
+// the peer of others.
+func (p *pod) take(n *networkPolicy) {
+	selected := n.selects(p)
+	p.changed = p.changed || selected
+	for d := range directions {
+		if !n.isolates[d] {
+			continue
+		}
+		if selected {
+			p.isolatedBy[d] = append(p.isolatedBy[d], n)
+		}
+		for _, e := range p.ends {
+			if ports := n.allows(d, p, e.address); len(ports.ranges) > 0 || len(ports.names) > 0 {
+				e.allowed[d][n] = ports
+			}
+		}
+	}
+}
+
+// drop undoes take.
+func (p *pod) drop(n *networkPolicy) {
+	p.changed = p.changed || n.selects(p)
+	for d := range directions {
+		p.isolatedBy[d] = slices.DeleteFunc(p.isolatedBy[d], func(other *networkPolicy) bool { return other == n })
+		for _, e := range p.ends {
+			delete(e.allowed[d], n)
+		}
+	}
+}
+
+// allowedWith returns the ports of server that the policies which isolate the pod
+// allow with another; server is one of the two.
+func (p *pod) allowedWith(d direction, other, server *pod) portSet {
+	common := other.all
+	for _, e := range other.ends {
+		ports := make([]api.PortRange, 0, 8)
+		for _, n := range p.isolatedBy[d] {
+			if allowed, ok := e.allowed[d][n]; ok {
+				ports = allowed.appendTo(ports, server)
+			}
+		}
+		common = common.intersect(newPortSet(ports))
+	}
+	return common
+}

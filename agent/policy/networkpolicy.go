@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+type direction int
+
+const (
+	ingress direction = iota // into the server
+	egress                   // out of the client
+	directions
+)
+
+// networkPolicy is a NetworkPolicy with its selectors and prefixes parsed.
+type networkPolicy struct {
+	namespace, name string
+	// invalid is the field that is not valid, if any. The API server rejects such an
+	// object, but one that an older server has accepted may exist. It isolates
+	// whatever it may be meant for, and allows nothing.
+	invalid  string
+	pods     labels.Selector
+	isolates [directions]bool
+	rules    [directions][]rule
+}
+
+// rule allows its ports with its peers, all pods if there are none.
+type rule struct {
+	peers []peer
+	ports rulePorts
+}
+
+// rulePorts are ports by number, and by the names that they have in the server.
+type rulePorts struct {
+	ranges []api.PortRange
+	names  []string
+}
+
+// peer is either the addresses of block that are in none of except, or the pods
+// that the selectors match; nil namespaces are the policy's own one, nil pods all.
+type peer struct {
+	block            netip.Prefix
+	except           []netip.Prefix
+	namespaces, pods labels.Selector
+}
+
+func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
+	n := &networkPolicy{namespace: object.Namespace, name: object.Name, pods: labels.Everything()}
+	fail := func(format string, args ...any) *networkPolicy {
+		n.invalid = fmt.Sprintf(format, args...)
+		n.rules = [directions][]rule{}
+		return n
+	}
+	spec := &object.Spec
+	pods, err := metav1.LabelSelectorAsSelector(&spec.PodSelector)
+	if err == nil {
+		n.pods = pods
+	}
+	if len(spec.PolicyTypes) == 0 {
+		n.isolates[ingress] = true
+		n.isolates[egress] = len(spec.Egress) > 0
+	}
+	for i, t := range spec.PolicyTypes {
+		switch t {
+		case networkingv1.PolicyTypeIngress:
+			n.isolates[ingress] = true
+		case networkingv1.PolicyTypeEgress:
+			n.isolates[egress] = true
+		default:
+			n.isolates = [directions]bool{true, true}
+			return fail("spec.policyTypes[%d]", i)
+		}
+	}
+	if err != nil {
+		return fail("spec.podSelector")
+	}
+	for i, r := range spec.Ingress {
+		parsed, invalid := parseRule(r.From, "from", r.Ports)
+		if invalid != "" {
+			return fail("spec.ingress[%d].%s", i, invalid)
+		}
+		n.rules[ingress] = append(n.rules[ingress], parsed)
+	}
+	for i, r := range spec.Egress {
+		parsed, invalid := parseRule(r.To, "to", r.Ports)
+		if invalid != "" {
+			return fail("spec.egress[%d].%s", i, invalid)
+		}
+		n.rules[egress] = append(n.rules[egress], parsed)
+	}
+	return n
+}
+
+// parseRule returns a rule, or the field that is not valid.
+func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []networkingv1.NetworkPolicyPort) (r rule, invalid string) {
+	for i := range peers {
+		p, ok := parsePeer(&peers[i])
+		if !ok {
+			return rule{}, fmt.Sprintf("%s[%d]", field, i)
+		}
+		r.peers = append(r.peers, p)
+	}
+	if len(ports) == 0 {
+		r.ports.ranges = allPorts()
+	}
+	for i := range ports {
+		parsed, ok := parsePorts(&ports[i])
+		if !ok {
+			return rule{}, fmt.Sprintf("ports[%d]", i)
+		}
+		r.ports = r.ports.union(parsed)
+	}
+	return r, ""
+}
+
+func parsePeer(object *networkingv1.NetworkPolicyPeer) (p peer, ok bool) {
+	if block := object.IPBlock; block != nil {
+		p.block, ok = parsePrefix(block.CIDR)
+		for _, cidr := range block.Except {
+			except, valid := parsePrefix(cidr)
+			p.except = append(p.except, except)
+			ok = ok && valid
+		}
+		return p, ok && object.PodSelector == nil && object.NamespaceSelector == nil
+	}
+	var err error
+	if object.NamespaceSelector != nil {
+		if p.namespaces, err = metav1.LabelSelectorAsSelector(object.NamespaceSelector); err != nil {
+			return peer{}, false
+		}
+	}
+	if object.PodSelector != nil {
+		if p.pods, err = metav1.LabelSelectorAsSelector(object.PodSelector); err != nil {
+			return peer{}, false
+		}
+	}
+	return p, object.NamespaceSelector != nil || object.PodSelector != nil
+}
+
+// parsePrefix takes no IPv4 prefix in IPv6 form: what it means differs between implementations.
+func parsePrefix(cidr string) (netip.Prefix, bool) {
+	p, err := netip.ParsePrefix(cidr)
+	return p, err == nil && !p.Addr().Is4In6()
+}
+
+// parsePorts returns no ports for one of another protocol than TCP.
+func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok bool) {
+	port, end := object.Port, object.EndPort
+	switch {
+	case port == nil:
+		ports.ranges, ok = allPorts(), end == nil
+	case port.Type == intstr.String:
+		ports.names, ok = []string{port.StrVal}, end == nil
+	default:
+		first, last := port.IntVal, port.IntVal
+		if end != nil {
+			last = *end
+		}
+		if ok = 1 <= first && first <= last && last <= 65535; ok {
+			ports.ranges = []api.PortRange{{First: uint16(first), Last: uint16(last)}}
+		}
+	}
+	if object.Protocol == nil {
+		return ports, ok
+	}
+	switch *object.Protocol {
+	case corev1.ProtocolTCP:
+		return ports, ok
+	case corev1.ProtocolUDP, corev1.ProtocolSCTP:
+		return rulePorts{}, ok
+	}
+	return rulePorts{}, false
+}
+
+func (p rulePorts) union(other rulePorts) rulePorts {
+	return rulePorts{slices.Concat(p.ranges, other.ranges), slices.Concat(p.names, other.names)}
+}
+
+// appendTo appends the ports of a server to ranges; a name may be that of several.
+func (p rulePorts) appendTo(ranges []api.PortRange, server *pod) []api.PortRange {
+	ranges = append(ranges, p.ranges...)
+	for _, port := range server.Ports {
+		if slices.Contains(p.names, port.Name) {
+			ranges = append(ranges, api.PortRange{First: port.Number, Last: port.Number})
+		}
+	}
+	return ranges
+}
+
+// selects tells whether the policy isolates a pod in any direction.
+func (n *networkPolicy) selects(p *pod) bool {
+	return n.namespace == p.Namespace && n.pods.Matches(labels.Set(p.Labels))
+}
+
+// allows returns the ports that the policy allows between a pod that it isolates
+// and an address of another.
+func (n *networkPolicy) allows(d direction, other *pod, address netip.Addr) (ports rulePorts) {
+	for _, r := range n.rules[d] {
+		if len(r.peers) == 0 || slices.ContainsFunc(r.peers, func(p peer) bool { return p.matches(n.namespace, other, address) }) {
+			ports = ports.union(r.ports)
+		}
+	}
+	return ports
+}
+
+func (p peer) matches(own string, other *pod, address netip.Addr) bool {
+	switch {
+	case p.block.IsValid():
+		return p.block.Contains(address) &&
+			!slices.ContainsFunc(p.except, func(e netip.Prefix) bool { return e.Contains(address) })
+	case p.namespaces == nil && other.Namespace != own:
+		return false
+	case p.namespaces != nil && (!other.namespaceKnown || !p.namespaces.Matches(labels.Set(other.namespaceLabels))):
+		return false
+	}
+	return p.pods == nil || p.pods.Matches(labels.Set(other.Labels))
+}
+
+// names lists policies for users, those that are not valid first.
+func names(policies []*networkPolicy) string {
+	const most = 3
+	sorted := slices.SortedFunc(slices.Values(policies), func(a, b *networkPolicy) int {
+		if (a.invalid == "") != (b.invalid == "") {
+			return cmp.Compare(b.invalid, a.invalid)
+		}
+		return cmp.Compare(a.name, b.name)
+	})
+	var texts []string
+	for _, n := range sorted[:min(most, len(sorted))] {
+		text := n.namespace + "/" + n.name
+		if n.invalid != "" {
+			text += " (its " + n.invalid + " is not valid)"
+		}
+		texts = append(texts, text)
+	}
+	kind, more := "NetworkPolicy ", ""
+	if len(sorted) > 1 {
+		kind = "NetworkPolicies "
+	}
+	if len(sorted) > most {
+		more = fmt.Sprintf(" and %d more", len(sorted)-most)
+	}
+	return kind + strings.Join(texts, ", ") + more
+}

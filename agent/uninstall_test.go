@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/kube"
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+func TestUninstallAll(t *testing.T) {
+	results := []kube.ExecResult{{Node: "a", Output: "unloaded\n"}}
+	runAll := func(_ context.Context, done func(kube.ExecResult)) error {
+		for _, r := range results {
+			done(r)
+		}
+		return nil
+	}
+	var out bytes.Buffer
+	if err := uninstallAll(t.Context(), runAll, &out); err != nil {
+		t.Error(err)
+	}
+	wantDiff(t, "all", "a: unloaded\npodshunt is out of 1 nodes\n", out.String())
+
+	results = append(results, kube.ExecResult{Node: "b", Output: "CLIENT  SERVER\nx  y\n", Err: errors.New("exit code 1")})
+	out.Reset()
+	err := uninstallAll(t.Context(), runAll, &out)
+	if err == nil || !strings.HasPrefix(err.Error(), "1 of 2 nodes still have podshunt: ") || !strings.Contains(err.Error(), "--no-hooks") {
+		t.Errorf("got error %v, want one of the node b that names --no-hooks", err)
+	}
+	wantDiff(t, "one failed", "a: unloaded\nb: FAILED: exit code 1\n    CLIENT  SERVER\n    x  y\n", out.String())
+}
+
+// TestUninstall is the node's side, with a live connection and the plugin installed.
+func TestUninstall(t *testing.T) {
+	a := mustAgent(t)
+	a.mustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled")
+	confDir, binDir := t.TempDir(), t.TempDir()
+	conflist := filepath.Join(confDir, "10-net.conflist")
+	original := `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}` + "\n"
+	if err := os.WriteFile(conflist, []byte(original), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	plugin := filepath.Join(t.TempDir(), api.PluginType)
+	if err := os.WriteFile(plugin, []byte("plugin"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	address := mustFreeAddress(t)
+	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address,
+		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir, "--plugin="+plugin)
+	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
+	read := func() string {
+		t.Helper()
+		content, err := os.ReadFile(conflist)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(content)
+	}
+	waitFor(t, "entry", read, func(s string) bool { return strings.Contains(s, api.PluginType) })
+	c := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":0"))
+	c.mustPing(t)
+
+	wantDiff(t, "ready", 200, mustGet(t, address, "/readyz").code)
+	metrics := mustGet(t, address, "/metrics").body
+	for _, want := range []string{
+		`podshunt_connections_total{outcome="paired"} 1`, `podshunt_messages_total{outcome="shortcut"} 9`,
+		`podshunt_message_bytes_total{outcome="shortcut"} 900`, `podshunt_pods{state="takes_part"} 2`, `podshunt_map_entries{map="pairs"} 1`,
+		`podshunt_plugin_request_duration_seconds_count{request="add",result="ok"} 2`,
+	} {
+		if !strings.Contains(metrics, want+"\n") {
+			t.Errorf("got no metric %s in\n%s", want, metrics)
+		}
+	}
+
+	var out bytes.Buffer
+	if err := run(t.Context(), append([]string{"uninstall"}, a.places()[:3]...), &out, t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	wantDiff(t, "uninstall", "unloaded: nothing of podshunt is left in the kernel\n", out.String())
+	wantDiff(t, "conflist", original, read())
+	if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); !os.IsNotExist(err) {
+		t.Errorf("got %v for the pin directory, want it gone", err)
+	}
+	c.mustPing(t)
+	// The agent stays, and leaves the node alone.
+	wantDiff(t, "alive", 200, mustGet(t, address, "/healthz").code)
+	wantDiff(t, "ready after uninstall", response{503, "unloaded: nothing is shortcut until the agent is started again\n"}, mustGet(t, address, "/readyz"))
+	if metrics := mustGet(t, address, "/metrics").body; !strings.Contains(metrics, "podshunt_unloaded 1\n") || strings.Contains(metrics, "podshunt_map_entries") {
+		t.Errorf("got metrics of kernel objects that are gone:\n%s", metrics)
+	}
+
+	// Without an agent it does the same.
+	a.stop()
+	if err := os.WriteFile(conflist, []byte(strings.Replace(original, `}]`, `}, {"type": "podshunt"}]`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out.Reset()
+	args := append([]string{"uninstall", "--cni-conf-dir=" + confDir, "--cni-bin-dir=" + binDir}, a.places()[:3]...)
+	if err := run(t.Context(), args, &out, t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(out.String(), "nothing to unload") || strings.Contains(read(), api.PluginType) {
+		t.Errorf("got %q and conflist %s, want the entry gone", out.String(), read())
+	}
+}
+
+func mustFreeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+type response struct {
+	code int
+	body string
+}
+
+func mustGet(t testing.TB, address, path string) response {
+	t.Helper()
+	client := http.Client{Timeout: 5 * time.Second}
+	resp, err := client.Get(fmt.Sprintf("http://%s%s", address, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response{resp.StatusCode, string(body)}
+}

@@ -1,0 +1,56 @@
+{{- define "podshunt.name" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "podshunt.fullname" -}}
+{{- $name := include "podshunt.name" . }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* The pods of the agent, and nothing else: the hook's pods have another component. */}}
+{{- define "podshunt.selector" -}}
+app.kubernetes.io/name: {{ include "podshunt.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: agent
+{{- end }}
+
+{{- define "podshunt.labels" -}}
+app.kubernetes.io/name: {{ include "podshunt.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "podshunt.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (include "podshunt.fullname" .) }}
+{{- end }}
+
+{{- define "podshunt.image" -}}
+{{- with .Values.image.digest }}
+{{- printf "%s@%s" $.Values.image.repository . }}
+{{- else }}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) }}
+{{- end }}
+{{- end }}
+
+{{- define "podshunt.metricsPort" -}}
+{{- regexFind "[0-9]+$" .Values.agent.metricsAddress }}
+{{- end }}
+
+{{/* A probe of the agent at a path. */}}
+{{- define "podshunt.probe" -}}
+httpGet:
+  path: {{ .path }}
+  port: metrics
+  {{- with regexReplaceAll ":[0-9]+$" .address "" | trimPrefix "[" | trimSuffix "]" }}
+  host: {{ . | quote }}
+  {{- end }}
+timeoutSeconds: 5
+{{- end }}

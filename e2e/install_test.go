@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/cniconf"
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+// TestInstall starts from the configuration of the network alone: the agent makes
+// the chain, by which a pod takes part as soon as it is added.
+func TestInstall(t *testing.T) {
+	n := mustNode(t)
+	n.mustWritePods(t, "web "+on)
+	confDir, binDir := filepath.Join(n.Base, "net.d"), filepath.Join(n.Base, "cni-bin")
+	for _, dir := range []string{confDir, binDir} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list, err := cniconf.Remove([]byte(n.Conflist()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(confDir, "10-podshunt.conflist")
+	if err := os.WriteFile(path, list, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.mustStart(t, "--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
+	mustBecome(t, "plugin's installation", api.CNIStatus{Conflist: path, Installed: true}, func() api.CNIStatus {
+		state := *n.status(t).CNI
+		state.Since = time.Time{}
+		return state
+	})
+	installed, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.MustAddPod(t, "web", sandbox.PodOptions{Conflist: string(installed)})
+	wantDiff(t, "pods", []string{"web: takes part"}, n.states(t))
+
+	n.mustStop(t)
+	if err := os.WriteFile(path, list, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.mustStart(t, "--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
+	mustBecome(t, "configuration after another start", string(installed), func() string {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	})
+	// The source and the copy are the same file to the byte.
+	want, err1 := os.ReadFile(filepath.Join(filepath.Dir(n.binary), api.PluginType))
+	got, err2 := os.ReadFile(filepath.Join(binDir, api.PluginType))
+	if err1 != nil || err2 != nil || string(got) != string(want) {
+		t.Errorf("got a plugin of %d bytes with errors %v and %v, want the %d of the built one", len(got), err1, err2, len(want))
+	}
+}
