@@ -115,8 +115,8 @@ func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint1
 	case d.Reason == "":
 		return ""
 	case d.Verdict != datapath.Allow:
-		// What the kernel was told when the direction last had something to send;
-		// that a pod has left is known here only.
+		// What the kernel was told when the direction last had something to send.
+		// Why it was refused is known here only.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
 			if client != nil && server != nil {
 				// The kernel does not know the name of the object that refuses.

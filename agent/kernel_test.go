@@ -26,13 +26,15 @@ func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
 type agent struct {
 	*sandbox.Sandbox
 	podsFile string
+	source   []string // flags that say where the agent learns of pods
 	stop     func()
 }
 
 func mustAgent(t testing.TB) *agent {
 	t.Helper()
 	s := sandbox.MustNew(t, sandbox.Config{Podshunt: true})
-	return &agent{Sandbox: s, podsFile: filepath.Join(s.Base, "pods.yaml")}
+	podsFile := filepath.Join(s.Base, "pods.yaml")
+	return &agent{Sandbox: s, podsFile: podsFile, source: []string{"--pods-file=" + podsFile}}
 }
 
 // places returns the flags that a command needs to find this agent.
@@ -48,7 +50,7 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	args := slices.Concat([]string{"run", "--pods-file=" + a.podsFile}, a.places(), flags)
+	args := slices.Concat([]string{"run"}, a.source, a.places(), flags)
 	go func() { done <- run(ctx, args, io.Discard, t.Output()) }()
 	stopped := false
 	a.stop = func() {

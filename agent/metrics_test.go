@@ -5,7 +5,6 @@ package main
 import (
 	"errors"
 	"runtime"
-	"strings"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,33 +27,44 @@ func TestStatusMetrics(t *testing.T) {
 		Version: "v1", Kernel: "6.18", Observer: "fexit",
 		Hazards: []api.Hazard{{Name: "splice", Present: true, Fatal: true}, {Name: "waitall"}},
 	}, func() pods.Snapshot { return snapshot }, func() bool { return false })
-	want := `
-podshunt_build_info{go_version="` + runtime.Version() + `",kernel="6.18",observer="fexit",version="v1"} 1
-podshunt_kernel_hazard{fatal="false",hazard="waitall"} 0
-podshunt_kernel_hazard{fatal="true",hazard="splice"} 1
-podshunt_kernel_hazards_accepted 0
-podshunt_pods{state="not_opted_in"} 1
-podshunt_pods{state="refused"} 1
-podshunt_pods{state="takes_part"} 1
-podshunt_policy_error 1
-podshunt_source_error 0
-podshunt_unloaded 0
-`
 	registry := prometheus.NewPedanticRegistry()
 	if err := registry.Register(c); err != nil {
 		t.Fatal(err)
 	}
-	text, err := testutil.CollectAndFormat(c, "text/plain; version=0.0.4")
+	want := map[string]float64{
+		"podshunt_build_info " + runtime.Version() + " 6.18 fexit v1": 1,
+		"podshunt_kernel_hazard false waitall":                        0,
+		"podshunt_kernel_hazard true splice":                          1,
+		"podshunt_kernel_hazards_accepted":                            0,
+		"podshunt_pods not_opted_in":                                  1,
+		"podshunt_pods refused":                                       1,
+		"podshunt_pods takes_part":                                    1,
+		"podshunt_policy_error":                                       1,
+		"podshunt_source_error":                                       0,
+		"podshunt_unloaded":                                           0,
+	}
+	wantDiff(t, "metrics", want, mustGather(t, registry))
+}
+
+// mustGather returns the values of gauges and the counts of histograms by name
+// and the values of labels, in the order of the labels' names.
+func mustGather(t testing.TB, registry prometheus.Gatherer) map[string]float64 {
+	t.Helper()
+	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var samples []string
-	for line := range strings.Lines(string(text)) {
-		if !strings.HasPrefix(line, "#") {
-			samples = append(samples, line)
+	values := map[string]float64{}
+	for _, family := range families {
+		for _, metric := range family.Metric {
+			name := family.GetName()
+			for _, l := range metric.Label {
+				name += " " + l.GetValue()
+			}
+			values[name] = metric.GetGauge().GetValue() + float64(metric.GetHistogram().GetSampleCount())
 		}
 	}
-	wantDiff(t, "metrics", want, "\n"+strings.Join(samples, ""))
+	return values
 }
 
 // attachments answers with err.
@@ -76,19 +86,9 @@ func TestMeasure(t *testing.T) {
 	if err := errors.Join(m.Remove(api.AttachmentID{}), m.Collect(api.GCRequest{})); err == nil {
 		t.Error("got no error")
 	}
-	families, err := registry.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := map[string]uint64{}
-	for _, metric := range families[0].Metric {
-		labels := []string{}
-		for _, l := range metric.Label {
-			labels = append(labels, l.GetValue())
-		}
-		got[strings.Join(labels, " ")] = metric.Histogram.GetSampleCount()
-	}
-	wantDiff(t, "requests", map[string]uint64{"add ok": 1, "del error": 1, "gc error": 1}, got)
+	const name = "podshunt_plugin_request_duration_seconds "
+	want := map[string]float64{name + "add ok": 1, name + "del error": 1, name + "gc error": 1}
+	wantDiff(t, "requests", want, mustGather(t, registry))
 }
 
 // TestMetricNames: Prometheus' linter accepts what the agent has besides the datapath's.

@@ -110,7 +110,8 @@ func TestSection(t *testing.T) {
 	}{
 		{"defaults", defaults, `{"type":"podshunt"}`},
 		{
-			"others", api.PluginConf{AgentSocket: "/a", AgentTimeout: 1500 * time.Millisecond, AttachmentsDir: "/b"},
+			"others",
+			api.PluginConf{AgentSocket: "/a", AgentTimeout: 1500 * time.Millisecond, AttachmentsDir: "/b"},
 			`{"type":"podshunt","agentSocket":"/a","agentTimeout":"1.5s","attachmentsDir":"/b"}`,
 		},
 	} {

@@ -32,12 +32,19 @@ func TestInstall(t *testing.T) {
 	if err := os.WriteFile(path, list, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	n.mustStart(t, "--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
-	mustBecome(t, "plugin's installation", api.CNIStatus{Conflist: path, Installed: true}, func() api.CNIStatus {
-		state := *n.status(t).CNI
-		state.Since = time.Time{}
-		return state
-	})
+	start := func() {
+		n.mustStart(t, "--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
+		for deadline := time.Now().Add(processTimeout); ; time.Sleep(20 * time.Millisecond) {
+			state := *n.status(t).CNI
+			if state.Conflist == path && state.Installed && state.Error == "" {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("got %+v, want installed in %s", state, path)
+			}
+		}
+	}
+	start()
 	installed, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -49,15 +56,12 @@ func TestInstall(t *testing.T) {
 	if err := os.WriteFile(path, list, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	n.mustStart(t, "--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
-	mustBecome(t, "configuration after another start", string(installed), func() string {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(text)
-	})
-	// The source and the copy are the same file to the byte.
+	start()
+	again, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantDiff(t, "configuration after another start", string(installed), string(again))
 	want, err1 := os.ReadFile(filepath.Join(filepath.Dir(n.binary), api.PluginType))
 	got, err2 := os.ReadFile(filepath.Join(binDir, api.PluginType))
 	if err1 != nil || err2 != nil || string(got) != string(want) {

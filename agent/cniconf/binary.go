@@ -5,7 +5,6 @@ package cniconf
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -35,40 +34,47 @@ type binary struct {
 // never gets it. If it returns an error, versions are those of an older copy that
 // is there and runs, or none.
 func (b *binary) keep() error {
+	err := b.install()
+	if err != nil {
+		b.installed, b.wanted = nil, nil
+		b.versions, _ = versions(b.path)
+	}
+	return err
+}
+
+func (b *binary) install() error {
 	wanted, err := os.Stat(b.source)
 	if err != nil {
-		return b.fall(fmt.Errorf("plugin to install: %w", err))
+		return fmt.Errorf("plugin to install: %w", err)
 	}
 	if installed, err := os.Stat(b.path); err == nil && same(installed, b.installed) && same(wanted, b.wanted) {
 		return nil
 	}
 	content, err := os.ReadFile(b.source)
 	if err != nil {
-		return b.fall(fmt.Errorf("plugin to install: %w", err))
+		return fmt.Errorf("plugin to install: %w", err)
 	}
 	if err := b.write(content); err != nil {
-		return b.fall(fmt.Errorf("install plugin: %w", err))
+		return fmt.Errorf("install plugin: %w", err)
 	}
-	installed, err := os.Stat(b.path)
-	if err != nil {
-		return b.fall(err)
-	}
-	b.installed, b.wanted = installed, wanted
-	return nil
+	b.wanted = wanted
+	b.installed, err = os.Stat(b.path)
+	return err
 }
 
 func same(a, b os.FileInfo) bool {
 	return a != nil && b != nil && os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime()) && a.Mode() == b.Mode()
 }
 
-// write copies the content unless it is there already, and asks the copy for its versions.
+// write makes the content the copy's, unless it is, and asks for its versions.
 func (b *binary) write(content []byte) error {
 	present, err := os.ReadFile(b.path)
 	if info, statErr := os.Stat(b.path); err == nil && statErr == nil && bytes.Equal(present, content) && info.Mode().Perm()&0o111 == 0o111 {
 		b.versions, err = versions(b.path)
 		return err
 	}
-	f, err := os.OpenFile(b.path+tempExtension, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
+	temp := b.path + tempExtension
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
 	if err != nil {
 		return err
 	}
@@ -76,24 +82,12 @@ func (b *binary) write(content []byte) error {
 	if err == nil {
 		err = f.Chmod(0o755)
 	}
-	err = errors.Join(err, f.Close()) // a file that is open for writing cannot be executed
+	// Closed first: a file that is open for writing cannot be executed.
+	err = finish(f, err)
 	if err == nil {
-		b.versions, err = versions(f.Name())
+		b.versions, err = versions(temp)
 	}
-	if err != nil {
-		return errors.Join(err, removeIfThere(f.Name()))
-	}
-	if f, err = os.Open(f.Name()); err != nil {
-		return err
-	}
-	return publish(f, nil, b.path)
-}
-
-// fall returns err after it has asked whatever copy there is.
-func (b *binary) fall(err error) error {
-	b.installed, b.wanted = nil, nil
-	b.versions, _ = versions(b.path)
-	return err
+	return publish(temp, err, b.path)
 }
 
 // versions asks a plugin for the CNI versions that it supports.

@@ -19,7 +19,7 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Runtimes look at names with the extensions of extensions() only.
+// Runtimes look at names that end in .conf, .conflist or .json only.
 const (
 	listExtension = ".conflist"
 	// keptExtension is added to the name of a lone configuration that a list of ours stands for.
@@ -27,8 +27,6 @@ const (
 	// tempExtension is added to the name of a file that is being written.
 	tempExtension = keptExtension + "-new"
 )
-
-func extensions() []string { return []string{".conf", listExtension, ".json"} }
 
 // file is a file of the configuration directory as a runtime looks at it.
 type file struct {
@@ -46,7 +44,7 @@ func readDir(dir string) ([]file, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
 	}
-	paths, err := libcni.ConfFiles(dir, extensions())
+	paths, err := libcni.ConfFiles(dir, []string{".conf", listExtension, ".json"})
 	if err != nil {
 		return nil, err
 	}
@@ -54,10 +52,7 @@ func readDir(dir string) ([]file, error) {
 	var files []file
 	for _, path := range paths {
 		f := file{path: path}
-		if f.data, f.err = os.ReadFile(path); errors.Is(f.err, fs.ErrNotExist) {
-			continue
-		}
-		if f.err == nil {
+		if f.data, f.err = os.ReadFile(path); f.err == nil {
 			if f.isList() {
 				_, f.err = libcni.ConfListFromFile(path)
 			} else {
@@ -127,32 +122,32 @@ func release(list file) error {
 	for _, extension := range []string{".conf", ".json"} {
 		path := base + extension
 		kept := path + keptExtension
-		conf, err := os.ReadFile(path)
-		original, keptErr := os.ReadFile(kept)
-		switch {
-		case keptErr == nil && wraps(list.data, original) && errors.Is(err, fs.ErrNotExist):
+		// A list that was changed since stays, and what is kept is out of date.
+		if !standsFor(list, kept) && !standsFor(list, path) {
+			if err := removeIfThere(kept); err != nil {
+				return err
+			}
+			continue
+		}
+		// The owner may have written it again.
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 			if err := os.Rename(kept, path); err != nil {
 				return err
 			}
-			fallthrough
-		case err == nil && wraps(list.data, conf), keptErr == nil && wraps(list.data, original):
-			// The lone configuration is back, by us or by its owner.
-			if err := os.Remove(list.path); err != nil {
-				return err
-			}
-			return errors.Join(removeIfThere(kept), syncDir(filepath.Dir(path)))
-		case keptErr == nil:
-			// The list was changed since: it stays, and what is kept is out of date.
-			if err := os.Remove(kept); err != nil {
-				return err
-			}
 		}
+		return errors.Join(os.Remove(list.path), removeIfThere(kept), syncDir(filepath.Dir(path)))
 	}
 	rest, err := Remove(list.data)
 	if err != nil {
 		return fmt.Errorf("take entry out of %s: %w", list.path, err)
 	}
 	return replace(list, rest)
+}
+
+// standsFor tells whether a list is one that was made of the lone configuration at path.
+func standsFor(list file, path string) bool {
+	conf, err := os.ReadFile(path)
+	return err == nil && holdsOurs(list.data) && wraps(list.data, conf)
 }
 
 // convert puts a list in the place of a lone configuration, and keeps that under
@@ -169,8 +164,7 @@ func convert(conf file, list []byte, files []file) (string, error) {
 		switch {
 		case f.path == target.path:
 			// A list of ours is there if a conversion was not completed, or if the owner has written its configuration again.
-			original, _ := os.ReadFile(kept)
-			if !holdsOurs(f.data) || !wraps(f.data, conf.data) && !wraps(f.data, original) {
+			if !standsFor(f, conf.path) && !standsFor(f, kept) {
 				return "", fmt.Errorf("%s is in the way of a list for %s: delete the one that is not needed", f.path, conf.path)
 			}
 			target = f
@@ -236,21 +230,25 @@ func write(path string, data []byte, like string) error {
 	if err == nil {
 		err = f.Chmod(info.Mode())
 	}
-	return publish(f, err, path)
+	return publish(temp, finish(f, err), path)
 }
 
-// publish closes a temporary file and, unless err says that it is not complete,
-// renames it to path. Its data are on disk before its name.
-func publish(f *os.File, err error, path string) error {
+// finish closes a file, whose data are on disk then unless err says that it is
+// not complete.
+func finish(f *os.File, err error) error {
 	if err == nil {
 		err = f.Sync()
 	}
-	err = errors.Join(err, f.Close())
+	return errors.Join(err, f.Close())
+}
+
+// publish renames a finished file to path, or deletes it after an error.
+func publish(temp string, err error, path string) error {
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = os.Rename(temp, path)
 	}
 	if err != nil {
-		return errors.Join(err, removeIfThere(f.Name()))
+		return errors.Join(err, removeIfThere(temp))
 	}
 	return syncDir(filepath.Dir(path))
 }

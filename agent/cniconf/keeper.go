@@ -111,7 +111,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
-		case <-failures:
+		case err := <-failures:
+			k.cfg.Log.Debug("events of cni directories lost", "err", err)
 		case <-events:
 			settle(ctx, events)
 		}

@@ -118,7 +118,7 @@ func wraps(list, conf []byte) bool {
 	if err != nil {
 		return false
 	}
-	want, err1 := libcni.ConfListFromConf(parsed)
+	want, err1 := libcni.ConfListFromConf(parsed) //nolint:staticcheck // deprecated, but what containerd and CRI-O call
 	got, err2 := libcni.ConfListFromBytes(list)
 	return err1 == nil && err2 == nil && sameNetwork(want, got)
 }

@@ -106,8 +106,8 @@ type Datapath struct {
 	links    []link.Link
 	lock     *os.File // the pin directory
 
-	mu       sync.Mutex // guards what follows, and writes to the policy map
-	policy   map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy
+	mu       sync.Mutex          // guards what follows, and writes to the policy map
+	policy   map[podPair][]entry // what the policy map has, once it was read
 	unloaded bool
 }
 

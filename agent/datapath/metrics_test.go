@@ -26,8 +26,10 @@ func (f fixed) Maps() ([]api.MapUsage, error)    { return f.maps, f.err }
 func TestCollector(t *testing.T) {
 	c := newCollector(fixed{
 		outcomes: []api.Outcome{
-			{Name: "message_shortcut", Count: 3, Bytes: 300}, {Name: "message_not_seen", Count: 1, Bytes: 10},
-			{Name: "connection_paired", Count: 2}, {Name: "socket_left", Count: 1},
+			{Name: "message_shortcut", Count: 3, Bytes: 300},
+			{Name: "message_not_seen", Count: 1, Bytes: 10},
+			{Name: "connection_paired", Count: 2},
+			{Name: "socket_left", Count: 1},
 		},
 		maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}},
 	})

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -70,32 +71,41 @@ func (d *Datapath) Enrolled() ([]uint64, error) {
 func (d *Datapath) SetPolicy(rules []Rule) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.loadPolicy(); err != nil {
+	if err := d.readPolicy(); err != nil {
 		return err
 	}
-	return d.setPolicy(compile(rules))
+	want := map[podPair][]entry{}
+	for pods := range d.policy {
+		want[pods] = nil
+	}
+	for _, r := range rules {
+		pods := podPair{r.Client, r.Server}
+		want[pods] = appendEntries(want[pods], r)
+	}
+	return d.writePolicy(want)
 }
 
-// UpdatePolicy changes the rules of the pairs of pods that are named, and of no
-// others. Else it is as SetPolicy.
+// UpdatePolicy changes the rules of the pairs of pods that are named and of no
+// others, each of which is named once. Else it is as SetPolicy.
 func (d *Datapath) UpdatePolicy(changed []PairRules) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.loadPolicy(); err != nil {
+	if err := d.readPolicy(); err != nil {
 		return err
 	}
-	want := maps.Clone(d.policy)
+	want := map[podPair][]entry{}
 	for _, pair := range changed {
-		maps.DeleteFunc(want, func(key bpf.ShortcutPolicyKey, _ bpf.ShortcutPolicy) bool {
-			return key.Client == words(pair.Client) && key.Server == words(pair.Server)
-		})
-		maps.Copy(want, compile(pair.Rules))
+		pods := podPair{pair.Client, pair.Server}
+		want[pods] = nil
+		for _, r := range pair.Rules {
+			want[pods] = appendEntries(want[pods], r)
+		}
 	}
-	return d.setPolicy(want)
+	return d.writePolicy(want)
 }
 
-// loadPolicy reads what an earlier process has left.
-func (d *Datapath) loadPolicy() error {
+// readPolicy reads what an earlier process has left, once.
+func (d *Datapath) readPolicy() error {
 	if d.unloaded {
 		return ErrUnloaded
 	}
@@ -106,102 +116,134 @@ func (d *Datapath) loadPolicy() error {
 	if err != nil {
 		return fmt.Errorf("read the policy map: %w", err)
 	}
-	d.policy = have
+	d.policy = map[podPair][]entry{}
+	for key, value := range have {
+		pods := podPair{join(key.Client), join(key.Server)}
+		d.policy[pods] = append(d.policy[pods], entry{key.Prefixlen, key.Port, value})
+	}
+	for _, list := range d.policy {
+		slices.SortFunc(list, compareKeys)
+	}
 	return nil
 }
 
-func (d *Datapath) setPolicy(want map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy) error {
-	table := d.objects.Maps[bpf.ShortcutMapPolicies]
-	if maps.Equal(want, d.policy) {
-		return nil
-	}
-	wanted := map[[4]uint32]bool{}
-	for key := range want {
-		wanted[podsOf(key)] = true
-	}
-	err := d.deletePolicies(table, func(key bpf.ShortcutPolicyKey) bool { return !wanted[podsOf(key)] })
-	if err == nil {
-		// What the first try deletes may be the room that it lacked.
-		if err = d.replacePolicies(table, want); err != nil {
-			err = d.replacePolicies(table, want)
+// writePolicy makes the entries of some pairs those that are wanted.
+func (d *Datapath) writePolicy(want map[podPair][]entry) error {
+	for pods, list := range want {
+		slices.SortFunc(list, compareKeys)
+		if slices.Equal(list, d.policy[pods]) {
+			delete(want, pods)
 		}
 	}
+	if len(want) == 0 {
+		return nil
+	}
+	err := d.replacePairs(want)
 	return errors.Join(err, d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }))
 }
 
-// replacePolicies writes what differs and deletes what is stale. Overrides go in
-// before the base of their pods changes and stale ones go out after it, so that
-// no port is allowed meanwhile that neither policy allows; if one cannot be
-// written, nothing is left for its pods.
-func (d *Datapath) replacePolicies(table *ebpf.Map, want map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy) error {
+// replacePairs takes what goes away first: it may be the room that others lack.
+// So may be what the first try with the others deletes.
+func (d *Datapath) replacePairs(want map[podPair][]entry) error {
+	for pods, list := range want {
+		if len(list) == 0 {
+			if err := d.replacePair(pods, nil); err != nil {
+				return err
+			}
+			delete(want, pods)
+		}
+	}
 	var failure error
-	incomplete := map[[4]uint32]bool{}
-	for _, base := range []bool{false, true} {
-		for key, value := range want {
-			have, ok := d.policy[key]
-			if isBase(key) != base || ok && have == value || incomplete[podsOf(key)] {
-				continue
+	for range 2 {
+		failure = nil
+		for pods, list := range want {
+			if err := d.replacePair(pods, list); err != nil {
+				failure = err
+			} else {
+				delete(want, pods)
 			}
-			if err := table.Put(key, value); err != nil {
-				failure = fmt.Errorf("write the policy map: %w", explainFull(err, "policies"))
-				incomplete[podsOf(key)] = true
-				continue
-			}
-			d.policy[key] = value
 		}
 	}
-	return errors.Join(failure, d.deletePolicies(table, func(key bpf.ShortcutPolicyKey) bool {
-		_, ok := want[key]
-		return !ok || incomplete[podsOf(key)]
-	}))
+	return failure
 }
 
-// deletePolicies deletes entries, bases first: without them nothing is allowed
-// that an override refuses.
-func (d *Datapath) deletePolicies(table *ebpf.Map, stale func(bpf.ShortcutPolicyKey) bool) error {
-	for _, base := range []bool{true, false} {
-		for key := range d.policy {
-			if isBase(key) != base || !stale(key) {
-				continue
-			}
-			if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("delete from the policy map: %w", err)
-			}
-			delete(d.policy, key)
+// replacePair writes what differs and deletes what is stale. Overrides go in
+// before the base changes and stale ones go out after it, so that no port is
+// allowed meanwhile that neither policy allows; if one cannot be written, nothing
+// is left for the pair.
+func (d *Datapath) replacePair(pods podPair, want []entry) error {
+	table := d.objects.Maps[bpf.ShortcutMapPolicies]
+	have := d.policy[pods]
+	var failure error
+	for _, e := range want { // the base is the last
+		at, found := slices.BinarySearchFunc(have, e, compareKeys)
+		if found && have[at] == e {
+			continue
+		}
+		if err := table.Put(e.key(pods), e.value); err != nil {
+			failure = fmt.Errorf("write the policy map: %w", explainFull(err, "policies"))
+			want = nil
+			break
+		}
+		if found {
+			have[at] = e
+		} else {
+			have = slices.Insert(have, at, e)
 		}
 	}
-	return nil
-}
-
-// Prefix lengths of the policy's keys; flow.h has the layout.
-const (
-	prefixPods = 128
-	prefixPort = 144
-)
-
-func isBase(k bpf.ShortcutPolicyKey) bool { return k.Prefixlen == prefixPods }
-
-func podsOf(k bpf.ShortcutPolicyKey) [4]uint32 {
-	return [4]uint32{k.Client[0], k.Client[1], k.Server[0], k.Server[1]}
-}
-
-func words(cookie uint64) [2]uint32 { return [2]uint32{uint32(cookie), uint32(cookie >> 32)} }
-
-// compile turns rules into entries of the longest-prefix match.
-func compile(rules []Rule) map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy {
-	want := make(map[bpf.ShortcutPolicyKey]bpf.ShortcutPolicy, len(rules))
-	for _, r := range rules {
-		value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason}
-		for port, length := range prefixes(r.First, r.Last) {
-			want[bpf.ShortcutPolicyKey{
-				Prefixlen: prefixPods + uint32(length),
-				Client:    words(r.Client),
-				Server:    words(r.Server),
-				Port:      networkOrder(port),
-			}] = value
+	// The base first: without it nothing is allowed that an override refuses.
+	for at, e := range slices.Backward(have) {
+		if _, found := slices.BinarySearchFunc(want, e, compareKeys); found {
+			continue
 		}
+		if err := table.Delete(e.key(pods)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			failure = errors.Join(failure, fmt.Errorf("delete from the policy map: %w", err))
+			break
+		}
+		have = slices.Delete(have, at, at+1)
 	}
-	return want
+	if d.policy[pods] = have; len(have) == 0 {
+		delete(d.policy, pods)
+	}
+	return failure
+}
+
+// podPair is the part of a policy's key that names pods, by netns cookies.
+type podPair struct{ client, server uint64 }
+
+// entry is the rest of the key, with the value: flow.h has the layout. Lists of
+// them are sorted by compareKeys.
+type entry struct {
+	prefixLength uint32
+	port         uint16 // in network order
+	value        bpf.ShortcutPolicy
+}
+
+// prefixPods is the prefix length of a base.
+const prefixPods = 128
+
+// compareKeys orders the entries of a pair, the base last.
+func compareKeys(a, b entry) int {
+	return cmp.Or(-cmp.Compare(a.prefixLength, b.prefixLength), cmp.Compare(a.port, b.port))
+}
+
+func (e entry) key(pods podPair) bpf.ShortcutPolicyKey {
+	return bpf.ShortcutPolicyKey{
+		Prefixlen: e.prefixLength, Client: split(pods.client), Server: split(pods.server), Port: e.port,
+	}
+}
+
+func split(cookie uint64) [2]uint32 { return [2]uint32{uint32(cookie), uint32(cookie >> 32)} }
+
+func join(words [2]uint32) uint64 { return uint64(words[0]) | uint64(words[1])<<32 }
+
+// appendEntries turns a rule into entries of the longest-prefix match.
+func appendEntries(list []entry, r Rule) []entry {
+	value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason}
+	for port, length := range prefixes(r.First, r.Last) {
+		list = append(list, entry{prefixPods + uint32(length), networkOrder(port), value})
+	}
+	return list
 }
 
 // prefixes yields the fewest prefixes (value, length in bits) that cover first

@@ -316,6 +316,9 @@ func TestUnload(t *testing.T) {
 	if err := n.SetPolicy(nil); !errors.Is(err, datapath.ErrUnloaded) {
 		t.Errorf("set policy: got %v, want %v", err, datapath.ErrUnloaded)
 	}
+	if err := n.UpdatePolicy(nil); !errors.Is(err, datapath.ErrUnloaded) {
+		t.Errorf("update policy: got %v, want %v", err, datapath.ErrUnloaded)
+	}
 	if flows, err := n.Flows(); err != nil || len(flows) != 0 {
 		t.Errorf("got flows %v, %v; want none", flows, err)
 	}

@@ -310,7 +310,7 @@ func TestOptInAndOutAtRunTime(t *testing.T) {
 	wantDiff(t, "states", map[string]string{"client": "in", "web": "out not opted in by podshunt.io/shortcut"}, f.states())
 	wantDiff(t, "calls: the policy is revoked before the release", []string{"policy of 1", "release 11"}, f.take())
 
-	write(t, f.podsFile, podsYAML("client shortcut=enabled ports=80"))
+	write(t, f.podsFile, podsYAML("client shortcut=enabled exclude-ports=80"))
 	f.Sync()
 	wantDiff(t, "calls after a change of ports", []string{"policy of 2"}, f.take())
 }

@@ -33,14 +33,18 @@ type search struct {
 	delay time.Duration
 }
 
+// forget makes it a search for a pod that was not found.
+func (s *search) forget() {
+	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.lost = "", stamp{}, 0, nil, false
+}
+
 // search brings r.searches in line with the source, and adds their pods to r.pods.
 func (r *Registry) search(attached map[string]bool) {
 	searches := map[string]*search{}
 	if r.content != nil {
 		for _, name := range slices.Sorted(maps.Keys(r.content.Pods)) {
 			w := r.content.Pods[name]
-			reason, problem := w.out()
-			if attached[name] || len(w.UIDs) == 0 || reason != "" && problem == "" {
+			if attached[name] || len(w.UIDs) == 0 {
 				continue
 			}
 			uid := w.UIDs[0]
@@ -50,11 +54,20 @@ func (r *Registry) search(attached map[string]bool) {
 				s = &search{uids: w.UIDs, delay: searchInterval}
 				s.attachment.Pod = api.PodRef{Namespace: namespace, Name: name, UID: uid}
 			}
+			reason, problem := w.out()
 			// A pod has addresses from the moment on that it has a network namespace.
 			s.wanted = reason == "" && len(w.Addresses) > 0 && r.cfg.Refusal == "" && r.stopped == ""
 			if s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
-				// Another process of the pod may still be in it: settle decides.
-				s.lost, s.next = true, time.Time{}
+				if s.wanted {
+					// Another process of the pod may still be in it: settle decides.
+					s.lost, s.next = true, time.Time{}
+				} else {
+					s.forget()
+				}
+			}
+			// A pod that does not want to take part, or has finished, is not asked about.
+			if s.cookie == 0 && reason != "" && problem == "" {
+				continue
 			}
 			searches[uid] = s
 			r.add(&s.entry, &w, "")
@@ -88,8 +101,7 @@ func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
 		if !uids[uid] {
 			continue
 		}
-		s.entry.netns, s.cookie, s.netnsErr, s.lost = stamp{}, 0, nil, false
-		s.attachment.Netns = ""
+		s.forget()
 		s.next = now.Add(s.delay)
 		s.delay = min(2*s.delay, maxSearchDelay)
 		for _, uid := range s.uids {

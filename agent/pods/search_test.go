@@ -182,9 +182,8 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	// Opted out and in again.
 	source.set(map[string]Wish{"web": {UIDs: []string{uid1}}})
 	f.Sync()
-	wantDiff(t, "states", map[string]string{}, f.states())
+	wantDiff(t, "states", map[string]string{"web": "out not opted in by podshunt.io/shortcut"}, f.states())
 	wantDiff(t, "enrolled", []uint64{}, f.kernel.enrolled)
-	f.now = f.now.Add(searchInterval)
 	source.set(map[string]Wish{"web": enabled(uid1)})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"web": "in"}, f.states())
@@ -226,7 +225,13 @@ func TestFoundProcessEnds(t *testing.T) {
 	wantDiff(t, "calls", []string{"policy of 0", "release 10"}, f.take())
 	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet"}, f.states())
 
+	// Opted out, it is not looked for, nor is anything said of it.
+	source.set(map[string]Wish{"web": {UIDs: []string{uid1}}})
+	f.Sync()
+	wantDiff(t, "states", map[string]string{}, f.states())
+
 	// The pod has a new sandbox.
+	source.set(map[string]Wish{"web": enabled(uid1)})
 	f.process(t, 102, uid1, 30)
 	f.now = f.now.Add(2 * searchInterval)
 	f.Sync()

@@ -93,8 +93,8 @@ func benchmarkUpdate(b *testing.B, change func(pods []Pod, cluster *Cluster) []P
 
 func BenchmarkPodChange(b *testing.B) {
 	benchmarkUpdate(b, func(pods []Pod, _ *Cluster) []Pod {
-		pods[107].Labels = maps.Clone(pods[107].Labels)
-		pods[107].Labels["app"] = "app0"
+		pods[105].Labels = maps.Clone(pods[105].Labels)
+		pods[105].Labels["app"] = "app0"
 		return pods
 	})
 }
