@@ -287,7 +287,8 @@ func (c *cluster) startAPIServer() error {
 		"--token-auth-file="+c.file("tokens.csv"), "--authorization-mode=RBAC",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+c.file("server.crt"), "--service-account-signing-key-file="+c.file("server.key"),
-		"--service-cluster-ip-range="+serviceRange, "--allow-privileged")
+		"--service-cluster-ip-range="+serviceRange, "--allow-privileged",
+		"--kubelet-preferred-address-types=InternalIP")
 	if err != nil {
 		return err
 	}
@@ -426,6 +427,7 @@ func (c *cluster) dump(w io.Writer) {
 	for _, args := range [][]string{
 		{"get", "pods", "--all-namespaces", "--output=wide"},
 		{"get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"},
+		{"logs", "--namespace=" + release, "--selector=app.kubernetes.io/name=" + release, "--all-containers", "--prefix", "--tail=30"},
 	} {
 		out, err := c.kubectl(args...)
 		fmt.Fprintf(w, "\n== kubectl %s\n%s", strings.Join(args, " "), lastLines(out, 60)+"\n")
