@@ -30,6 +30,10 @@ import (
 // without a change is two stat calls per attachment.
 const pollInterval = 250 * time.Millisecond
 
+// policyRetry is how long a policy of which some is missing rests: the likely
+// reason is a full map, and to compile and write all of it is work.
+const policyRetry = 5 * time.Second
+
 // Datapath is what the registry does to the kernel.
 type Datapath interface {
 	// Enrol takes in the pod with the network namespace at path and returns its
@@ -101,13 +105,14 @@ type Registry struct {
 	nextSearch time.Time
 	content    *Content // what the source last said, nil before it has said anything
 	sourceErr  error
+	started    bool   // the state that an earlier agent left has been replaced
 	stopped    string // why nothing is done any more
 	pods       []Pod  // the result of the last sync
 
 	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
 	enrolled map[uint64]bool
-	// compiler is nil until the whole policy is in the kernel. It was compiled from
-	// policyPods and policyContent, and holds until policyEnd.
+	// The policy in the kernel is that of compiler, from policyPods and policyContent,
+	// unless policyErr says what is missing. It is to be looked at again at policyEnd.
 	compiler      *policy.Compiler
 	policyPods    []policy.Pod
 	policyContent *Content
@@ -255,14 +260,16 @@ func (r *Registry) sync() {
 	r.complain("source", "what pods ask for is not up to date, what was last known stays in force", err)
 
 	r.decide()
-	if r.stopped == "" && !r.waiting() {
+	waiting := r.waiting()
+	if r.stopped == "" && !waiting {
+		r.started = true
 		r.enrol()
 		r.setPolicy()
 		r.release()
 	}
 	changed := false
 	for i := range r.pods {
-		changed = r.finish(&r.pods[i]) || changed
+		changed = r.finish(&r.pods[i], waiting) || changed
 	}
 	if changed && r.cfg.Report != nil {
 		r.cfg.Report(slices.Clone(r.pods))
@@ -288,9 +295,11 @@ func (r *Registry) findNetns(name string) {
 	r.complain("remove "+name, "attachment of a gone network namespace not deleted", removeAttachment(r.cfg.Dir, name))
 }
 
-// waiting tells whether the pods' wishes are still unknown, so that the state
-// left by an earlier agent has to stay.
-func (r *Registry) waiting() bool { return r.content == nil && r.cfg.Refusal == "" }
+// waiting tells whether the pods' wishes are still unknown, or where those are that
+// an earlier agent has found, so that the state it left has to stay.
+func (r *Registry) waiting() bool {
+	return r.cfg.Refusal == "" && (r.content == nil || !r.started && len(r.missing()) > 0)
+}
 
 func (r *Registry) cluster() policy.Cluster {
 	if r.content == nil {
@@ -440,15 +449,15 @@ func (r *Registry) setPolicy() {
 		return
 	}
 	r.policyErr = r.writePolicy(taking, now)
-	if r.policyErr != nil {
-		r.compiler = nil
+	if retry := now.Add(policyRetry); r.policyErr != nil && (r.policyEnd.IsZero() || retry.Before(r.policyEnd)) {
+		r.policyEnd = retry
 	}
 	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
 }
 
 // writePolicy writes what has changed, and all of it the first time and after an error.
 func (r *Registry) writePolicy(taking []policy.Pod, now time.Time) error {
-	whole := r.compiler == nil
+	whole := r.compiler == nil || r.policyErr != nil
 	if whole {
 		r.compiler = &policy.Compiler{}
 	}
@@ -489,10 +498,10 @@ func (r *Registry) release() {
 }
 
 // finish completes a pod's status, and logs it and returns true if it has changed.
-func (r *Registry) finish(p *Pod) bool {
+func (r *Registry) finish(p *Pod, waiting bool) bool {
 	switch _, in := r.enrolled[p.NetnsCookie]; {
 	case r.stopped != "":
-	case r.waiting():
+	case waiting:
 		p.Enrolled = in
 	case p.Reason == "":
 		p.Enrolled = true

@@ -608,6 +608,9 @@ func TestFaultsAreTriedAgain(t *testing.T) {
 
 	f.kernel.policyErr, f.kernel.releaseErr = nil, fault
 	f.Sync()
+	wantDiff(t, "calls before it is time", []string(nil), f.take())
+	f.now = f.now.Add(policyRetry)
+	f.Sync()
 	wantDiff(t, "calls", []string{"policy of 1"}, f.take())
 	wantDiff(t, "policy error", nil, f.Snapshot().PolicyError)
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package policy decides which connections between the pods of this node may be
-// shortcut, and says why not in words for users. It is pure: pods and a time in,
-// rules out; it does no I/O.
+// shortcut, and says why not in words for users. It is pure: pods, NetworkPolicies
+// and a time in, rules out; it does no I/O.
 package policy
 
 import (

@@ -28,6 +28,8 @@ const (
 	// stepTimeout is how long one step of bringing the cluster up, or one command, may take. Other work may keep the
 	// machine busy.
 	stepTimeout = 90 * time.Second
+	// longTimeout is for a command that has a timeout of its own.
+	longTimeout = 5 * time.Minute
 	// serviceAddress is the API server's ClusterIP, the first of its range.
 	serviceRange, serviceAddress = "10.96.0.0/16", "10.96.0.1"
 	podRange                     = "10.88.0.0/16"
@@ -40,33 +42,35 @@ type cluster struct {
 	run run
 	// debs and bin are what build.sh has made.
 	debs, bin string
-	// agent, image and chart are podshunt's.
-	agent, image, chart string
+	// image, agent and chart are podshunt's.
+	image, agent, chart string
 	nodes               []*node
 	// figures are what the tests have measured, in their order.
 	mu      sync.Mutex
 	figures []string
 }
 
-// setting returns an absolute path from the environment.
-func setting(name string) (string, error) {
-	path := os.Getenv(name)
+// cacheDir returns the directory that build.sh has filled.
+func cacheDir() (string, error) {
+	path := os.Getenv("PODSHUNT_CLUSTER")
 	if !filepath.IsAbs(path) {
-		return "", fmt.Errorf("%s=%q is no absolute path: run `make test-cluster`", name, path)
+		return "", fmt.Errorf("PODSHUNT_CLUSTER=%q is no absolute path: run `make test-cluster`", path)
 	}
 	return path, nil
 }
 
 func newCluster(r run) (*cluster, error) {
-	cache, err1 := setting("PODSHUNT_CLUSTER")
-	product, err2 := setting("PODSHUNT_BIN")
-	chart, err3 := setting("PODSHUNT_CHART")
-	if err := errors.Join(err1, err2, err3); err != nil {
+	cache, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	repository, err := filepath.Abs("../..")
+	if err != nil {
 		return nil, err
 	}
 	c := &cluster{
-		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"),
-		agent: filepath.Join(product, "podshunt-agent"), image: filepath.Join(product, "podshunt-image.tar"), chart: chart,
+		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: filepath.Join(cache, "podshunt-image.tar"),
+		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: filepath.Join(repository, "charts", "podshunt"),
 	}
 	for i, mode := range []string{"iptables", "nftables"} {
 		c.nodes = append(c.nodes, &node{
@@ -160,7 +164,7 @@ func (c *cluster) await(what string, do func() error) error {
 }
 
 func (c *cluster) kubectl(args ...string) (string, error) {
-	return c.control().output(stepTimeout, nil, "kubectl", args...)
+	return c.control().output(longTimeout, nil, "kubectl", args...)
 }
 
 // makeCgroups makes the kubelet's cgroupRoot in every hierarchy: it does not do so itself.

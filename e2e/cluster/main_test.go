@@ -141,7 +141,7 @@ func supervise() (status int, err error) {
 
 // keepLogs copies the logs of a failed run's daemons to where they outlive it.
 func (r run) keepLogs() error {
-	cache, err := setting("PODSHUNT_CLUSTER")
+	cache, err := cacheDir()
 	if err != nil {
 		return err
 	}

@@ -66,7 +66,7 @@ func (p *proof) mustStartMany(name string, n *node, log string) (durations []tim
 		},
 	})
 	p.mustKubectl("--namespace="+p.namespace, "wait", "replicaset/"+name, fmt.Sprintf("--for=jsonpath={.status.readyReplicas}=%d", manyPods),
-		fmt.Sprintf("--timeout=%v", 2*stepTimeout))
+		fmt.Sprintf("--timeout=%v", longTimeout))
 	total = time.Since(began)
 	content, err := os.ReadFile(log)
 	if err != nil {
@@ -86,7 +86,7 @@ func (p *proof) mustStartMany(name string, n *node, log string) (durations []tim
 		p.Fatalf("the plugin was run %d times for %d pods", len(durations), manyPods)
 	}
 	slices.Sort(durations)
-	p.mustKubectl("--namespace="+p.namespace, "delete", "replicaset", name, "--cascade=foreground", "--timeout=3m")
+	p.mustKubectl("--namespace="+p.namespace, "delete", "replicaset", name, "--cascade=foreground", fmt.Sprintf("--timeout=%v", longTimeout))
 	return durations, total
 }
 

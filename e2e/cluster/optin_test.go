@@ -121,7 +121,7 @@ func TestSameAddress(t *testing.T) {
 	p.mustKubectl("--namespace="+p.namespace, "delete", "pod", "server", "--grace-period=0", "--force")
 	// The bridge's IPAM counts on from the last address that it gave.
 	if err := n.script("until ! ls /var/lib/cni/networks/pods/" + address + " 2>/dev/null; do sleep 0.05; done\n" +
-		"a=" + address + "; echo ${a%.*}.$((${a##*.} - 1)) >/var/lib/cni/networks/pods/last_reserved_ip.0"); err != nil {
+		"a=" + address + "; printf %s ${a%.*}.$((${a##*.} - 1)) >/var/lib/cni/networks/pods/last_reserved_ip.0"); err != nil {
 		t.Fatal(err)
 	}
 	p.mustRun(optIn(server("server", n)))
