@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	release   = "podshunt"
-	conflist  = "/etc/cni/net.d/10-pods.conflist"
+	release  = "podshunt"
+	conflist = "/etc/cni/net.d/10-pods.conflist"
 	// plugin stays when everything else goes: the runtime may still name it for a pod that was started with it.
 	plugin    = "/opt/cni/bin/podshunt"
 	pinDir    = "/sys/fs/bpf/podshunt"

