@@ -18,13 +18,14 @@ type load struct {
 func (p *proof) mustLoad() *load {
 	p.Helper()
 	l := &load{began: time.Now()}
-	for _, n := range p.nodes {
-		name := "server-" + n.name
-		p.mustRun(optIn(server(name, n)))
-		target := p.address(name) + ":8080"
-		l.lasting = append(l.lasting, p.mustTalk(optIn(client("lasting-"+n.name, n, target, "-connections=8")))...)
-		l.renewed = append(l.renewed, p.mustTalk(optIn(client("renewed-"+n.name, n, target, "-requests=20", "-interval=5ms")))...)
-	}
+	a, b := p.nodes[0], p.nodes[1]
+	p.mustRun(optIn(server("server-a", a)), optIn(server("server-b", b)))
+	targetA, targetB := p.address("server-a")+":8080", p.address("server-b")+":8080"
+	lasting, renewed := []string{"-connections=8"}, []string{"-requests=20", "-interval=10ms"}
+	all := p.mustTalk(
+		optIn(client("lasting-a", a, targetA, lasting...)), optIn(client("lasting-b", b, targetB, lasting...)),
+		optIn(client("renewed-a", a, targetA, renewed...)), optIn(client("renewed-b", b, targetB, renewed...)))
+	l.lasting, l.renewed = all[:2], all[2:]
 	l.mustBeShortcut()
 	return l
 }
@@ -216,7 +217,7 @@ func TestEvents(t *testing.T) {
 	p.mustRun(bad, host, good)
 	events := func(name string) string {
 		return p.mustKubectl("--namespace="+p.namespace, "get", "events", "--field-selector=involvedObject.name="+name,
-			`-o=jsonpath={range .items[*]}{.source.component}{.reportingComponent}: {.type} {.reason}: {.message}{"\n"}{end}`)
+			`-o=jsonpath={range .items[*]}{.source.component}: {.type} {.reason}: {.message}{"\n"}{end}`)
 	}
 	find := func(name, text string) (event string) {
 		if err := p.await("an event of "+name, func() error {

@@ -43,19 +43,20 @@ func TestServices(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		for _, tr := range p.mustTalk(
+		all := p.mustTalk(
 			optIn(client("direct-"+n.name, n, pod+":8080")),
 			optIn(client("clusterip-"+n.name, n, service+":80")),
 			optIn(client("headless-"+n.name, n, headless)),
 			optIn(client("mptcp-"+n.name, n, pod+":8081")),
 			optIn(client("database-"+n.name, n, pod+":8082", "-protocol=database", "-size=4096")),
-		) {
+			optIn(client("nodeport-"+n.name, n, nodePort)))
+		shortcut, tr := all[:len(all)-1], all[len(all)-1]
+		for _, tr := range shortcut {
 			share := tr.mustBeShortcut()
 			r := tr.mustFinish()
 			p.figure("%-16s kube-proxy in %s mode: %.1f %% by the shortcut, %d requests, longest %v",
 				tr.client, n.proxyMode, 100*share, r.Requests, r.Longest)
 		}
-		tr := p.mustTalk(optIn(client("nodeport-"+n.name, n, nodePort)))[0]
 		tr.mustBecome("unpaired", settleTime, isUnpaired)
 		reason := tr.flows()[0].Reason
 		r := tr.mustFinish()
@@ -63,7 +64,7 @@ func TestServices(t *testing.T) {
 	}
 }
 
-// TestNodes has a Service with a server on each node: only connections that stay on the node are paired.
+// TestNodes has a server on each node: only connections that stay on the node are paired.
 func TestNodes(t *testing.T) {
 	p := newProof(t)
 	p.mustInstall()

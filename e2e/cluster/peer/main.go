@@ -258,8 +258,8 @@ func clientRole(ctx context.Context, args []string) error {
 	connections := flags.Int("connections", 4, "connections at a time")
 	report := flags.String("report", ":9090", "address of the report")
 	p := pace{gate: &gate{}}
-	flags.DurationVar(&p.interval, "interval", 10*time.Millisecond, "pause of a connection between two requests")
-	flags.IntVar(&p.size, "size", 32<<10, "bytes of a request or an answer, at most")
+	flags.DurationVar(&p.interval, "interval", 20*time.Millisecond, "pause of a connection between two requests")
+	flags.IntVar(&p.size, "size", 16<<10, "bytes of a request or an answer, at most")
 	flags.IntVar(&p.requests, "requests", 0, "requests before a connection ends and another takes its place; 0: it goes on")
 	if err := flags.Parse(args); err != nil {
 		return err
