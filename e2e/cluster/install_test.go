@@ -103,9 +103,12 @@ func TestInstall(t *testing.T) {
 	// A pod made now is announced by the plugin.
 	young := p.mustTalk(optIn(client("young", n, p.address("server")+":8080")))[0]
 	p.figure("a pod made after the install: %.1f %% of bytes by the shortcut, all counted", 100*young.mustBeShortcut())
-	out := p.mustKubectl("--namespace="+release, "exec", daemonSet, "--", "podshunt-agent", "status")
-	if !strings.Contains(out, release) && !strings.Contains(out, "hazard") {
-		t.Errorf("podshunt-agent status in the agent's pod:\n%s", out)
+	agent := p.mustKubectl("get", "pods", "--namespace="+release, "--field-selector=spec.nodeName="+n.name, "-o=jsonpath={.items[0].metadata.name}")
+	for _, command := range []string{"flows", "status"} {
+		out := p.mustKubectl("exec", "--namespace="+release, agent, "--", "podshunt-agent", command)
+		if !strings.Contains(out, p.namespace+"/young") {
+			t.Errorf("podshunt-agent %s does not have the pod:\n%s", command, out)
+		}
 	}
 	young.mustFinish()
 }
