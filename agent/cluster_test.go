@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -271,6 +272,16 @@ func TestCluster(t *testing.T) {
 	server.put("MODIFIED", "pods", clusterPod(old, nil))
 	waitFor(t, "opted in again", ping, shortcut)
 
+	sent := func() []string {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return slices.Clone(server.events)
+	}
+	wantDiff(t, "events", []string{
+		`bad InvalidAnnotation: stays on TCP: annotation podshunt.io/ports="http": "http" is not a port or a range: ` +
+			`accepted are ports from 1 to 65535 and ranges, separated by commas, such as "6379,8000-8010"`,
+	}, waitFor(t, "event", sent, func(events []string) bool { return len(events) > 0 }))
+
 	// Without the API server what is known goes on.
 	server.stop()
 	status := waitFor(t, "source error", func() api.Status { return mustShow[api.Status](t, a, "status") }, func(s api.Status) bool { return s.SourceError != "" })
@@ -284,8 +295,4 @@ func TestCluster(t *testing.T) {
 	server.mu.Lock()
 	defer server.mu.Unlock()
 	wantDiff(t, "other requests", []string(nil), server.unknown)
-	wantDiff(t, "events", []string{
-		`bad InvalidAnnotation: stays on TCP: annotation podshunt.io/ports="http": "http" is not a port or a range: ` +
-			`accepted are ports from 1 to 65535 and ranges, separated by commas, such as "6379,8000-8010"`,
-	}, server.events)
 }

@@ -66,8 +66,7 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
-	if d.Verdict != policy.Allow {
+	if d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now); d.Verdict != policy.Allow {
 		return d.String()
 	}
 	m, ok := v.misfits[place{server.NetnsCookie, port}]

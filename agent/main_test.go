@@ -60,14 +60,14 @@ func TestCommandErrors(t *testing.T) {
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
+		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
+		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
 		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
 		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
 		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
-		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
-		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -81,8 +81,15 @@ func TestCommandErrors(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	for _, args := range [][]string{
-		{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"uninstall", "-h"}, {"mount-bpffs", "-h"},
-		{"doctor", "-h"}, {"forget", "-h"}, {"version"},
+		{"help"},
+		{"run", "-h"},
+		{"status", "-h"},
+		{"doctor", "-h"},
+		{"forget", "-h"},
+		{"unload", "-h"},
+		{"uninstall", "-h"},
+		{"mount-bpffs", "-h"},
+		{"version"},
 	} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
@@ -104,11 +111,11 @@ func TestParseConfig(t *testing.T) {
 	}
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
-	want.guards["splice"] = "off"
 	want.cni = cniconf.Config{
 		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
 		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
 	}
+	want.guards["splice"] = "off"
 	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
 	got.sandboxed, want.sandboxed = nil, nil
 	if !reflect.DeepEqual(got, want) {
@@ -372,16 +379,18 @@ func TestWriteStatus(t *testing.T) {
 	status := api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",
 		Hazards: []api.Hazard{
-			{Name: "one", Present: true, Fatal: true, Detail: "stalls"}, {Name: "two", Detail: "fine"}, {Name: "three", Present: true, Detail: "short"},
+			{Name: "one", Present: true, Fatal: true, Detail: "stalls"},
+			{Name: "two", Detail: "fine"},
+			{Name: "three", Present: true, Detail: "short"},
 			{Name: "four", Present: true, Guard: "splice", Detail: "none"},
 		},
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
 		},
+		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		Guards:      []string{"flags", "splice"},
 		Misfits:     []api.Misfit{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
-		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		SourceError: "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},

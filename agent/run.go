@@ -230,15 +230,15 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	cfg.datapath.Sleepers = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
 	cfg.datapath.Guards = guardsIn(examination.Hazards)
+	src, err := openSource(cfg, examination.Refusal, log)
+	if err != nil {
+		return err
+	}
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	src, err := openSource(cfg, examination.Refusal, log)
-	if err != nil {
-		return err
-	}
 	registry, err := pods.New(pods.Config{
 		Dir:         cfg.attachmentsDir(),
 		Source:      src,

@@ -51,6 +51,7 @@ struct sock {
 	int sk_rcvlowat;
 	int sk_wmem_queued;
 	int sk_sndbuf;
+	int sk_err;
 	__u8 sk_shutdown;
 	__u8 sk_kern_sock : 1;
 };

@@ -18,7 +18,9 @@
 #define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
 #define SOCK_NOSPACE (1UL << 2) /* include/linux/net.h */
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
-#define TCP_CLOSE 7 /* enum in include/net/tcp_states.h */
+#define TCP_ESTABLISHED 1 /* enum in include/net/tcp_states.h */
+#define TCP_CLOSE 7
+#define TCP_CLOSE_WAIT 8
 
 /* Defaults; the loader raises or lowers them. */
 #define PODS_MAX 1024
@@ -492,7 +494,7 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 	return OUTCOME_PAIRED;
 }
 
-/* Undoes join for a socket that nothing has been redirected to. */
+/* Undoes join for a socket of which nothing redirected is to be read any more. */
 static __always_inline void leave(struct bpf_sock *sk, __u64 cookie)
 {
 	bpf_map_delete_elem(&sockets, &cookie);
@@ -788,20 +790,12 @@ static __always_inline void withdraw(const struct pair *pair)
 	bpf_map_delete_elem(&hints, &client);
 }
 
-/* A socket of a pair is closed; the second one of the two deletes the pair. */
-static __always_inline void on_close(struct bpf_sock_ops *ctx)
+/* The second one of the two sockets to go deletes the pair. */
+static __always_inline void mark_gone(const struct member *self)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct member *self;
-	struct pair *pair;
+	struct pair *pair = bpf_map_lookup_elem(&pairs, &self->pair);
 	__u64 gone, other, state;
 
-	if (!sk)
-		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
-	if (!self)
-		return;
-	pair = bpf_map_lookup_elem(&pairs, &self->pair);
 	if (!pair)
 		return;
 	gone = self->side == SIDE_CLIENT ? PAIR_CLIENT_GONE : PAIR_SERVER_GONE;
@@ -812,6 +806,36 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	else if (!(state & other))
 		return;
 	bpf_map_delete_elem(&pairs, &self->pair);
+}
+
+/*
+ * A connect to no address ends the connection and throws away what is unread;
+ * the socket may connect again (tcp_disconnect). All else that ends a connection
+ * from these states, and leaves bytes to be read, sets the error first.
+ */
+static __always_inline bool disconnected(const struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+
+	return tp && !tp->inet_conn.icsk_inet.sk.sk_err &&
+	       (ctx->args[0] == TCP_ESTABLISHED || ctx->args[0] == TCP_CLOSE_WAIT);
+}
+
+/* A socket of a pair is closed. */
+static __always_inline void on_close(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct member *self;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	mark_gone(self);
+	/* The SOCKHASH would keep redirected bytes, for whoever reads next. */
+	if (disconnected(ctx, sk))
+		leave(sk, bpf_get_socket_cookie(ctx));
 }
 
 /* Returns 1 from every path: 0 would be taken for an error of all programs on the cgroup. */

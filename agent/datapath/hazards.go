@@ -555,7 +555,7 @@ func proveGuard(name string, cache *btf.Cache) error {
 		if err != nil {
 			return withoutGuess(err)
 		}
-		defer g.close()
+		defer func() { _ = g.close() }() // it ends with the process at the latest
 		return proofs[name](sender, receiver, func() (pair bpf.ShortcutPair, err error) {
 			return pair, pairs.Lookup(id, &pair)
 		})
@@ -573,17 +573,17 @@ func proveSplice(sender, receiver int, _ func() (bpf.ShortcutPair, error)) error
 		return err
 	}
 	if n, err := unix.Splice(receiver, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK); !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("splice gives %d (%v), want EINVAL", n, err)
+		return fmt.Errorf("splice gives %d (%s), want EINVAL", n, fmt.Sprint(err))
 	}
 	if n, err := unix.Read(receiver, make([]byte, 5)); n != 5 {
-		return fmt.Errorf("read after a splice gives %d (%v), want 5", n, err)
+		return fmt.Errorf("read after a splice gives %d (%s), want 5", n, fmt.Sprint(err))
 	}
 	return nil
 }
 
 func proveULP(sender, _ int, pair func() (bpf.ShortcutPair, error)) error {
 	if err := unix.SetsockoptString(sender, unix.SOL_TCP, unix.TCP_ULP, "tls"); !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("TCP_ULP gives %v, want ENOENT", err)
+		return fmt.Errorf("TCP_ULP gives %s, want ENOENT", fmt.Sprint(err))
 	}
 	// So it does without a guard where there is no kTLS.
 	noted, err := pair()
@@ -602,7 +602,7 @@ func proveFIONREAD(_, receiver int, pair func() (bpf.ShortcutPair, error)) error
 
 func proveFlags(sender, receiver int, pair func() (bpf.ShortcutPair, error)) error {
 	if _, _, err := unix.Recvfrom(receiver, make([]byte, 1), unix.MSG_WAITALL|unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
-		return fmt.Errorf("recv of nothing gives %v, want EAGAIN", err)
+		return fmt.Errorf("recv of nothing gives %s, want EAGAIN", fmt.Sprint(err))
 	}
 	if err := unix.Sendto(sender, []byte("x"), unix.MSG_OOB, nil); err != nil {
 		return err

@@ -20,7 +20,7 @@ import (
 )
 
 // ErrKernel is returned by CheckKernel for a kernel that lacks what the programs need.
-var ErrKernel = errors.New("Linux 6.1 or later with BTF is needed")
+var ErrKernel = errors.New("needed is Linux 6.1 or later with BTF")
 
 // CheckKernel tells whether this kernel can run the programs: it loads them and
 // attaches nothing. It returns ErrKernel with all that is missing.

@@ -9,6 +9,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podshunt/podshunt/agent/pods"
+	"github.com/podshunt/podshunt/api"
 )
 
 // Report tells by an Event of each pod that wants to take part and cannot, once
@@ -21,12 +22,11 @@ func (s *Source) Report(all []pods.Pod) {
 		if p.Problem == "" {
 			continue
 		}
-		object, ok, err := s.informers[podKind].GetIndexer().GetByKey(p.Pod.String())
-		pod, isPod := object.(*corev1.Pod)
-		if err != nil || !ok || !isPod {
+		pod, ok := object[*corev1.Pod](s, podKind, p.Pod.String())
+		if !ok {
 			continue
 		}
-		message := "stays on TCP: " + p.Reason
+		message := "stays on TCP: " + p.Reason + advice(p.Problem)
 		told := fmt.Sprint(p.Problem, " ", message)
 		reported[pod.UID] = told
 		if s.reported[pod.UID] != told {
@@ -37,6 +37,17 @@ func (s *Source) Report(all []pods.Pod) {
 		}
 	}
 	s.reported = reported
+}
+
+// advice says what to do where the reason does not.
+func advice(problem pods.Problem) string {
+	switch problem {
+	case pods.HostNetwork:
+		return ": run it without hostNetwork, or annotate it with " + api.AnnotationShortcut + "=disabled"
+	case pods.SandboxedRuntime:
+		return ": if that is wrong, change the patterns; else annotate it with " + api.AnnotationShortcut + "=disabled"
+	}
+	return ""
 }
 
 // reportNode tells by an Event that the kernel is refused.

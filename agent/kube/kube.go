@@ -20,6 +20,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -104,7 +105,6 @@ func Open(cfg Config) (*Source, error) {
 		return nil, err
 	}
 	connection.UserAgent = cfg.UserAgent
-	connection.ContentType = runtime.ContentTypeProtobuf
 	connection.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	// Two clients with a rate limiter each: a watch never waits behind Events.
 	var clients [2]*kubernetes.Clientset
@@ -217,7 +217,10 @@ func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.Watc
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := open(ctx, o)
-			note(ctx, "watch", err)
+			// An older API server refuses to stream a list. The list that follows tells more.
+			if status := apierrors.APIStatus(nil); o.SendInitialEvents == nil || !errors.As(err, &status) {
+				note(ctx, "watch", err)
+			}
 			return w, err
 		},
 	}
@@ -323,16 +326,23 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 		})
 	}
 	if s.stale[podKind] || s.stale[namespaceKind] {
-		defaults := map[string]map[string]string{}
-		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
-			defaults[namespace.Name] = s.cfg.DefaultNamespaces.optIn(namespace)
-		}
 		next.Pods = map[string]pods.Wish{}
 		for _, pod := range objects[*corev1.Pod](s, podKind) {
-			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults[pod.Namespace], s.cfg.SandboxedRuntimeClasses)
+			var defaults map[string]string
+			if namespace, ok := object[*corev1.Namespace](s, namespaceKind, pod.Namespace); ok {
+				defaults = s.cfg.DefaultNamespaces.optIn(namespace)
+			}
+			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults, s.cfg.SandboxedRuntimeClasses)
 		}
 	}
 	return next
+}
+
+// object returns what the cache of a kind holds under a key.
+func object[T any](s *Source, k kind, key string) (T, bool) {
+	o, _, _ := s.informers[k].GetIndexer().GetByKey(key) // no error of an informer's cache
+	typed, ok := o.(T)
+	return typed, ok
 }
 
 // objects returns what the cache of a kind holds.

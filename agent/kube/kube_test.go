@@ -289,9 +289,9 @@ func TestReport(t *testing.T) {
 		"Pod/bad uid-bad Warning InvalidAnnotation: stays on TCP: bad annotation",
 	}
 	waitFor(t, "events", func() bool { return len(events(client)) >= len(want) })
-	all[0], all[1] = pod("bad", "", ""), pod("web", pods.EnrolFailed, "map full")
+	all[0], all[1] = pod("bad", "", ""), pod("web", pods.HostNetwork, "hostNetwork")
 	s.Report(all)
-	want = append(want, "Pod/web uid-web Warning EnrolFailed: stays on TCP: map full")
+	want = append(want, "Pod/web uid-web Warning HostNetwork: stays on TCP: hostNetwork: run it without hostNetwork, or annotate it with podshunt.io/shortcut=disabled")
 	waitFor(t, "events", func() bool { return len(events(client)) >= len(want) })
 	if diff := cmp.Diff(want, events(client)); diff != "" {
 		t.Errorf("events (-want +got)\n%s", diff)

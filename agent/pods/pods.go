@@ -105,6 +105,7 @@ type Registry struct {
 	nextSearch time.Time
 	content    *Content // what the source last said, nil before it has said anything
 	sourceErr  error
+	started    bool   // the state that an earlier agent left has been replaced
 	stopped    string // why nothing is done any more
 	pods       []Pod  // the result of the last sync
 
@@ -259,14 +260,16 @@ func (r *Registry) sync() {
 	r.complain("source", "what pods ask for is not up to date, what was last known stays in force", err)
 
 	r.decide()
-	if r.stopped == "" && !r.waiting() {
+	waiting := r.waiting()
+	if r.stopped == "" && !waiting {
+		r.started = true
 		r.enrol()
 		r.setPolicy()
 		r.release()
 	}
 	changed := false
 	for i := range r.pods {
-		changed = r.finish(&r.pods[i]) || changed
+		changed = r.finish(&r.pods[i], waiting) || changed
 	}
 	if changed && r.cfg.Report != nil {
 		r.cfg.Report(slices.Clone(r.pods))
@@ -292,9 +295,11 @@ func (r *Registry) findNetns(name string) {
 	r.complain("remove "+name, "attachment of a gone network namespace not deleted", removeAttachment(r.cfg.Dir, name))
 }
 
-// waiting tells whether the pods' wishes are still unknown, so that the state
-// left by an earlier agent has to stay.
-func (r *Registry) waiting() bool { return r.content == nil && r.cfg.Refusal == "" }
+// waiting tells whether the pods' wishes are still unknown, or where those are that
+// an earlier agent has found, so that the state it left has to stay.
+func (r *Registry) waiting() bool {
+	return r.cfg.Refusal == "" && (r.content == nil || !r.started && len(r.missing()) > 0)
+}
 
 func (r *Registry) cluster() policy.Cluster {
 	if r.content == nil {
@@ -493,10 +498,10 @@ func (r *Registry) release() {
 }
 
 // finish completes a pod's status, and logs it and returns true if it has changed.
-func (r *Registry) finish(p *Pod) bool {
+func (r *Registry) finish(p *Pod, waiting bool) bool {
 	switch _, in := r.enrolled[p.NetnsCookie]; {
 	case r.stopped != "":
-	case r.waiting():
+	case waiting:
 		p.Enrolled = in
 	case p.Reason == "":
 		p.Enrolled = true

@@ -202,6 +202,19 @@ func withoutAddresses(s api.PodStatus) api.PodStatus {
 	return s
 }
 
+// An agent that starts again finds first what an earlier one had found.
+func TestRestartKeepsFoundPods(t *testing.T) {
+	f, source := newClusterFixture(t, nil)
+	f.process(t, 100, uid1, 10)
+	f.enrolled[10], f.enrolled[99] = false, false
+	source.set(map[string]Wish{"web": enabled(uid1), "late": enabled(uid2)})
+	f.Sync()
+	wantDiff(t, "calls", []string{"enrol 10", "policy of 1", "release 99"}, f.take())
+
+	// After that no start of a pod waits for a search.
+	wantDiff(t, "admission", api.Admission{Enrolled: true}, f.mustPut(t, f.attachment(t, "late", 20)))
+}
+
 func TestFoundProcessEnds(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	f.process(t, 100, uid1, 10)
