@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -28,12 +29,12 @@ func (r runs) String() string {
 	return fmt.Sprintf("%s (of the processor: %s)", quantiles(r.wall), quantiles(r.cpu))
 }
 
-// mustTime puts a stopwatch between containerd on the node and the plugin, and
-// returns the file that gets a line for each run. It times a program that does
+// mustTime puts a stopwatch between containerd on the node and the plugin, until
+// stop, and returns the file that gets a line for each run. It times a program that does
 // nothing as well: a machine that starts so many pods is busy, and every process
-// waits for its turn. The agent sees the plugin itself, because a mount of the
-// node is not one of its pod.
-func (p *proof) mustTime(n *node) (log string) {
+// waits for its turn. An agent that was started before sees the plugin itself,
+// because a mount of the node is not one of its pod.
+func (p *proof) mustTime(n *node) (log string, stop func()) {
 	p.Helper()
 	dir := filepath.Join(n.directory(), "stopwatch")
 	if err := n.script(fmt.Sprintf(`
@@ -52,12 +53,13 @@ chmod +x %[1]s/stopwatch
 mount --bind %[1]s/stopwatch %[2]s`, dir, plugin)); err != nil {
 		p.Fatal(err)
 	}
-	p.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		if err := n.script("umount " + plugin + "; rm -r " + dir); err != nil {
 			p.Error(err)
 		}
 	})
-	return filepath.Join("/proc", n.pid(), "root", dir, "log")
+	p.Cleanup(stop)
+	return filepath.Join("/proc", n.pid(), "root", dir, "log"), stop
 }
 
 // mustStartMany starts the pods of a ReplicaSet on the node, and returns how
@@ -116,7 +118,7 @@ func TestManyPods(t *testing.T) {
 	p := newProof(t)
 	p.mustInstall()
 	n := p.nodes[1]
-	log := p.mustTime(n)
+	log, stop := p.mustTime(n)
 	start := func(agent string) {
 		plugin, nothing, total := p.mustStartMany(agent, n, log)
 		p.figure("%d pods at once in %.1f s, agent %s: the plugin takes %v, a program that does nothing %v",
@@ -126,6 +128,7 @@ func TestManyPods(t *testing.T) {
 	p.mustKubectl("--namespace="+release, "patch", daemonSet, `--patch={"spec": {"template": {"spec": {"nodeSelector": {"nowhere": "true"}}}}}`)
 	p.mustKubectl("--namespace="+release, "wait", "pods", "--all", "--for=delete", fmt.Sprintf("--timeout=%v", stepTimeout))
 	start("down")
+	stop()
 	p.mustKubectl("--namespace="+release, "rollout", "undo", daemonSet)
 	p.mustRollOut()
 }
