@@ -65,7 +65,8 @@ func CheckKernel() error {
 // loadProbe loads a program whose only call may be unknown to the kernel.
 func loadProbe(spec ebpf.ProgramSpec) error {
 	spec.License = "GPL"
-	spec.Instructions = append(spec.Instructions, asm.Mov.Imm(asm.R0, 1), asm.Return())
+	// 0 is what all types may return; fexit may return nothing else.
+	spec.Instructions = append(spec.Instructions, asm.Mov.Imm(asm.R0, 0), asm.Return())
 	prog, err := ebpf.NewProgram(&spec)
 	if err != nil {
 		return err
@@ -77,7 +78,8 @@ func probeObservers() error {
 	fexit := loadProbe(ebpf.ProgramSpec{
 		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFExit, AttachTo: "tcp_bpf_recvmsg",
 		Instructions: asm.Instructions{
-			asm.StoreImm(asm.RFP, -8, 0, asm.DWord),
+			asm.Mov.Imm(asm.R2, 0),
+			asm.StoreMem(asm.RFP, -8, asm.R2, asm.DWord),
 			asm.Mov.Reg(asm.R2, asm.RFP),
 			asm.Add.Imm(asm.R2, -8),
 			asm.FnGetFuncRet.Call(),
