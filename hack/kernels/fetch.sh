@@ -25,6 +25,9 @@ for tool in qemu-system-x86_64 busybox depmod cpio xz; do
 done
 
 mkdir -p "$apt"/{lists/partial,cache/archives/partial}
+# apt does not wait for itself, and test.sh fetches for two machines side by side.
+exec 9>"$apt/lock"
+flock 9
 : >"$apt/status"
 # The small suites: 5.10 is in the first, 6.1 and 6.12 in the second, all later ones in the third.
 cat >"$apt/sources" <<SOURCES
