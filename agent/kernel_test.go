@@ -287,6 +287,8 @@ func TestUnloadWithoutAgent(t *testing.T) {
 	a.mustWritePods(t, "web podshunt.io/shortcut: enabled")
 	a.mustStart(t, "--kernel-hazards=accept")
 	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	// On a slow machine the plugin does not wait until the guards are attached.
+	waitFor(t, "pod", func() []string { return a.states(t) }, func(s []string) bool { return slices.Contains(s, "web: takes part") })
 	l := web.MustListen(t, "tcp4", ":0")
 	c := mustConnect(t, web, web, l)
 	c.mustPing(t)

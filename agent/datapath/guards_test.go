@@ -192,8 +192,11 @@ func TestGuards(t *testing.T) {
 		}
 		return
 	}
-	harmless := !hazard(t, "fionread-redirected")
 	for guard, calls := range harms() {
+		// Where FIONREAD counts redirected bytes, the guard is not attached.
+		if guard == datapath.GuardFIONREAD && !hazard(t, "fionread-redirected") {
+			continue
+		}
 		for name, call := range calls {
 			for _, on := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s guard=%v", name, on), func(t *testing.T) {
@@ -213,7 +216,7 @@ func TestGuards(t *testing.T) {
 					if on && harm != "" {
 						t.Errorf("with guard %s: %s", guard, harm)
 					}
-					if !on && harm == "" && (guard != datapath.GuardFIONREAD || !harmless) {
+					if !on && harm == "" {
 						t.Error("no harm is done without the guard: the test shows nothing")
 					}
 					if !on {
