@@ -9,7 +9,7 @@ CLANG ?= clang-19
 LLVM_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 BPF_CFLAGS ?= -O2 -g -mcpu=v3 -Wall -Wextra -Wpadded -Werror -I/usr/include/$(shell uname -m)-linux-gnu
-KERNELS ?= 6.1 6.12
+KERNELS ?= 6.12 6.1 7.3 5.10
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
 

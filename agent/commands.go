@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -52,6 +54,45 @@ func show[T any](ctx context.Context, command, path string, args []string, stdou
 	encoder := json.NewEncoder(stdout)
 	encoder.SetIndent("", "  ")
 	return encoder.Encode(answer)
+}
+
+func forgetCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	flags := newFlags("forget", stderr)
+	socket := flags.String("socket", api.Socket, "unix socket of the agent")
+	defaultUsage := flags.Usage
+	flags.Usage = func() {
+		fmt.Fprintln(stderr, "podshunt-agent forget [NAMESPACE/NAME [PORT]] forgets what connections to server ports have used\n"+
+			"that the shortcut does not serve: of a port, a pod, or all. New connections are paired again.")
+		defaultUsage()
+	}
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var req api.ForgetRequest
+	switch args := flags.Args(); len(args) {
+	case 2:
+		port, err := strconv.ParseUint(args[1], 10, 16)
+		if err != nil || port == 0 {
+			return fmt.Errorf("port %q: accepted are 1 to 65535", args[1])
+		}
+		req.Port = uint16(port)
+		fallthrough
+	case 1:
+		if namespace, name, ok := strings.Cut(args[0], "/"); !ok || namespace == "" || name == "" {
+			return fmt.Errorf("pod %q: accepted is namespace/name", args[0])
+		}
+		req.Pod = args[0]
+	case 0:
+	default:
+		return fmt.Errorf("unexpected argument %q", args[2])
+	}
+	query := url.Values{"pod": {req.Pod}, "port": {strconv.Itoa(int(req.Port))}}
+	var result api.ForgetResult
+	if err := ask(ctx, *socket, http.MethodPost, api.PathForget+"?"+query.Encode(), askTimeout, &result); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(stdout, "server ports forgotten: %d\n", result.Forgotten)
+	return err
 }
 
 func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {

@@ -24,11 +24,15 @@ type view struct {
 	byCookie  map[uint64]*pods.Pod
 	byAddress map[netip.Addr]*pods.Pod
 	cluster   policy.Cluster
+	misfits   map[place]datapath.Misfit
 	now       time.Time
 }
 
 func newView(attachments []pods.Pod, cluster policy.Cluster, now time.Time) *view {
-	v := &view{byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster, now: now}
+	v := &view{
+		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
+		misfits: map[place]datapath.Misfit{}, now: now,
+	}
 	for _, a := range attachments {
 		if a.NetnsCookie == 0 {
 			continue
@@ -62,11 +66,23 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
-	if d.Verdict == policy.Allow {
+	if d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now); d.Verdict != policy.Allow {
+		return d.String()
+	}
+	m, ok := v.misfits[place{server.NetnsCookie, port}]
+	if !ok {
 		return ""
 	}
-	return d.String()
+	return fmt.Sprintf("a connection to this server port used %s, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again",
+		strings.Join(m.Reasons, ", "))
+}
+
+func (v *view) describeMisfit(m datapath.Misfit) api.Misfit {
+	described := api.Misfit{Port: m.Port, Reasons: m.Reasons, Since: m.Since}
+	if p := v.byCookie[m.Netns]; p != nil {
+		described.Pod = p.Pod
+	}
+	return described
 }
 
 func end(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
@@ -89,7 +105,7 @@ func (v *view) paired(flows []datapath.Flow) []api.Flow {
 			return &api.Direction{
 				Shortcut:      d.Shortcut,
 				Reason:        d.Reason,
-				Detail:        v.detail(d, client, server, f.Server.Port()),
+				Detail:        v.detail(f, d, client, server),
 				ShortcutBytes: d.ShortcutBytes,
 				TCPBytes:      d.TCPBytes,
 				UnreadBytes:   d.Unread,
@@ -105,8 +121,8 @@ func (v *view) paired(flows []datapath.Flow) []api.Flow {
 	return described
 }
 
-// detail names the policy or the flags behind a direction's reason.
-func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint16) string {
+// detail names the policy or the call behind a direction's reason.
+func (v *view) detail(f datapath.Flow, d datapath.Direction, client, server *pods.Pod) string {
 	switch {
 	case d.Reason == "":
 		return ""
@@ -116,9 +132,11 @@ func (v *view) detail(d datapath.Direction, client, server *pods.Pod, port uint1
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
 			return reason.String()
 		}
-		return cmp.Or(v.why(client, server, port), policy.NoRule.String())
+		return cmp.Or(v.why(client, server, f.Server.Port()), policy.NoRule.String())
 	case d.ReadFlags != 0:
 		return flagNames(d.ReadFlags)
+	case d.Unserved:
+		return strings.Join(f.Misfits, ", ")
 	}
 	return ""
 }

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -70,7 +72,8 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 		}
 	}
 	t.Cleanup(a.stop)
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	// It measures the kernel first, which takes long where QEMU emulates the CPU.
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := net.DialTimeout("unix", a.AgentSocket, time.Second)
 		if err == nil {
 			conn.Close()
@@ -330,5 +333,95 @@ func TestHazardsRefused(t *testing.T) {
 	var out bytes.Buffer
 	if err := run(t.Context(), append([]string{"unload"}, a.places()[:3]...), &out, t.Output()); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a connection uses that is not served is told and remembered, until it is forgotten.
+func TestForget(t *testing.T) {
+	a := mustAgent(t)
+	const on = "podshunt.io/shortcut: enabled"
+	a.mustWritePods(t, "client "+on, "web "+on)
+	a.mustStart(t, "--kernel-hazards=accept")
+	client := a.MustAddPod(t, "client", sandbox.PodOptions{})
+	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	l := web.MustListen(t, "tcp4", ":0")
+	c := mustConnect(t, client, web, l)
+	c.mustPing(t)
+	raw, err := c.server.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.mustPing(t)
+	port := uint16(l.Addr().(*net.TCPAddr).Port)
+	misfits := mustShow[api.Status](t, a, "status").Misfits
+	if len(misfits) != 1 || misfits[0].Pod.Name != "web" || misfits[0].Port != port || !slices.Equal(misfits[0].Reasons, []string{"SO_ZEROCOPY"}) {
+		t.Errorf("got %+v, want the server's port with SO_ZEROCOPY", misfits)
+	}
+	again := mustConnect(t, client, web, l)
+	again.mustPing(t)
+	wantDiff(t, "reason", "a connection to this server port used SO_ZEROCOPY, which the shortcut does not serve: "+
+		"`podshunt-agent forget` pairs new ones again", again.flow(t, a).Reason)
+
+	forget := func(args ...string) (string, error) {
+		var out bytes.Buffer
+		err := run(t.Context(), append([]string{"forget", "--socket=" + a.AgentSocket}, args...), &out, t.Output())
+		return out.String(), err
+	}
+	if _, err := forget("default/none"); err == nil || !strings.Contains(err.Error(), "pod default/none: not on this node") {
+		t.Errorf("got error %v for a pod that is not there", err)
+	}
+	for _, tc := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"default/client"}, "server ports forgotten: 0\n"},
+		{[]string{"default/web", "1"}, "server ports forgotten: 0\n"},
+		{[]string{"default/web", fmt.Sprint(port)}, "server ports forgotten: 1\n"},
+		{nil, "server ports forgotten: 0\n"},
+	} {
+		out, err := forget(tc.args...)
+		if err != nil || out != tc.want {
+			t.Errorf("forget %v: got %q (%v), want %q", tc.args, out, err, tc.want)
+		}
+	}
+	last := mustConnect(t, client, web, l)
+	last.mustPing(t)
+	if f := last.flow(t, a); !shortcut(f) {
+		t.Errorf("got %+v, want the shortcut again", f)
+	}
+}
+
+// The doctor says what the agent does on the same kernel.
+func TestDoctor(t *testing.T) {
+	mustAgent(t) // for root
+	for _, hazards := range []string{"refuse", "accept"} {
+		var out bytes.Buffer
+		err := run(t.Context(), []string{"doctor", "-o", "json", "--kernel-hazards=" + hazards}, &out, t.Output())
+		var e api.Examination
+		if err := json.Unmarshal(out.Bytes(), &e); err != nil {
+			t.Fatal(err)
+		}
+		want := ""
+		if hazards == "refuse" {
+			want = refuseHazards(e.Hazards)
+		}
+		if e.Refusal != want || e.TakesPart != (want == "") || (err == nil) != e.TakesPart || len(e.Hazards) == 0 {
+			t.Errorf("%s: got %+v and error %v, want the refusal %q", hazards, e, err, want)
+		}
+	}
+	var out bytes.Buffer
+	_ = run(t.Context(), []string{"doctor"}, &out, t.Output())
+	for _, want := range []string{"HAZARD", "sleeping-recv", "consequence", "podshunt"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("got\n%s\nwant it to contain %q", out.String(), want)
+		}
 	}
 }

@@ -25,6 +25,8 @@ Commands:
   run          be the agent of this node
   status       what takes part and what does not, and why
   flows        the TCP connections of the pods that take part
+  doctor       how this kernel serves the shortcut, and whether pods would take part
+  forget       pair connections again that were found not to fit
   unload       take everything out of the kernel without losing a byte
   uninstall    take the plugin out of the CNI configuration, then unload; on all nodes if told so
   mount-bpffs  mount the file system that keeps the kernel objects, where there is none
@@ -57,6 +59,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		err = statusCommand(ctx, args, stdout, stderr)
 	case "flows":
 		err = flowsCommand(ctx, args, stdout, stderr)
+	case "doctor":
+		err = doctorCommand(args, stdout, stderr)
+	case "forget":
+		err = forgetCommand(ctx, args, stdout, stderr)
 	case "unload":
 		err = unloadCommand(ctx, args, stdout, stderr)
 	case "uninstall":

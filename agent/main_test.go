@@ -62,6 +62,12 @@ func TestCommandErrors(t *testing.T) {
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
 		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
+		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
+		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
+		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},
+		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
+		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
+		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -74,7 +80,10 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"run", "-h"}, {"status", "-h"}, {"unload", "-h"}, {"uninstall", "-h"}, {"mount-bpffs", "-h"}, {"version"}} {
+	for _, args := range [][]string{
+		{"help"}, {"run", "-h"}, {"status", "-h"}, {"doctor", "-h"}, {"forget", "-h"}, {"unload", "-h"}, {"uninstall", "-h"},
+		{"mount-bpffs", "-h"}, {"version"},
+	} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
 			t.Errorf("%v: %v", args, err)
@@ -88,7 +97,7 @@ func TestHelp(t *testing.T) {
 func TestParseConfig(t *testing.T) {
 	got, err := parseConfig([]string{
 		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
-		"--sandboxed-runtime-classes=kata-*, x",
+		"--splice-guard=off", "--sandboxed-runtime-classes=kata-*, x",
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -99,6 +108,7 @@ func TestParseConfig(t *testing.T) {
 		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
 		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
 	}
+	want.guards["splice"] = "off"
 	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
 	got.sandboxed, want.sandboxed = nil, nil
 	if !reflect.DeepEqual(got, want) {
@@ -135,7 +145,7 @@ func TestRefuseHazards(t *testing.T) {
 	}
 	wantDiff(t, "nothing fatal", "", refuseHazards(hazards))
 	hazards = append(hazards, api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "stalls"})
-	wantDiff(t, "fatal", "kernel hazards bad (status says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
+	wantDiff(t, "fatal", "kernel hazards bad (`podshunt-agent doctor` says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
 }
 
 func TestVerdict(t *testing.T) {
@@ -363,12 +373,15 @@ func TestWriteStatus(t *testing.T) {
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",
 		Hazards: []api.Hazard{
 			{Name: "one", Present: true, Fatal: true, Detail: "stalls"}, {Name: "two", Detail: "fine"}, {Name: "three", Present: true, Detail: "short"},
+			{Name: "four", Present: true, Guard: "splice", Detail: "none"},
 		},
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
 		},
 		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
+		Guards:      []string{"flags", "splice"},
+		Misfits:     []api.Misfit{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
 		SourceError: "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
@@ -383,6 +396,7 @@ kernel      6.18
 observer    tracepoint
 cgroup      /cg
 pins        /pins
+guards      flags splice
 cni plugin  installed in /c/10-x.conflist since 2026-01-02 03:04:05: another is not valid
 source      no file
 policy      map full
@@ -391,10 +405,14 @@ HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls
 two     no            fine
 three   yes           short
+four    yes, guarded  none
 
 POD  ADDRESSES         STATE       REASON
 a/b  10.0.0.1 fd00::1  takes part
 a/c  -                 tcp         first; second
+
+NOT PAIRED  SERVER PORT  USED             SINCE
+a/b         80           splice, MSG_OOB  1970-01-01 00:00:00
 
 MAP   ENTRIES  MAX
 pods  1        1024

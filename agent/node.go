@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
@@ -34,20 +32,16 @@ type node struct {
 
 var _ server.Node = (*node)(nil)
 
-func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, hazards []api.Hazard, log *slog.Logger) (*node, error) {
-	var uname unix.Utsname
-	if err := unix.Uname(&uname); err != nil {
-		return nil, fmt.Errorf("read the kernel's release: %w", err)
-	}
+func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examination, log *slog.Logger) *node {
 	return &node{registry: r, datapath: d, log: log, fixed: api.Status{
 		Version:         version,
-		Kernel:          unix.ByteSliceToString(uname.Release[:]),
+		Kernel:          e.Kernel,
 		Observer:        d.Observer(),
 		Cgroup:          d.Cgroup(),
 		PinDir:          cfg.datapath.PinDir,
-		Hazards:         hazards,
-		HazardsAccepted: cfg.hazards == "accept",
-	}}, nil
+		Hazards:         e.Hazards,
+		HazardsAccepted: e.HazardsAccepted,
+	}}
 }
 
 // Status returns the state of the agent, its pods and its kernel objects.
@@ -68,10 +62,33 @@ func (n *node) Status() (api.Status, error) {
 		state := n.keeper.State()
 		status.CNI = &state
 	}
-	var err1, err2 error
-	status.Maps, err1 = n.datapath.Maps()
-	status.Outcomes, err2 = n.datapath.Outcomes()
-	return status, errors.Join(err1, err2)
+	status.Guards = n.datapath.Guards()
+	misfits, err1 := n.datapath.Misfits()
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
+	for _, m := range misfits {
+		status.Misfits = append(status.Misfits, v.describeMisfit(m))
+	}
+	var err2, err3 error
+	status.Maps, err2 = n.datapath.Maps()
+	status.Outcomes, err3 = n.datapath.Outcomes()
+	return status, errors.Join(err1, err2, err3)
+}
+
+// Forget lets new connections to server ports be paired again.
+func (n *node) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
+	cookies := map[uint64]bool{}
+	for _, p := range n.registry.Snapshot().Pods {
+		if p.Pod.String() == req.Pod && p.NetnsCookie != 0 {
+			cookies[p.NetnsCookie] = true
+		}
+	}
+	if req.Pod != "" && len(cookies) == 0 {
+		return api.ForgetResult{}, fmt.Errorf("pod %s: not on this node; `podshunt-agent status` lists those that are", req.Pod)
+	}
+	forgotten, err := n.datapath.Forget(func(netns uint64, port uint16) bool {
+		return (req.Pod == "" || cookies[netns]) && (req.Port == 0 || req.Port == port)
+	})
+	return api.ForgetResult{Forgotten: forgotten}, err
 }
 
 // Flows returns the paired connections, and those of opted-in pods that are not
@@ -81,6 +98,13 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	defer n.listing.Unlock()
 	snapshot := n.registry.Snapshot()
 	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
+	misfits, err := n.datapath.Misfits()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range misfits {
+		v.misfits[place{m.Netns, m.Port}] = m
+	}
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {

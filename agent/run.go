@@ -48,9 +48,9 @@ type config struct {
 	sandboxed         patterns
 	defaultNamespaces kube.Selector
 	proc              string
-	hazards           string
-	logFormat         string
-	logLevel          slog.Level
+	judgement
+	logFormat string
+	logLevel  slog.Level
 	// metricsAddress is where probes and metrics are served; empty: nowhere.
 	metricsAddress string
 	datapath       datapath.Config
@@ -62,7 +62,7 @@ func defaults() config {
 		runDir:    api.RunDir,
 		sandboxed: patterns{"*gvisor*", "*runsc*", "*kata*", "*firecracker*", "*quark*", "*edera*"},
 		proc:      "/proc",
-		hazards:   "refuse",
+		judgement: newJudgement(),
 		logFormat: "auto",
 		logLevel:  slog.LevelInfo,
 		datapath:  datapath.DefaultConfig(),
@@ -83,8 +83,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
 	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods of a machine without a cluster")
 	flags.StringVar(&cfg.proc, "proc", cfg.proc, "`directory` where the procfs of the node is mounted")
-	flags.StringVar(&cfg.hazards, "kernel-hazards", cfg.hazards,
-		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent status\" lists the hazards")
+	cfg.register(flags)
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
 	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
@@ -127,7 +126,7 @@ func (c config) validate() error {
 			errs = append(errs, fmt.Errorf("--%s=%q: accepted are %s", flag, value, strings.Join(accepted, ", ")))
 		}
 	}
-	oneOf("kernel-hazards", c.hazards, "refuse", "accept")
+	errs = append(errs, c.judgement.validate())
 	oneOf("log-format", c.logFormat, "auto", "text", "json")
 	switch {
 	case c.nodeName == "" && c.podsFile == "":
@@ -221,19 +220,17 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer lock.Close()
+	examination := cfg.examine()
+	if examination.Missing != "" {
+		return errors.New(examination.Missing)
+	}
 	host, err := hostNetns(cfg.proc, log)
 	if err != nil {
 		return err
 	}
-	hazards := datapath.Hazards()
-	refusal := ""
-	if cfg.hazards == "refuse" {
-		refusal = refuseHazards(hazards)
-	}
-	cfg.datapath.Sleepers = cfg.hazards == "accept" || !slices.ContainsFunc(hazards, func(h api.Hazard) bool {
-		return h.Name == datapath.HazardSleepingRecv && h.Present
-	})
-	src, err := openSource(cfg, refusal, log)
+	cfg.datapath.Sleepers = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
+	cfg.datapath.Guards = guardsIn(examination.Hazards)
+	src, err := openSource(cfg, examination.Refusal, log)
 	if err != nil {
 		return err
 	}
@@ -247,7 +244,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		Source:      src,
 		Proc:        cfg.proc,
 		HostNetns:   host,
-		Refusal:     refusal,
+		Refusal:     examination.Refusal,
 		Report:      src.report,
 		Datapath:    kernel{d},
 		NetnsCookie: datapath.NetnsCookie,
@@ -258,10 +255,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	registry.Sync()
-	n, err := newNode(registry, d, cfg, hazards, log)
-	if err != nil {
-		return err
-	}
+	n := newNode(registry, d, cfg, examination, log)
 	if cfg.cni.ConfDir != "" {
 		cfg.cni.Log = log
 		n.keeper = cniconf.New(cfg.cni)
@@ -273,8 +267,8 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	defer os.Remove(cfg.socket)
 	log.Info("agent started", "version", version, "socket", cfg.socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
-	if refusal != "" {
-		log.Error("no pod takes part", "reason", refusal)
+	if examination.Refusal != "" {
+		log.Error("no pod takes part", "reason", examination.Refusal)
 	}
 
 	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load)
@@ -359,21 +353,6 @@ func hostNetns(proc string, log *slog.Logger) ([]uint64, error) {
 		cookies = append(cookies, cookie)
 	}
 	return cookies, nil
-}
-
-// refuseHazards returns why no pod may take part on this kernel, or "".
-func refuseHazards(hazards []api.Hazard) string {
-	var fatal []string
-	for _, h := range hazards {
-		if h.Present && h.Fatal {
-			fatal = append(fatal, h.Name)
-		}
-	}
-	if len(fatal) == 0 {
-		return ""
-	}
-	return "kernel hazards " + strings.Join(fatal, ", ") +
-		" (status says what they do): run the agent with --kernel-hazards=accept to take part all the same"
 }
 
 // kernel is the datapath as the registry wants it.

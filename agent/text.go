@@ -39,6 +39,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("observer", s.Observer)
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
+	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
 	if s.CNI != nil {
 		t.row("cni plugin", cniText(*s.CNI))
 	}
@@ -64,6 +65,13 @@ func writeStatus(w io.Writer, s api.Status) error {
 	}
 	if len(s.Pods) == 0 {
 		t.row("none")
+	}
+	if len(s.Misfits) > 0 {
+		t.row()
+		t.row("NOT PAIRED", "SERVER PORT", "USED", "SINCE")
+	}
+	for _, m := range s.Misfits {
+		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), strings.Join(m.Reasons, ", "), m.Since.Format(time.DateTime))
 	}
 	t.row()
 	t.row("MAP", "ENTRIES", "MAX")
@@ -96,6 +104,8 @@ func hazardState(h api.Hazard, accepted bool) string {
 	switch {
 	case !h.Present:
 		return "no"
+	case h.Guard != "":
+		return "yes, guarded"
 	case !h.Fatal:
 		return "yes"
 	case accepted:
@@ -147,14 +157,18 @@ func directionText(d *api.Direction) string {
 }
 
 func endText(e api.FlowEnd) string {
-	pod := "-"
-	if e.Pod != (api.PodRef{}) {
-		pod = e.Pod.String()
-	}
+	pod := podText(e.Pod)
 	if !e.Address.IsValid() {
 		return pod
 	}
 	return pod + " " + e.Address.String()
+}
+
+func podText(p api.PodRef) string {
+	if p == (api.PodRef{}) {
+		return "-"
+	}
+	return p.String()
 }
 
 func join(addresses []netip.Addr) string {

@@ -18,6 +18,8 @@ const (
 	PathStatus = "/v1/status"
 	// PathFlows: GET a list of Flow.
 	PathFlows = "/v1/flows"
+	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of ForgetRequest.
+	PathForget = "/v1/forget"
 	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go duration.
 	PathUnload = "/v1/unload"
 	// PathUninstall: as PathUnload, after our entry has been taken out of the CNI configuration.
@@ -84,8 +86,12 @@ type Status struct {
 	PinDir   string   `json:"pinDir"`
 	Hazards  []Hazard `json:"hazards"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
-	HazardsAccepted bool        `json:"hazardsAccepted"`
-	Pods            []PodStatus `json:"pods"`
+	HazardsAccepted bool `json:"hazardsAccepted"`
+	// Guards are those attached at present; there are none while no pod takes part.
+	Guards []string    `json:"guards,omitempty"`
+	Pods   []PodStatus `json:"pods"`
+	// Misfits are the server ports whose new connections are not paired.
+	Misfits []Misfit `json:"misfits,omitempty"`
 	// SourceError is why the source of pod annotations cannot be read at present; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
@@ -116,8 +122,50 @@ type Hazard struct {
 	Present bool   `json:"present"`
 	// Detail is what was observed, or why the test could not be run.
 	Detail string `json:"detail"`
+	// Consequence is who notices it, and Action what podshunt does about it.
+	Consequence string `json:"consequence"`
+	Action      string `json:"action"`
+	// Guard names the guard that makes it harmless on this kernel, if one does.
+	Guard string `json:"guard,omitempty"`
 	// Fatal hazards keep every pod on TCP unless they are accepted.
 	Fatal bool `json:"fatal"`
+}
+
+// Examination is what a kernel was found to be like.
+type Examination struct {
+	Version string `json:"version"`
+	Kernel  string `json:"kernel"`
+	// Missing is what the kernel lacks to run the programs; nothing else is known then.
+	Missing string   `json:"missing,omitempty"`
+	Hazards []Hazard `json:"hazards,omitempty"`
+	// HazardsAccepted is true with --kernel-hazards=accept.
+	HazardsAccepted bool `json:"hazardsAccepted"`
+	// TakesPart tells whether pods would take part; if not, Refusal or Missing says why.
+	TakesPart bool   `json:"takesPart"`
+	Refusal   string `json:"refusal,omitempty"`
+}
+
+// Misfit is a server port of a pod with a connection that used what the shortcut
+// does not serve.
+type Misfit struct {
+	// Pod is the zero PodRef for a pod that has gone.
+	Pod     PodRef    `json:"pod"`
+	Port    uint16    `json:"port"`
+	Reasons []string  `json:"reasons"`
+	Since   time.Time `json:"since"`
+}
+
+// ForgetRequest names misfits: all, those of a pod, or one port of it.
+type ForgetRequest struct {
+	// Pod is namespace/name; empty means all pods.
+	Pod string
+	// Port is a server port; 0 means all.
+	Port uint16
+}
+
+// ForgetResult tells how many misfits were forgotten.
+type ForgetResult struct {
+	Forgotten int `json:"forgotten"`
 }
 
 // PodStatus is one attachment as the agent sees it.

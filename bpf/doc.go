@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package bpf holds podshunt's kernel programs as one object, compiled from
-// shortcut.c, and the Go names of its maps, programs and types, made by
-// bpf2go. Only agent/datapath imports it. `make generate` rebuilds it.
+// Package bpf holds podshunt's kernel programs as two objects, compiled from
+// shortcut.c and guard.c, and the Go names of their maps, programs and types,
+// made by bpf2go. Only agent/datapath imports it. `make generate` rebuilds it.
 package bpf
 
-//go:generate go tool bpf2go -target bpfel,bpfeb -output-stem shortcut -type pair -type sending -type receiving -type policy_key -type policy -type settings -type outcome -type pair_state -type verdict -type read_state Shortcut shortcut.c
+//go:generate go tool bpf2go -target bpfel,bpfeb -output-stem shortcut -type pair -type sending -type receiving -type policy_key -type policy -type settings -type outcome -type pair_state -type verdict -type read_state -type misfit_key -type misfit -type misfit_reason Shortcut shortcut.c
+//go:generate go tool bpf2go -target bpfel,bpfeb -output-stem guard -no-global-types Guard guard.c

@@ -102,7 +102,21 @@ struct sending {
 
 enum read_state { READ_SEEN = 1, READ_UNSERVED = 2 };
 
-/* One receiver, written only by the receive observer. */
+/* What the kernel does not serve on a shortcut socket as on a plain one. */
+enum misfit_reason {
+	MISFIT_WAITALL = 1, /* recv with MSG_WAITALL */
+	MISFIT_OOB = 2, /* send or recv with MSG_OOB */
+	MISFIT_RECV_FLAGS = 4, /* recv with another flag that is not served */
+	MISFIT_LOWAT = 8, /* SO_RCVLOWAT above 1 */
+	MISFIT_FIONREAD = 16,
+	MISFIT_SPLICE = 32,
+	MISFIT_ULP = 64, /* kTLS or another upper layer protocol */
+	MISFIT_ZEROCOPY = 128, /* SO_ZEROCOPY */
+	MISFIT_MPTCP_LISTENER = 256,
+	MISFIT_REASONS = 9,
+};
+
+/* One receiver, written by the receive observer and by the guards. */
 struct receiving {
 	__u64 read_bytes;
 	enum read_state state;
@@ -135,7 +149,9 @@ struct pair {
 	__u16 client_port;
 	__u16 dialled_port;
 	__u16 server_port;
-	__u16 reserved[5];
+	__u16 reserved;
+	__u32 misfit; /* enum misfit_reason, what has been remembered of this flow */
+	__u32 reserved2;
 	__u32 client_seq;
 	__u32 server_seq;
 
@@ -168,12 +184,27 @@ struct policy {
 	__u32 reason; /* opaque here */
 };
 
+/* The memory of what connections to a server port have used: new ones are not paired. */
+struct misfit_key {
+	__u64 netns; /* of the server */
+	__u32 port;
+	__u32 reserved;
+};
+
+struct misfit {
+	__u64 since_ns; /* CLOCK_MONOTONIC */
+	__u32 reasons; /* enum misfit_reason */
+	__u32 reserved;
+};
+
+_Static_assert(sizeof(struct misfit_key) == 16, "no padding in keys");
+
 struct settings {
 	__u32 generation; /* of the policy: raised after every change of it */
 	__u32 redirect; /* 0 sends every message by TCP */
 	__u64 budget; /* bytes a receiver may leave unread */
 	__u32 sleepers; /* let sockets take part whose reads may sleep: see should_leave */
-	__u32 reserved;
+	__u32 no_mptcp_listeners; /* keep out what they accept: see kernel_socket */
 };
 
 struct count {

@@ -18,17 +18,32 @@ typedef struct {
 } atomic64_t;
 
 struct sock_common {
+	unsigned long skc_flags;
 	atomic64_t skc_cookie;
+};
+
+struct inode {
+	unsigned short i_mode;
 };
 
 struct file {
 	unsigned int f_flags;
+	struct inode *f_inode;
 };
+
+struct sock;
 
 struct socket {
 	unsigned long flags;
 	struct file *file;
+	struct sock *sk;
 };
+
+struct msghdr {
+	unsigned int msg_flags;
+};
+
+enum sock_flags { SOCK_ZEROCOPY };
 
 struct sock {
 	struct sock_common __sk_common;
@@ -38,6 +53,7 @@ struct sock {
 	int sk_sndbuf;
 	int sk_err;
 	__u8 sk_shutdown;
+	__u8 sk_kern_sock : 1;
 };
 
 struct inet_sock {

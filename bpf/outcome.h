@@ -19,9 +19,10 @@ enum outcome {
 	OUTCOME_NOT_ALLOWED, /* policy */
 	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
 	OUTCOME_ULP, /* kTLS or another upper layer protocol on either socket */
+	OUTCOME_ZEROCOPY, /* the sender has SO_ZEROCOPY: only TCP sends completions */
 	OUTCOME_LOWAT, /* the receiver has SO_RCVLOWAT above 1 */
 	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
-	OUTCOME_UNSERVED, /* the receiver reads with flags that are not served */
+	OUTCOME_UNSERVED, /* either end was seen to use a call that is not served: enum misfit_reason */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
 	OUTCOME_BUDGET, /* spill: the receiver has left too much unread */
@@ -29,7 +30,9 @@ enum outcome {
 	/* Connections, in number. */
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
+	OUTCOME_MISFIT, /* an earlier connection to this server port used what is not served */
 	OUTCOME_MPTCP,
+	OUTCOME_MPTCP_LISTENER, /* accepted by one, on a kernel that must not see it in a SOCKHASH */
 	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_HINTS_FULL,

@@ -11,6 +11,7 @@
 
 #include "flow.h"
 #include "kernel.h"
+#include "misfit.h"
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -21,19 +22,9 @@
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 
-/*
- * Flags of recv that redirected data is served with as TCP data is: MSG_PEEK,
- * MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, MSG_CMSG_CLOEXEC,
- * MSG_CMSG_COMPAT. A receiver seen with any other stays on TCP.
- */
-#define MSG_PEEK 0x2
-#define MSG_DONTWAIT 0x40
-#define RECV_SERVED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
-
 /* Defaults; the loader raises or lowers them. */
 #define PODS_MAX 1024
 #define POLICY_MAX 131072
-#define PAIRS_MAX 32768
 #define HANDSHAKES_MAX 16384
 
 /* Enrolled pods by netns cookie. Agent: writes. Full: the agent cannot enrol, the pod stays on TCP. */
@@ -81,17 +72,6 @@ struct {
 	__type(value, struct handshake);
 } handshakes SEC(".maps");
 
-/*
- * Flows by the client's socket cookie. track: creates, and deletes when both
- * sockets are closed. Full: the connection stays on TCP.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PAIRS_MAX);
-	__type(key, __u64);
-	__type(value, struct pair);
-} pairs SEC(".maps");
-
 /* Both sockets of every pair by socket cookie. The kernel deletes on close. Full: TCP. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
@@ -99,14 +79,6 @@ struct {
 	__type(key, __u64);
 	__type(value, __u64);
 } sockets SEC(".maps");
-
-/* A socket's membership in its pair; lives and dies with the socket. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct member);
-} members SEC(".maps");
 
 /* Every decision, by enum outcome. */
 struct {
@@ -116,8 +88,9 @@ struct {
 	__type(value, struct count);
 } outcomes SEC(".maps");
 
-/* Keeps the type in the BTF that bpf2go reads. */
+/* Keep the types in the BTF that bpf2go reads. */
 const enum pair_state *pair_state_type __attribute__((unused));
+const enum misfit_reason *misfit_reason_type __attribute__((unused));
 
 /* What a new pair starts from: the record is too large for the stack. */
 static const struct pair blank;
@@ -236,6 +209,9 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_SHUT_DOWN;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return OUTCOME_ULP;
+	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_flags &
+	    1UL << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY))
+		return OUTCOME_ZEROCOPY;
 	if (reader->state & READ_UNSERVED)
 		return OUTCOME_UNSERVED;
 	if (reader->sleeper && !set->sleepers)
@@ -277,6 +253,24 @@ static __always_inline bool should_leave(const struct side *own, const struct se
 
 	return may_sleep(tp) &&
 	       (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
+}
+
+/* Options that may be set at any time, and are looked at with each message. */
+static __always_inline void remember_obstacle(struct pair *pair, enum outcome outcome)
+{
+	switch (outcome) {
+	case OUTCOME_ULP:
+		remember(pair, MISFIT_ULP);
+		break;
+	case OUTCOME_ZEROCOPY:
+		remember(pair, MISFIT_ZEROCOPY);
+		break;
+	case OUTCOME_LOWAT:
+		remember(pair, MISFIT_LOWAT);
+		break;
+	default:
+		break;
+	}
 }
 
 SEC("sk_msg")
@@ -322,6 +316,7 @@ int deliver(struct sk_msg_md *msg)
 	} else {
 		dir->reason = outcome;
 		dir->shortcut = false;
+		remember_obstacle(pair, outcome);
 	}
 	if (!dir->leave)
 		dir->leave = should_leave(&pair->side[own], set, tp);
@@ -350,17 +345,16 @@ static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags
 	if (!pair)
 		return;
 	reader = &pair->side[self->side & 1].receiving;
-	if (flags & ~RECV_SERVED) {
-		reader->unserved_flags |= flags & ~RECV_SERVED;
-		reader->state |= READ_UNSERVED;
-	}
+	if (flags & ~RECV_SERVED)
+		disqualify_flags(pair, self->side, flags & ~RECV_SERVED);
 	if (!(flags & MSG_DONTWAIT))
 		reader->sleeper = (__u32)bpf_get_current_pid_tgid();
 	if (flags & MSG_PEEK)
 		return;
-	/* Several threads may read one socket at once. */
+	/* Several threads may read one socket at once, and a guard may find it misfit. */
 	__sync_fetch_and_add(&reader->read_bytes, bytes);
-	reader->state |= READ_SEEN;
+	if (!(reader->state & READ_SEEN))
+		__sync_fetch_and_or(&reader->state, READ_SEEN);
 }
 
 /* Kernels from 6.3 on; needs no trampoline. Fires for every socket of the node that receives. */
@@ -559,6 +553,8 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	look_up_policy(netns, hint->server_netns, hint->server_port, &policy);
 	if (policy.verdict == VERDICT_REFUSE)
 		return OUTCOME_POLICY_REFUSED;
+	if (is_misfit(hint->server_netns, hint->server_port))
+		return OUTCOME_MISFIT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return OUTCOME_NO_MEMORY;
@@ -631,9 +627,23 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 		count(outcome, 0);
 }
 
+/*
+ * The TCP socket of an MPTCP listener is one of the kernel's own, and what it
+ * accepts from a plain client inherits that: nothing else tells it from a child
+ * of a plain listener. Kernels without fbade4bd08ba take such a socket, once in
+ * a SOCKHASH, for an MPTCP one when it is accepted.
+ */
+static __always_inline bool kernel_socket(const struct tcp_sock *tp)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+
+	return !bpf_core_field_exists(sk->sk_kern_sock) || BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
+}
+
 static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 netns,
 						const struct client_key *client)
 {
+	struct settings *set = get_settings();
 	struct bpf_sock *sk = ctx->sk;
 	struct handshake *handshake;
 	struct handshake_key key;
@@ -642,7 +652,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	struct tcp_sock *tp;
 	struct pair *pair;
 
-	if (!sk)
+	if (!sk || !set)
 		return OUTCOME_UNMATCHED;
 	fill_handshake_key(&key, ctx->rcv_nxt, ctx->snd_nxt, client->addr, client->port);
 	handshake = bpf_map_lookup_elem(&handshakes, &key);
@@ -662,6 +672,10 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_NO_MEMORY;
 	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
 		return OUTCOME_MPTCP;
+	if (set->no_mptcp_listeners && kernel_socket(tp)) {
+		remember(pair, MISFIT_MPTCP_LISTENER);
+		return OUTCOME_MPTCP_LISTENER;
+	}
 	cookie = bpf_get_socket_cookie(ctx);
 	pair->cookie[SIDE_SERVER] = cookie;
 	pair->sock[SIDE_SERVER] = (__u64)tp;

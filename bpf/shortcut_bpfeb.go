@@ -57,6 +57,35 @@ type ShortcutMember struct {
 	Reserved uint32
 }
 
+type ShortcutMisfit struct {
+	_        structs.HostLayout
+	SinceNs  uint64
+	Reasons  uint32
+	Reserved uint32
+}
+
+type ShortcutMisfitKey struct {
+	_        structs.HostLayout
+	Netns    uint64
+	Port     uint32
+	Reserved uint32
+}
+
+type ShortcutMisfitReason uint32
+
+const (
+	ShortcutMisfitReasonMISFIT_WAITALL        ShortcutMisfitReason = 1
+	ShortcutMisfitReasonMISFIT_OOB            ShortcutMisfitReason = 2
+	ShortcutMisfitReasonMISFIT_RECV_FLAGS     ShortcutMisfitReason = 4
+	ShortcutMisfitReasonMISFIT_LOWAT          ShortcutMisfitReason = 8
+	ShortcutMisfitReasonMISFIT_FIONREAD       ShortcutMisfitReason = 16
+	ShortcutMisfitReasonMISFIT_SPLICE         ShortcutMisfitReason = 32
+	ShortcutMisfitReasonMISFIT_ULP            ShortcutMisfitReason = 64
+	ShortcutMisfitReasonMISFIT_ZEROCOPY       ShortcutMisfitReason = 128
+	ShortcutMisfitReasonMISFIT_MPTCP_LISTENER ShortcutMisfitReason = 256
+	ShortcutMisfitReasonMISFIT_REASONS        ShortcutMisfitReason = 9
+)
+
 type ShortcutOutcome uint32
 
 const (
@@ -69,29 +98,32 @@ const (
 	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 6
 	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 7
 	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 8
-	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 9
-	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 10
-	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 11
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 13
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 9
+	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 10
+	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 11
+	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 12
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 14
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_MPTCP_LISTENER   ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 34
 )
 
 type ShortcutPair struct {
@@ -107,7 +139,9 @@ type ShortcutPair struct {
 	ClientPort  uint16
 	DialledPort uint16
 	ServerPort  uint16
-	Reserved    [5]uint16
+	Reserved    uint16
+	Misfit      uint32
+	Reserved2   uint32
 	ClientSeq   uint32
 	ServerSeq   uint32
 	Side        [2]struct {
@@ -183,12 +217,12 @@ type ShortcutSending struct {
 }
 
 type ShortcutSettings struct {
-	_          structs.HostLayout
-	Generation uint32
-	Redirect   uint32
-	Budget     uint64
-	Sleepers   uint32
-	Reserved   uint32
+	_                structs.HostLayout
+	Generation       uint32
+	Redirect         uint32
+	Budget           uint64
+	Sleepers         uint32
+	NoMptcpListeners uint32
 }
 
 type ShortcutVerdict uint32
@@ -207,6 +241,7 @@ const (
 	ShortcutMapHandshakes         = "handshakes"
 	ShortcutMapHints              = "hints"
 	ShortcutMapMembers            = "members"
+	ShortcutMapMisfits            = "misfits"
 	ShortcutMapOutcomes           = "outcomes"
 	ShortcutMapPairs              = "pairs"
 	ShortcutMapPods               = "pods"
@@ -216,6 +251,7 @@ const (
 	ShortcutProgObserveFexit      = "observe_fexit"
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
 	ShortcutProgTrack             = "track"
+	ShortcutVarMisfitReasonType   = "misfit_reason_type"
 	ShortcutVarPairStateType      = "pair_state_type"
 )
 
@@ -275,6 +311,7 @@ type ShortcutMapSpecs struct {
 	Handshakes *ebpf.MapSpec `ebpf:"handshakes"`
 	Hints      *ebpf.MapSpec `ebpf:"hints"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
+	Misfits    *ebpf.MapSpec `ebpf:"misfits"`
 	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
 	Pairs      *ebpf.MapSpec `ebpf:"pairs"`
 	Pods       *ebpf.MapSpec `ebpf:"pods"`
@@ -286,7 +323,8 @@ type ShortcutMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutVariableSpecs struct {
-	PairStateType *ebpf.VariableSpec `ebpf:"pair_state_type"`
+	MisfitReasonType *ebpf.VariableSpec `ebpf:"misfit_reason_type"`
+	PairStateType    *ebpf.VariableSpec `ebpf:"pair_state_type"`
 }
 
 // ShortcutObjects contains all objects after they have been loaded into the kernel.
@@ -313,6 +351,7 @@ type ShortcutMaps struct {
 	Handshakes *ebpf.Map `ebpf:"handshakes"`
 	Hints      *ebpf.Map `ebpf:"hints"`
 	Members    *ebpf.Map `ebpf:"members"`
+	Misfits    *ebpf.Map `ebpf:"misfits"`
 	Outcomes   *ebpf.Map `ebpf:"outcomes"`
 	Pairs      *ebpf.Map `ebpf:"pairs"`
 	Pods       *ebpf.Map `ebpf:"pods"`
@@ -326,6 +365,7 @@ func (m *ShortcutMaps) Close() error {
 		m.Handshakes,
 		m.Hints,
 		m.Members,
+		m.Misfits,
 		m.Outcomes,
 		m.Pairs,
 		m.Pods,
@@ -338,7 +378,8 @@ func (m *ShortcutMaps) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutVariables struct {
-	PairStateType *ebpf.Variable `ebpf:"pair_state_type"`
+	MisfitReasonType *ebpf.Variable `ebpf:"misfit_reason_type"`
+	PairStateType    *ebpf.Variable `ebpf:"pair_state_type"`
 }
 
 // ShortcutPrograms contains all programs after they have been loaded into the kernel.

@@ -18,6 +18,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -61,6 +62,12 @@ type Config struct {
 	Sleepers bool
 	// Observer is one of the constants above.
 	Observer string
+	// Guards are the names of those that are attached while a pod takes part. A
+	// guard that the kernel refuses makes Enrol fail.
+	Guards []string
+	// NoMPTCPListeners keeps sockets out that an MPTCP listener has accepted. Open
+	// sets it where the kernel would be harmed by them.
+	NoMPTCPListeners bool
 }
 
 // DefaultConfig returns what the agent runs with unless told otherwise.
@@ -83,6 +90,11 @@ func (c Config) Validate() error {
 	case ObserverAuto, ObserverFexit, ObserverTracepoint:
 	default:
 		return fmt.Errorf("observer %q: accepted are %q, %q and %q", c.Observer, ObserverAuto, ObserverFexit, ObserverTracepoint)
+	}
+	for _, name := range c.Guards {
+		if names := GuardNames(); !slices.Contains(names, name) {
+			return fmt.Errorf("guard %q: accepted are %s", name, strings.Join(names, ", "))
+		}
 	}
 	if !filepath.IsAbs(c.PinDir) {
 		return fmt.Errorf("pin directory %q: accepted is an absolute path in a bpffs such as %s", c.PinDir, api.PinDir)
@@ -108,6 +120,7 @@ type Datapath struct {
 
 	mu       sync.Mutex          // guards what follows, and writes to the policy map
 	policy   map[podPair][]entry // what the policy map has, once it was read
+	guards   map[string]*guard   // attached, by name
 	unloaded bool
 }
 
@@ -144,7 +157,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, fmt.Errorf("remove unfinished pins: %w", err)
 	}
 
-	d := &Datapath{cfg: cfg, log: log}
+	d := &Datapath{cfg: cfg, log: log, guards: map[string]*guard{}}
 	if _, err := os.Stat(cfg.PinDir); err == nil {
 		if err := d.takeOver(); err != nil {
 			return nil, errors.Join(fmt.Errorf("take over the pins in %s: %w", cfg.PinDir, err), d.Close())
@@ -226,6 +239,9 @@ func (d *Datapath) takeOver() error {
 		}
 	}
 	if err := d.load(spec, pinned, d.cfg.PinDir); err != nil {
+		return err
+	}
+	if err := errors.Join(d.dropGuards(), d.updateGuards()); err != nil {
 		return err
 	}
 	return d.attach(d.cfg.PinDir)
@@ -314,25 +330,18 @@ func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
 // load loads the maps and programs, with the first observer that the kernel
 // takes, and attaches that observer.
 func (d *Datapath) load(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, dir string) error {
-	programs := map[string]string{ObserverFexit: bpf.ShortcutProgObserveFexit, ObserverTracepoint: bpf.ShortcutProgObserveTracepoint}
 	candidates := []string{ObserverFexit, ObserverTracepoint}
 	if d.cfg.Observer != ObserverAuto {
 		candidates = []string{d.cfg.Observer}
 	}
 	var errs []error
 	for _, observer := range candidates {
-		one := spec.Copy()
-		for name, program := range programs {
-			if name != observer {
-				delete(one.Programs, program)
-			}
-		}
-		objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned})
+		objects, err := loadWith(observer, spec, pinned)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("load with observer %s: %w", observer, err))
+			errs = append(errs, err)
 			continue
 		}
-		if err := d.attachObserver(dir, observer, objects.Programs[programs[observer]]); err != nil {
+		if err := d.attachObserver(dir, observer, objects.Programs[observerPrograms()[observer]]); err != nil {
 			objects.Close()
 			errs = append(errs, err)
 			continue
@@ -343,16 +352,33 @@ func (d *Datapath) load(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, 
 	return errors.Join(errs...)
 }
 
+func observerPrograms() map[string]string {
+	return map[string]string{ObserverFexit: bpf.ShortcutProgObserveFexit, ObserverTracepoint: bpf.ShortcutProgObserveTracepoint}
+}
+
+// loadWith loads everything with one observer.
+func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	one := spec.Copy()
+	for name, program := range observerPrograms() {
+		if name != observer {
+			delete(one.Programs, program)
+		}
+	}
+	objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned})
+	if err != nil {
+		return nil, fmt.Errorf("load with observer %s: %w", observer, err)
+	}
+	return objects, nil
+}
+
 // attach sets the controls and attaches the rest. Pairing comes last, so that
 // no connection is paired before its messages are judged and its reads seen.
 func (d *Datapath) attach(dir string) error {
 	if err := d.setControl(func(s *bpf.ShortcutSettings) {
 		s.Redirect = 1
 		s.Budget = uint64(d.cfg.Budget)
-		s.Sleepers = 0
-		if d.cfg.Sleepers {
-			s.Sleepers = 1
-		}
+		s.Sleepers = number(d.cfg.Sleepers)
+		s.NoMptcpListeners = number(d.cfg.NoMPTCPListeners || mptcpUnsafe())
 	}); err != nil {
 		return err
 	}
@@ -360,6 +386,13 @@ func (d *Datapath) attach(dir string) error {
 		return err
 	}
 	return d.attachTrack(dir)
+}
+
+func number(yes bool) uint32 {
+	if yes {
+		return 1
+	}
+	return 0
 }
 
 func (d *Datapath) setControl(change func(*bpf.ShortcutSettings)) error {
@@ -383,6 +416,10 @@ func (d *Datapath) Close() error {
 		errs = append(errs, l.Close())
 	}
 	d.links = nil
+	for _, g := range d.guards {
+		errs = append(errs, g.close())
+	}
+	clear(d.guards)
 	if d.objects != nil {
 		d.objects.Close()
 		d.objects = nil

@@ -44,6 +44,7 @@ func (d *Datapath) flows() ([]Flow, error) {
 			Server:      address(p.ServerAddr, p.ServerPort),
 			Joined:      p.State&uint64(bpf.ShortcutPairStatePAIR_SERVER_JOINED) != 0,
 			Since:       boot.Add(time.Duration(p.SinceNs)),
+			Misfits:     reasons(p.Misfit),
 			ToServer:    direction(&p, client),
 			ToClient:    direction(&p, server),
 		})
@@ -65,6 +66,7 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 		Verdict:       Verdict(s.Verdict),
 		PolicyReason:  s.PolicyReason,
 		ReadFlags:     r.UnservedFlags,
+		Unserved:      r.State&bpf.ShortcutReadStateREAD_UNSERVED != 0,
 		ShortcutBytes: s.ShortcutBytes,
 		TCPBytes:      s.TcpBytes,
 		Switches:      s.Switches,
@@ -119,7 +121,7 @@ func (d *Datapath) Maps() ([]api.MapUsage, error) {
 	var usage []api.MapUsage
 	for _, name := range []string{
 		bpf.ShortcutMapPods, bpf.ShortcutMapPolicies, bpf.ShortcutMapPairs,
-		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes,
+		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapMisfits,
 	} {
 		m := d.objects.Maps[name]
 		n, err := size(m)
@@ -131,7 +133,9 @@ func (d *Datapath) Maps() ([]api.MapUsage, error) {
 	return usage, nil
 }
 
-// Sweep deletes what handshakes older than age have left that never ended.
+// Sweep deletes what handshakes older than age have left that never ended, and
+// what is remembered of pods that do not take part any more. Guards go when the
+// last flow has ended.
 func (d *Datapath) Sweep(age time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -142,6 +146,8 @@ func (d *Datapath) Sweep(age time.Duration) error {
 	return errors.Join(
 		sweep(d.objects.Maps[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
 		sweep(d.objects.Maps[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
+		d.forgetReleased(),
+		d.updateGuards(),
 	)
 }
 

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"github.com/containernetworking/plugins/pkg/ns"
@@ -17,46 +19,155 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/bpf"
 )
 
-// HazardSleepingRecv names the hazard that Config.Sleepers is about.
-const HazardSleepingRecv = "sleeping-recv"
+// Names of hazards that other settings are about.
+const (
+	HazardSleepingRecv  = "sleeping-recv"
+	HazardMPTCPListener = "mptcp-listener"
+	hazardNoTrampolines = "no-trampolines"
+)
 
 // probeTimeout limits every socket call of a probe.
 const probeTimeout = 250 * time.Millisecond
 
+// hazard is a way in which a socket of a sockmap may be served differently from
+// a plain one.
+type hazard struct {
+	name   string
+	fatal  bool
+	absent string // what was observed if it is not there
+	// consequence is who notices it; action what podshunt does, and guarded what
+	// it does with the guard.
+	consequence, action string
+	guard, guarded      string
+	probe               func() (found string, err error)
+}
+
+func hazards() []hazard {
+	const asksFirst = "programs that ask how much there is before they read stall (nginx, Java NIO, .NET)"
+	const eachMessage = "each message is checked: it goes by TCP, and later connections to the port are not paired"
+	return []hazard{
+		{
+			name: hazardNoTrampolines, probe: probeTrampolines,
+			absent:      "fentry, fexit and fmod_ret programs are allowed",
+			consequence: "no guard can run",
+			action:      "reads are seen by a tracepoint instead",
+		},
+		{
+			name: "fionread-tcp", fatal: true, probe: func() (string, error) { return probeFIONREAD(false) },
+			absent:      "FIONREAD counts the TCP bytes of a socket in a sockmap",
+			consequence: asksFirst,
+			action:      "nothing: it is there as soon as a connection is paired",
+		},
+		{
+			name: "fionread-redirected", fatal: true, probe: func() (string, error) { return probeFIONREAD(true) },
+			absent:      "FIONREAD counts redirected bytes",
+			consequence: asksFirst,
+			action:      "nothing",
+			guard:       GuardFIONREAD,
+			guarded:     "a receiver that uses it stays on TCP, and later connections to the port are not paired",
+		},
+		{
+			name: "splice", fatal: true, probe: probeSplice,
+			absent:      "splice takes redirected bytes",
+			consequence: "io.Copy between two TCP connections in Go, and haproxy with splicing, stall or cut the stream short",
+			action:      "a receiver that never uses recv stays on TCP",
+			guard:       GuardSplice,
+			guarded:     "splice fails with EINVAL, so that programs read and write; later connections to the port are not paired",
+		},
+		{
+			name: "ktls", probe: func() (string, error) {
+				return "not measured, as kernels have crashed on it: bytes that were redirected before kTLS is set up are taken for decrypted ones", nil
+			},
+			consequence: "programs that set up kTLS on a connection that has begun",
+			action:      eachMessage,
+			guard:       GuardULP,
+			guarded:     "TCP_ULP fails with ENOENT, so that programs encrypt themselves; later connections to the port are not paired",
+		},
+		{
+			name: "waitall", probe: probeWaitall,
+			absent:      "recv with MSG_WAITALL waits for all redirected bytes",
+			consequence: "programs that read records of known length by one recv",
+			action:      "the first such recv may return early; then the receiver stays on TCP, and later connections to the port are not paired",
+			guard:       GuardFlags,
+			guarded:     "from its beginning on the receiver stays on TCP, and later connections to the port are not paired",
+		},
+		{
+			name: HazardSleepingRecv, probe: probeSleepingRecv,
+			absent:      "a recv that sleeps reports a reset as such",
+			consequence: "programs with sockets in blocking mode: a signal or a reset gives EAGAIN",
+			action:      "sockets in blocking mode are kept out, unless hazards are accepted",
+		},
+		{
+			name: "oob", probe: probeOOB,
+			absent:      "MSG_OOB is served",
+			consequence: "telnet, rlogin, FTP's ABOR: the urgent byte comes in line",
+			action:      "nothing before a recv with MSG_OOB is seen; then the receiver stays on TCP, and later connections to the port are not paired",
+			guard:       GuardFlags,
+			guarded:     "the urgent byte goes by TCP, as all that follows, and later connections to the port are not paired",
+		},
+		{
+			name: "rcvlowat", probe: probeLowat,
+			absent:      "SO_RCVLOWAT is kept to",
+			consequence: "programs that set it are woken early",
+			action:      eachMessage,
+		},
+		{
+			name: "zerocopy", probe: probeZerocopy,
+			absent:      "completions of MSG_ZEROCOPY arrive",
+			consequence: "programs that send with MSG_ZEROCOPY wait for ever",
+			action:      eachMessage,
+		},
+		{
+			name: "unread-close", probe: probeUnreadClose,
+			absent:      "a close with redirected bytes unread resets the connection",
+			consequence: "programs that tell an aborted answer by ECONNRESET alone see the end of the stream",
+			action:      "nothing",
+		},
+		{
+			name: HazardMPTCPListener, probe: probeMPTCPListener,
+			absent:      "this kernel's version knows sockets of a sockmap that an MPTCP listener accepts",
+			consequence: "servers in Go 1.24 or later, and others that listen with MPTCP: the kernel crashes",
+			action:      "sockets that an MPTCP listener accepts are kept out, and later connections to the port are not paired",
+		},
+	}
+}
+
 // Hazards measures how this kernel serves sockets of a sockmap where it is
 // known to differ from plain TCP on some kernels: on real connections over the
-// loopback of a private network namespace, in well under a second. Nothing of
-// the node is touched.
-func Hazards() []api.Hazard {
+// loopback of private network namespaces, in a few seconds. Nothing of the node
+// is touched. Where a hazard is found and a guard against it is among guards, it
+// is tried as well: it counts only if it works here.
+func Hazards(guards []string) []api.Hazard {
 	_ = rlimit.RemoveMemlock() // where it matters and fails, the probes do and say why
-	hazards := []api.Hazard{
-		{Name: "no-trampolines", Detail: "fentry and fexit programs are allowed"},
-		{Name: "fionread-tcp", Fatal: true, Detail: "FIONREAD counts the TCP bytes of a socket in a sockmap"},
-		{Name: "fionread-redirected", Fatal: true, Detail: "FIONREAD counts redirected bytes"},
-		{Name: "splice", Fatal: true, Detail: "splice takes redirected bytes"},
-		{Name: "waitall", Detail: "recv with MSG_WAITALL waits for all redirected bytes"},
-		{Name: HazardSleepingRecv, Detail: "a recv that sleeps reports a reset as such"},
+	var measured []api.Hazard
+	proofs := map[string]error{}
+	cache := btf.NewCache()
+	for _, name := range guards {
+		proofs[name] = proveGuard(name, cache)
 	}
-	probes := []func() (found string, err error){
-		probeTrampolines,
-		func() (string, error) { return probeFIONREAD(false) },
-		func() (string, error) { return probeFIONREAD(true) },
-		probeSplice,
-		probeWaitall,
-		probeSleepingRecv,
-	}
-	for i, probe := range probes {
-		found, err := probe()
+	for _, h := range hazards() {
+		m := api.Hazard{Name: h.name, Detail: h.absent, Consequence: h.consequence, Action: h.action}
+		found, err := h.probe()
 		switch {
 		case err != nil: // what cannot be tested cannot be trusted
-			hazards[i].Present, hazards[i].Detail = true, fmt.Sprintf("not tested: %v", err)
+			m.Present, m.Detail = true, fmt.Sprintf("not tested: %v", err)
 		case found != "":
-			hazards[i].Present, hazards[i].Detail = true, found
+			m.Present, m.Detail = true, found
 		}
+		if err, wanted := proofs[h.guard]; m.Present && wanted {
+			if err == nil {
+				m.Guard, m.Action = h.guard, h.guarded
+			} else {
+				m.Action += fmt.Sprintf("; its guard does not work: %v", err)
+			}
+		}
+		m.Fatal = h.fatal && m.Guard == ""
+		measured = append(measured, m)
 	}
-	return hazards
+	return measured
 }
 
 func probeTrampolines() (string, error) {
@@ -71,11 +182,16 @@ func probeTrampolines() (string, error) {
 			return "", l.Close()
 		}
 	}
-	var errno unix.Errno // without the library's guess at the cause
+	return fmt.Sprintf("fentry, fexit and fmod_ret programs are refused: %v", withoutGuess(err)), nil
+}
+
+// withoutGuess drops the BPF library's guess at the cause of an error.
+func withoutGuess(err error) error {
+	var errno unix.Errno
 	if errors.As(err, &errno) {
-		err = errno
+		return errno
 	}
-	return fmt.Sprintf("fentry and fexit programs are refused, so that splice cannot be guarded: %v", err), nil
+	return err
 }
 
 func probeFIONREAD(redirect bool) (string, error) {
@@ -99,7 +215,7 @@ func probeFIONREAD(redirect bool) (string, error) {
 	if redirect {
 		kind = "redirected"
 	}
-	return fmt.Sprintf("FIONREAD says %d for %d %s bytes: programs that ask before they read stall (nginx, Java NIO, .NET)", got, bytes, kind), nil
+	return fmt.Sprintf("FIONREAD says %d for %d %s bytes", got, bytes, kind), nil
 }
 
 func probeSplice() (found string, err error) {
@@ -118,7 +234,7 @@ func probeSplice() (found string, err error) {
 		}
 		n, err := unix.Splice(receiver, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK)
 		if n != 5 {
-			found = fmt.Sprintf("splice of 5 redirected bytes gives %d (%v), and this build has no guard: breaks io.Copy between two TCP connections in Go, and haproxy", n, err)
+			found = fmt.Sprintf("splice of 5 redirected bytes gives %d (%v)", n, err)
 		}
 		return nil
 	})
@@ -144,7 +260,7 @@ func probeWaitall() (found string, err error) {
 			return err
 		}
 		if n != 2*len(half) {
-			found = fmt.Sprintf("recv with MSG_WAITALL of 100 bytes that come in two halves returns %d; a receiver that was seen to use it stays on TCP", n)
+			found = fmt.Sprintf("recv with MSG_WAITALL of 100 bytes that come in two halves returns %d", n)
 		}
 		return nil
 	})
@@ -160,18 +276,106 @@ func probeSleepingRecv() (found string, err error) {
 			time.Sleep(probeTimeout / 10)
 			reset <- errors.Join(
 				unix.SetsockoptLinger(sender, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
-				unix.Dup3(int(os.Stderr.Fd()), sender, unix.O_CLOEXEC)) // closes the socket, keeps the number
+				closeSocket(sender))
 		}()
 		_, _, err := unix.Recvfrom(receiver, make([]byte, 1), 0)
 		if resetErr := <-reset; resetErr != nil {
 			return resetErr
 		}
 		if !errors.Is(err, unix.ECONNRESET) {
-			found = fmt.Sprintf("a recv that sleeps returns %v when the connection is reset, and after a signal: sockets in blocking mode stay on TCP unless that is accepted", err)
+			found = fmt.Sprintf("a recv that sleeps returns %v when the connection is reset", err)
 		}
 		return nil
 	})
 	return found, err
+}
+
+// closeSocket closes a socket and keeps its number, which withPair closes.
+func closeSocket(fd int) error { return unix.Dup3(int(os.Stderr.Fd()), fd, unix.O_CLOEXEC) }
+
+func probeOOB() (found string, err error) {
+	err = withPair(true, func(sender, receiver int) error {
+		if err := errors.Join(unix.Sendto(sender, []byte("ab"), 0, nil), unix.Sendto(sender, []byte("c"), unix.MSG_OOB, nil)); err != nil {
+			return err
+		}
+		if err := waitReadable(receiver); err != nil {
+			return err
+		}
+		got := make([]byte, 3)
+		n, _, err := unix.Recvfrom(receiver, got, unix.MSG_OOB)
+		if n != 1 || got[0] != 'c' {
+			found = fmt.Sprintf("recv with MSG_OOB gives %q (%v) where the urgent byte is \"c\"", got[:max(n, 0)], err)
+		}
+		return nil
+	})
+	return found, err
+}
+
+func probeLowat() (found string, err error) {
+	const lowat = 10
+	err = withPair(true, func(sender, receiver int) error {
+		if err := unix.SetsockoptInt(receiver, unix.SOL_SOCKET, unix.SO_RCVLOWAT, lowat); err != nil {
+			return err
+		}
+		if _, err := unix.Write(sender, make([]byte, lowat/2)); err != nil {
+			return err
+		}
+		if waitReadable(receiver) == nil {
+			found = fmt.Sprintf("a socket with SO_RCVLOWAT of %d is readable after %d bytes", lowat, lowat/2)
+		}
+		return nil
+	})
+	return found, err
+}
+
+func probeZerocopy() (found string, err error) {
+	err = withPair(true, func(sender, receiver int) error {
+		if err := unix.SetsockoptInt(sender, unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1); err != nil {
+			return err
+		}
+		message := make([]byte, 4096)
+		if err := unix.Sendto(sender, message, unix.MSG_ZEROCOPY, nil); err != nil {
+			return err
+		}
+		if _, err := unix.Read(receiver, message); err != nil {
+			return err
+		}
+		// POLLERR needs no asking for.
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(sender)}}, int(probeTimeout.Milliseconds()))
+		if err == nil && n == 0 {
+			found = "no completion arrives for a message with MSG_ZEROCOPY"
+		}
+		return err
+	})
+	return found, err
+}
+
+func probeUnreadClose() (found string, err error) {
+	err = withPair(true, func(sender, receiver int) error {
+		if _, err := unix.Write(sender, make([]byte, 5)); err != nil {
+			return err
+		}
+		if err := waitReadable(receiver); err != nil {
+			return err
+		}
+		if err := closeSocket(receiver); err != nil {
+			return err
+		}
+		n, err := unix.Read(sender, make([]byte, 1))
+		if !errors.Is(err, unix.ECONNRESET) {
+			found = fmt.Sprintf("read gives %d (%v) after the other end was closed with redirected bytes unread", n, err)
+		}
+		return nil
+	})
+	return found, err
+}
+
+func probeMPTCPListener() (string, error) {
+	v, err := runningVersion()
+	if err != nil || !v.mptcpUnsafe() {
+		return "", err
+	}
+	return fmt.Sprintf("not measured, as it would crash the kernel: %d.%d.%d is a version without the correction of CVE-2025-68227", v.major, v.minor, v.patch), nil
 }
 
 func waitReadable(fd int) error {
@@ -199,6 +403,11 @@ func withPair(redirect bool, f func(sender, receiver int) error) error {
 		if err := netlink.LinkSetUp(lo); err != nil {
 			return fmt.Errorf("bring up lo: %w", err)
 		}
+		unblock, err := blockPreemption()
+		if err != nil {
+			return err
+		}
+		defer unblock()
 		sender, receiver, err := tcpPair()
 		if err != nil {
 			return fmt.Errorf("connect over loopback: %w", err)
@@ -212,6 +421,17 @@ func withPair(redirect bool, f func(sender, receiver int) error) error {
 		defer sockets.Close()
 		return f(sender, receiver)
 	})
+}
+
+// blockPreemption keeps the runtime's signal from this thread, where it would
+// end calls with EINTR, until the function that it returns is called.
+func blockPreemption() (unblock func(), err error) {
+	var set, old unix.Sigset_t
+	set.Val[0] = 1 << (unix.SIGURG - 1)
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &set, &old); err != nil {
+		return nil, fmt.Errorf("block signals: %w", err)
+	}
+	return func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }, nil
 }
 
 // probeMap puts both ends into a sockmap, the receiver under key 0.
@@ -298,4 +518,106 @@ func setTimeouts(fd int) error {
 	return errors.Join(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout))
+}
+
+// proveGuard attaches a guard to a connection of its own and tells why it does
+// not do what it is for.
+func proveGuard(name string, cache *btf.Cache) error {
+	proofs := map[string]func(sender, receiver int, pair func() (bpf.ShortcutPair, error)) error{
+		GuardSplice: proveSplice, GuardULP: proveULP, GuardFIONREAD: proveFIONREAD, GuardFlags: proveFlags,
+	}
+	// A sender without a program on its sockmap sends as a plain socket does.
+	return withPair(true, func(sender, receiver int) error {
+		spec, err := bpf.LoadShortcut()
+		if err != nil {
+			return err
+		}
+		clear(spec.Programs)
+		for _, m := range spec.Maps {
+			m.MaxEntries = min(m.MaxEntries, 2*uint32(runtime.NumCPU()))
+		}
+		objects, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Cache: cache})
+		if err != nil {
+			return fmt.Errorf("make maps: %w", err)
+		}
+		defer objects.Close()
+		const id = uint64(1)
+		pairs := objects.Maps[bpf.ShortcutMapPairs]
+		if err := pairs.Put(id, bpf.ShortcutPair{State: id << bpf.ShortcutPairStatePAIR_STATE_BITS}); err != nil {
+			return fmt.Errorf("make a pair: %w", err)
+		}
+		for side, fd := range []int{client: sender, server: receiver} {
+			if err := objects.Maps[bpf.ShortcutMapMembers].Put(int32(fd), bpf.ShortcutMember{Pair: id, Side: uint32(side)}); err != nil {
+				return fmt.Errorf("make a member: %w", err)
+			}
+		}
+		g, err := attachGuard(name, objects.Maps, "", cache)
+		if err != nil {
+			return withoutGuess(err)
+		}
+		defer g.close()
+		return proofs[name](sender, receiver, func() (pair bpf.ShortcutPair, err error) {
+			return pair, pairs.Lookup(id, &pair)
+		})
+	})
+}
+
+func proveSplice(sender, receiver int, _ func() (bpf.ShortcutPair, error)) error {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return err
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	if _, err := unix.Write(sender, make([]byte, 5)); err != nil {
+		return err
+	}
+	if n, err := unix.Splice(receiver, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK); !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("splice gives %d (%v), want EINVAL", n, err)
+	}
+	if n, err := unix.Read(receiver, make([]byte, 5)); n != 5 {
+		return fmt.Errorf("read after a splice gives %d (%v), want 5", n, err)
+	}
+	return nil
+}
+
+func proveULP(sender, _ int, pair func() (bpf.ShortcutPair, error)) error {
+	if err := unix.SetsockoptString(sender, unix.SOL_TCP, unix.TCP_ULP, "tls"); !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("TCP_ULP gives %v, want ENOENT", err)
+	}
+	// So it does without a guard where there is no kTLS.
+	noted, err := pair()
+	if err == nil && noted.Misfit != uint32(bpf.ShortcutMisfitReasonMISFIT_ULP) {
+		err = errors.New("TCP_ULP is not seen")
+	}
+	return err
+}
+
+func proveFIONREAD(_, receiver int, pair func() (bpf.ShortcutPair, error)) error {
+	if _, err := unix.IoctlGetInt(receiver, unix.TIOCINQ); err != nil {
+		return err
+	}
+	return wantMisfit(pair, bpf.ShortcutMisfitReasonMISFIT_FIONREAD)
+}
+
+func proveFlags(sender, receiver int, pair func() (bpf.ShortcutPair, error)) error {
+	if _, _, err := unix.Recvfrom(receiver, make([]byte, 1), unix.MSG_WAITALL|unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
+		return fmt.Errorf("recv of nothing gives %v, want EAGAIN", err)
+	}
+	if err := unix.Sendto(sender, []byte("x"), unix.MSG_OOB, nil); err != nil {
+		return err
+	}
+	return wantMisfit(pair, bpf.ShortcutMisfitReasonMISFIT_WAITALL|bpf.ShortcutMisfitReasonMISFIT_OOB)
+}
+
+// wantMisfit tells why the direction to the receiver is not on TCP for just these reasons.
+func wantMisfit(get func() (bpf.ShortcutPair, error), want bpf.ShortcutMisfitReason) error {
+	pair, err := get()
+	if err != nil {
+		return fmt.Errorf("read the pair: %w", err)
+	}
+	if pair.Misfit != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSERVED == 0 {
+		return fmt.Errorf("the call is not seen: noted are %v", reasons(pair.Misfit))
+	}
+	return nil
 }

@@ -27,7 +27,7 @@ import (
 // Texts of datapath.Direction.Reason.
 const (
 	reasonNotAllowed = "not allowed"
-	reasonUnserved   = "the receiver reads in a way that is not served"
+	reasonUnserved   = "a call was used that the shortcut does not serve"
 	reasonLowat      = "the receiver has set SO_RCVLOWAT"
 )
 
@@ -659,7 +659,7 @@ func TestWaitall(t *testing.T) {
 	}
 	n.mustCount(t, nil, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_unserved": 10})
 	got := n.mustFlow(t).ToServer
-	want := datapath.Direction{Verdict: datapath.Allow, Reason: reasonUnserved, ReadFlags: unix.MSG_WAITALL, TCPBytes: 600}
+	want := datapath.Direction{Verdict: datapath.Allow, Reason: reasonUnserved, ReadFlags: unix.MSG_WAITALL, Unserved: true, TCPBytes: 600}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("direction (-want +got):\n%s", diff)
 	}

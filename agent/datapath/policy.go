@@ -33,6 +33,9 @@ func (d *Datapath) Enrol(netns string) (uint64, error) {
 	if err := d.objects.Maps[bpf.ShortcutMapPods].Put(cookie, uint32(1)); err != nil {
 		return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err, "pods"))
 	}
+	if err := d.updateGuards(); err != nil {
+		return 0, errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
+	}
 	return cookie, nil
 }
 
@@ -47,7 +50,7 @@ func (d *Datapath) Release(cookie uint64) error {
 	if err := d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("release netns cookie %d: %w", cookie, err)
 	}
-	return nil
+	return d.updateGuards()
 }
 
 // Enrolled returns the cookies of the pods that take part.

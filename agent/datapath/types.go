@@ -54,6 +54,8 @@ type Flow struct {
 	// Joined tells whether the server's socket has joined.
 	Joined bool
 	Since  time.Time
+	// Misfits is what either end used that the shortcut does not serve.
+	Misfits []string
 	// ToServer and ToClient are the two directions.
 	ToServer, ToClient Direction
 }
@@ -70,6 +72,8 @@ type Direction struct {
 	// ReadFlags are the recv flags of the receiver that this kernel does not
 	// serve on redirected data (MSG_WAITALL and others); 0 if it used none.
 	ReadFlags uint32
+	// Unserved is true once the direction is on TCP for good.
+	Unserved bool
 	// ShortcutBytes and TCPBytes count what the sender wrote. While a direction
 	// rests on TCP, the end of its last write may be missing: after a write that
 	// TCP could not take whole, the kernel passes the rest on without asking again

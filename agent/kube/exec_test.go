@@ -77,6 +77,10 @@ func mustServeExec(t testing.TB, pods ...corev1.Pod) string {
 		if err := conn.WriteMessage(websocket.BinaryMessage, append([]byte{channelError}, end...)); err != nil {
 			t.Error(err)
 		}
+		normal := websocket.FormatCloseMessage(websocket.CloseNormalClosure, "")
+		if err := conn.WriteMessage(websocket.CloseMessage, normal); err != nil {
+			t.Error(err)
+		}
 	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)

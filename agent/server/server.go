@@ -6,6 +6,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/podshunt/podshunt/api"
@@ -40,6 +42,7 @@ type Attachments interface {
 type Node interface {
 	Status() (api.Status, error)
 	Flows(context.Context) ([]api.Flow, error)
+	Forget(api.ForgetRequest) (api.ForgetResult, error)
 	// Unload returns when nothing is left, or when ctx ends.
 	Unload(context.Context) (api.UnloadResult, error)
 	// Uninstall does so after it has taken the plugin out of the CNI configuration.
@@ -141,6 +144,17 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 	mux.HandleFunc("GET "+api.PathFlows, func(w http.ResponseWriter, r *http.Request) {
 		flows, err := node.Flows(r.Context())
 		answer(w, log, flows, err)
+	})
+	mux.HandleFunc("POST "+api.PathForget, func(w http.ResponseWriter, r *http.Request) {
+		query := r.URL.Query()
+		port, err := strconv.ParseUint(cmp.Or(query.Get("port"), "0"), 10, 16)
+		if err != nil {
+			refuse(w, http.StatusBadRequest, errors.New("query parameter port: accepted are 0 (all) to 65535"))
+			return
+		}
+		result, err := node.Forget(api.ForgetRequest{Pod: query.Get("pod"), Port: uint16(port)})
+		log.Info("forget", "pod", query.Get("pod"), "port", port, "forgotten", result.Forgotten)
+		answer(w, log, result, err)
 	})
 	remove := func(what string, do func(context.Context) (api.UnloadResult, error)) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {

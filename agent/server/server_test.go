@@ -46,6 +46,11 @@ func (f *fake) Status() (api.Status, error) { return api.Status{Version: "v1"}, 
 
 func (f *fake) Flows(context.Context) ([]api.Flow, error) { return []api.Flow{}, f.err }
 
+func (f *fake) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
+	f.calls = append(f.calls, fmt.Sprint("forget ", req))
+	return api.ForgetResult{Forgotten: 2}, f.err
+}
+
 func (f *fake) Unload(ctx context.Context) (api.UnloadResult, error) {
 	deadline, _ := ctx.Deadline()
 	f.calls = append(f.calls, fmt.Sprint("unload ", time.Until(deadline).Round(time.Second)))
@@ -131,6 +136,15 @@ func TestRoutes(t *testing.T) {
 			name: "add without what is required", method: "PUT", path: "/v1/attachments", body: `{"netns":"n"}`,
 			code: 400, answer: `{"error":"request body: network: required\ncontainerID: required\nifName: required\n` +
 				`netns \"n\": accepted is an absolute path"}`,
+		},
+		{
+			name: "forget", method: "POST", path: "/v1/forget?pod=a%2Fb&port=80",
+			code: 200, answer: `{"forgotten":2}`, calls: []string{"forget {a/b 80}"},
+		},
+		{name: "forget all", method: "POST", path: "/v1/forget", code: 200, answer: `{"forgotten":2}`, calls: []string{"forget { 0}"}},
+		{
+			name: "forget no port", method: "POST", path: "/v1/forget?port=x",
+			code: 400, answer: `{"error":"query parameter port: accepted are 0 (all) to 65535"}`,
 		},
 		{
 			name: "unknown key", method: "PUT", path: "/v1/attachments", body: `{"name":"x"}`,

@@ -1,50 +1,86 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Fetches the newest Debian cloud kernel of a series that apt knows (6.1, 6.12)
-# and makes .cache/kernels/SERIES/{vmlinuz,base.cpio} of it: busybox, the modules
-# that the tests need, and an init that runs one test binary. Nothing is installed
-# but the tools.
+# Fetches the newest Debian cloud kernel of a series (5.10, 6.1, 6.12, 7.3) and
+# makes .cache/kernels/SERIES/{vmlinuz,base.cpio} of it: busybox, the modules that
+# the tests need, and an init that runs one test binary. apt gets sources, lists
+# and state of its own in .cache/apt; nothing is installed but the tools. Ends
+# with 3 if no suite has such a kernel.
 set -euo pipefail
 
 series=${1:?usage: fetch.sh SERIES, such as 6.1}
+mirror=${DEBIAN_MIRROR:-http://deb.debian.org}
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 out=$top/.cache/kernels/$series
-modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag"
+apt=$top/.cache/apt
+modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls"
 
-[ -f "$out/base.cpio" ] && exit 0
+# What this file makes is made anew when it changes.
+[ "$out/base.cpio" -nt "$0" ] && exit 0
 for tool in qemu-system-x86_64 busybox depmod cpio xz; do
 	command -v "$tool" >/dev/null && continue
 	apt-get update -q
 	apt-get install -qy --no-install-recommends qemu-system-x86 busybox-static kmod cpio xz-utils
 	break
 done
+
+mkdir -p "$apt"/{lists/partial,cache/archives/partial}
+: >"$apt/status"
+# The small suites: 5.10 is in the first, 6.1 and 6.12 in the second, all later ones in the third.
+cat >"$apt/sources" <<SOURCES
+deb $mirror/debian-security bullseye-security main
+deb $mirror/debian-security bookworm-security main
+deb $mirror/debian trixie-backports main
+SOURCES
+cat >"$apt/conf" <<CONF
+Dir::State "$apt";
+Dir::State::status "$apt/status";
+Dir::Cache "$apt/cache";
+Dir::Etc::sourcelist "$apt/sources";
+Dir::Etc::sourceparts "-";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
+Acquire::IndexTargets::deb::DEP-11-icons-small::DefaultEnabled "false";
+Acquire::IndexTargets::deb::DEP-11-icons::DefaultEnabled "false";
+CONF
+export APT_CONFIG=$apt/conf
 newest() {
 	apt-cache search --names-only "^linux-image-$series\\.[0-9]+.*-cloud-amd64\$" | cut -d' ' -f1 | sort -V | tail -n 1
 }
-package=$(newest)
-if [ -z "$package" ]; then # perhaps a machine that has no lists yet
-	apt-get update -q
-	package=$(newest)
-fi
-[ -n "$package" ] || { echo "kernels: apt has no cloud kernel of series $series" >&2; exit 3; }
+# A suite that is gone must not hide the others. Lists of an hour ago may name files that are replaced.
+find "$apt/lists" -maxdepth 1 -name '*_InRelease' -mmin -60 | grep -q . || apt-get update -q || true
+image=$(newest)
+[ -n "$image" ] || { echo "kernels: no suite of $mirror has a cloud kernel of series $series" >&2; exit 3; }
+release=${image#linux-image-}
+# From 6.19 on linux-image is empty: its parts have packages of their own.
+packages=$(apt-cache search --names-only "^linux-(base|binary|modules)-${release//+/\\+}\$" | cut -d' ' -f1)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-apt-get download -q -o APT::Sandbox::User=root "$package"
-dpkg-deb -x ./*.deb deb
-release=$(basename deb/lib/modules/*)
-find "deb/lib/modules/$release" -name '*.ko.xz' -exec xz -d {} +
-depmod -b deb "$release"
+# shellcheck disable=SC2086 # a list
+apt-get download -q ${packages:-$image}
+for deb in ./*.deb; do
+	dpkg-deb -x "$deb" deb
+done
+mkdir -p kernel/lib/modules
+for tree in deb/lib/modules deb/usr/lib/modules; do # newer packages use both
+	[ ! -d "$tree" ] || cp -a "$tree/." kernel/lib/modules/
+done
+vmlinuz=deb/boot/vmlinuz-$release
+[ -f "$vmlinuz" ] || vmlinuz=kernel/lib/modules/$release/vmlinuz
+find "kernel/lib/modules/$release" -name '*.ko.xz' -exec xz -d {} +
+depmod -b kernel "$release"
 
 mkdir -p root/{bin,dev,proc,sys,tmp,run,"lib/modules/$release"}
 cp "$(command -v busybox)" root/bin/busybox
-cp "deb/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "root/lib/modules/$release/"
+cp "kernel/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "root/lib/modules/$release/"
 for module in $modules; do
-	modprobe -d deb -S "$release" --show-depends "$module" 2>/dev/null | awk '$1 == "insmod" { print $2 }'
+	# A module that this series lacks is missed by the test that needs it.
+	{ modprobe -d kernel -S "$release" --show-depends "$module" 2>/dev/null || true; } | awk '$1 == "insmod" { print $2 }'
 done | sort -u | while read -r file; do
-	install -D "$file" "root/${file##*/deb/}"
+	install -D "$file" "root/lib/modules/${file#*/lib/modules/}"
 done
 depmod -b root "$release"
 cat >root/init <<INIT
@@ -65,6 +101,6 @@ INIT
 chmod +x root/init
 (cd root && find . | cpio -o -H newc --quiet) >base.cpio
 mkdir -p "$out"
-cp "deb/boot/vmlinuz-$release" "$out/vmlinuz"
+cp "$vmlinuz" "$out/vmlinuz"
 mv base.cpio "$out/base.cpio"
 echo "kernels: $series is $release"

@@ -4,7 +4,7 @@
 # Runs a static test binary under a kernel that fetch.sh has fetched, in QEMU
 # without KVM: run.sh SERIES BINARY [ARGUMENT]... The CNI plugins of bin/ are in
 # the guest's PODSHUNT_BIN. Ends with the binary's exit status, or 125 if the guest
-# did not come to an end in VM_TIMEOUT seconds (default 600).
+# did not come to an end in VM_TIMEOUT seconds (default 1800).
 set -euo pipefail
 
 series=${1:?usage: run.sh SERIES BINARY [ARGUMENT]...}
@@ -17,13 +17,13 @@ trap 'rm -rf "$work"' EXIT
 
 mkdir -p "$work/root/job/bin"
 cp "$binary" "$work/root/job/test"
-cp "$top"/bin/{bridge,host-local,podshunt} "$work/root/job/bin/"
+cp "$top"/bin/{bridge,host-local,portmap,podshunt,podshunt-agent} "$work/root/job/bin/"
 printf 'export REQUIRE_ROOT=1 PODSHUNT_BIN=/job/bin PATH=/bin HOME=/tmp\nexec ./test %s\n' "${*@Q}" >"$work/root/job/run"
 (cd "$work/root" && find . | cpio -o -H newc --quiet) >"$work/job.cpio"
 cat "$kernel/base.cpio" "$work/job.cpio" >"$work/initrd"
 
 # One thread for both CPUs: with one for each, the kernel's text patching has been seen to race.
-timeout --foreground "${VM_TIMEOUT:-600}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
+timeout --foreground "${VM_TIMEOUT:-1800}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
 	-smp 2 -m 2048 -nographic -no-reboot -nodefaults -display none \
 	-kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 panic=-1 quiet" \
 	-serial "file:$work/console" -serial "file:$work/output" </dev/null || true

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// ErrKernel is returned by CheckKernel for a kernel that lacks what the programs need.
+var ErrKernel = errors.New("Linux 6.1 or later with BTF is needed")
+
+// CheckKernel tells whether this kernel can run the programs: it loads them and
+// attaches nothing. It returns ErrKernel with all that is missing.
+func CheckKernel() error {
+	if err := rlimit.RemoveMemlock(); err != nil { // kernels before 5.11 count maps against it
+		return fmt.Errorf("raise the limit of locked memory: %w", err)
+	}
+	var missing []string
+	lacks := func(what string, err error) {
+		if err != nil {
+			missing = append(missing, what)
+		}
+	}
+	_, err := btf.LoadKernelSpec()
+	lacks("BTF (CONFIG_DEBUG_INFO_BTF)", err)
+	_, err = NetnsCookie("/proc/self/ns/net")
+	lacks("SO_NETNS_COOKIE (Linux 5.14)", err)
+	lacks("netns cookies for sock_ops programs (Linux 5.15)", loadProbe(ebpf.ProgramSpec{
+		Type: ebpf.SockOps, Instructions: asm.Instructions{asm.FnGetNetnsCookie.Call()},
+	}))
+	lacks("sight of what applications read (fexit with bpf_get_func_ret, Linux 5.17; or the tracepoint sock_recv_length, Linux 6.3)",
+		probeObservers())
+	if len(missing) > 0 {
+		return fmt.Errorf("kernel %s lacks %s: %w", release(), strings.Join(missing, ", "), ErrKernel)
+	}
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for observer := range observerPrograms() {
+		objects, err := loadWith(observer, spec, nil)
+		if err == nil {
+			objects.Close()
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return fmt.Errorf("kernel %s refuses the programs: %w", release(), errors.Join(errs...))
+}
+
+// loadProbe loads a program whose only call may be unknown to the kernel.
+func loadProbe(spec ebpf.ProgramSpec) error {
+	spec.License = "GPL"
+	spec.Instructions = append(spec.Instructions, asm.Mov.Imm(asm.R0, 1), asm.Return())
+	prog, err := ebpf.NewProgram(&spec)
+	if err != nil {
+		return err
+	}
+	return prog.Close()
+}
+
+func probeObservers() error {
+	fexit := loadProbe(ebpf.ProgramSpec{
+		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFExit, AttachTo: "tcp_bpf_recvmsg",
+		Instructions: asm.Instructions{
+			asm.StoreImm(asm.RFP, -8, 0, asm.DWord),
+			asm.Mov.Reg(asm.R2, asm.RFP),
+			asm.Add.Imm(asm.R2, -8),
+			asm.FnGetFuncRet.Call(),
+		},
+	})
+	if fexit == nil {
+		return nil
+	}
+	return loadProbe(ebpf.ProgramSpec{Type: ebpf.Tracing, AttachType: ebpf.AttachTraceRawTp, AttachTo: "sock_recv_length"})
+}
+
+func release() string {
+	var uname unix.Utsname
+	if err := unix.Uname(&uname); err != nil {
+		return "of unknown release"
+	}
+	return unix.ByteSliceToString(uname.Release[:])
+}
+
+// kernelVersion is the upstream version that a kernel was built from.
+type kernelVersion struct{ major, minor, patch int }
+
+var upstream = regexp.MustCompile(`^(\d+)\.(\d+)(?:\.(\d+))?`)
+
+// parseKernelVersion reads it from the texts in which distributions say it:
+// /proc/version_signature (Ubuntu: "Ubuntu 6.8.0-40.40-generic 6.8.12"), uname's
+// version (Debian: "#1 SMP ... Debian 6.1.192-2 (date)"), and, where neither does,
+// uname's release. A kernel with fixes of its own counts as what it began from.
+func parseKernelVersion(signature, version, release string) (kernelVersion, error) {
+	text := release
+	if fields := strings.Fields(signature); len(fields) == 3 {
+		text = fields[2]
+	} else if _, after, ok := strings.Cut(version, " Debian "); ok {
+		text = after
+	}
+	match := upstream.FindStringSubmatch(text)
+	if match == nil {
+		return kernelVersion{}, fmt.Errorf("kernel version %q: not understood", text)
+	}
+	var v kernelVersion
+	for i, to := range []*int{&v.major, &v.minor, &v.patch} {
+		*to, _ = strconv.Atoi(match[i+1]) // digits, or nothing
+	}
+	return v, nil
+}
+
+func runningVersion() (kernelVersion, error) {
+	var uname unix.Utsname
+	if err := unix.Uname(&uname); err != nil {
+		return kernelVersion{}, fmt.Errorf("read the kernel's version: %w", err)
+	}
+	signature, _ := os.ReadFile("/proc/version_signature") // Ubuntu has it
+	return parseKernelVersion(string(signature), unix.ByteSliceToString(uname.Version[:]), unix.ByteSliceToString(uname.Release[:]))
+}
+
+// mptcpUnsafe tells whether a kernel of this version takes a plain TCP socket
+// that an MPTCP listener accepts, once it is in a SOCKHASH, for an MPTCP one,
+// and corrupts its memory (CVE-2025-68227, fixed by fbade4bd08ba). It cannot be
+// measured without doing it.
+func (v kernelVersion) mptcpUnsafe() bool {
+	if v.major < 5 || v.major == 5 && v.minor < 7 || v.major > 6 || v.major == 6 && v.minor >= 18 {
+		return false
+	}
+	fixed, ok := map[[2]int]int{{5, 10}: 247, {5, 15}: 197, {6, 1}: 159, {6, 6}: 118, {6, 12}: 60, {6, 17}: 10}[[2]int{v.major, v.minor}]
+	return !ok || v.patch < fixed
+}
+
+// mptcpUnsafe is the same for the running kernel; one whose version is not understood is not trusted.
+func mptcpUnsafe() bool {
+	v, err := runningVersion()
+	return err != nil || v.mptcpUnsafe()
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"io"
+	"net"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/api"
+)
+
+// misfits returns what is remembered, without the times.
+func (n *node) misfits(tb testing.TB) []datapath.Misfit {
+	tb.Helper()
+	misfits, err := n.Misfits()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for i := range misfits {
+		if age := time.Since(misfits[i].Since); age < 0 || age > deadline {
+			tb.Errorf("misfit is %v old", age)
+		}
+		misfits[i].Since = time.Time{}
+	}
+	return misfits
+}
+
+// warmUp makes both directions take the shortcut.
+func (n *node) warmUp(tb testing.TB, c, s net.Conn) {
+	tb.Helper()
+	pingPong(tb, c, s, 5, 100)
+	flow := n.mustFlow(tb)
+	if !flow.ToServer.Shortcut || !flow.ToClient.Shortcut {
+		tb.Fatalf("got %+v, want the shortcut both ways", flow)
+	}
+}
+
+// TestMisfits: what a connection uses that is not served puts its direction on
+// TCP, and later connections to the server port are not paired, until that is
+// forgotten.
+func TestMisfits(t *testing.T) {
+	recv := func(flags int) func(*testing.T, net.Conn, net.Conn) {
+		return func(t *testing.T, c, s net.Conn) {
+			if _, err := c.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			control(t, s.(*net.TCPConn), func(fd int) error {
+				_, _, err := unix.Recvfrom(fd, make([]byte, 1), flags)
+				return err
+			})
+		}
+	}
+	setServer := func(option, value int) func(*testing.T, net.Conn, net.Conn) {
+		return func(t *testing.T, _, s net.Conn) {
+			control(t, s.(*net.TCPConn), func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, value) })
+		}
+	}
+	for _, tc := range []struct {
+		name    string
+		use     func(t *testing.T, c, s net.Conn)
+		reason  string
+		outcome string
+	}{
+		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unserved"},
+		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unserved"},
+		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat"},
+		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "SO_ZEROCOPY", "message_zerocopy"},
+		{"SO_ZEROCOPY of the client", func(t *testing.T, c, _ net.Conn) {
+			setServer(unix.SO_ZEROCOPY, 1)(t, nil, c)
+		}, "SO_ZEROCOPY", "message_zerocopy"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, nil)
+			pods, cookies := n.mustEnrol(t, "client", "server")
+			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			l, address := mustListenOn(t, pods[1])
+			other, otherAddress := mustListenOn(t, pods[1])
+			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+			n.warmUp(t, c, s)
+			before := n.counts(t)
+			tc.use(t, c, s)
+			pingPong(t, c, s, 5, 100)
+			if got := n.since(t, before); got[tc.outcome] < 5 {
+				t.Errorf("got %v, want at least 5 of %s", got, tc.outcome)
+			}
+			want := []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{tc.reason}}}
+			check := func(when string) {
+				t.Helper()
+				if diff := cmp.Diff(want, n.misfits(t)); diff != "" {
+					t.Errorf("misfits %s (-want +got):\n%s", when, diff)
+				}
+			}
+			check("after the use")
+			if got := n.mustFlow(t).Misfits; !slices.Equal(got, want[0].Reasons) {
+				t.Errorf("flow: got misfits %v, want %v", got, want[0].Reasons)
+			}
+
+			// The agent is started again.
+			if err := n.Datapath.Close(); err != nil {
+				t.Fatal(err)
+			}
+			n.mustOpen(t)
+			if err := n.Sweep(time.Hour); err != nil {
+				t.Fatal(err)
+			}
+			check("after a take-over")
+			n.closeAll(t, c, s)
+			pair := func(l net.Listener, want map[string]uint64) {
+				t.Helper()
+				before := n.counts(t)
+				c, s := connect(t, pods[0].Netns, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
+				pingPong(t, c, s, 5, 100)
+				n.mustCount(t, before, want)
+				n.closeAll(t, c, s)
+			}
+			served := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
+			pair(l, map[string]uint64{"connection_misfit": 1})
+			pair(other, served)
+
+			forget := func(netns uint64, port uint16, want int) {
+				t.Helper()
+				got, err := n.Forget(func(n uint64, p uint16) bool { return n == netns && p == port })
+				if err != nil || got != want {
+					t.Errorf("got %d forgotten (%v), want %d", got, err, want)
+				}
+			}
+			forget(cookies[1], otherAddress.Port(), 0)
+			forget(cookies[0], address.Port(), 0)
+			check("after others were forgotten")
+			forget(cookies[1], address.Port(), 1)
+			pair(l, served)
+		})
+	}
+}
+
+// closeAll closes the ends of a connection and waits until its flow is gone.
+func (n *node) closeAll(tb testing.TB, ends ...net.Conn) {
+	tb.Helper()
+	for _, c := range ends {
+		c.Close()
+	}
+	waitUntil(tb, "the flow is gone", func() bool {
+		flows, err := n.Flows()
+		return err == nil && len(flows) == 0
+	})
+}
+
+// TestMisfitsGo: what is remembered of a pod goes when it does not take part any more.
+func TestMisfitsGo(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	recvAll(t, c, int(blocking(t, s).(blockingSocket)), []byte("0123456789"))
+	if err := n.Sweep(time.Hour); err != nil || len(n.misfits(t)) != 1 {
+		t.Fatalf("got misfits %v (%v), want one", n.misfits(t), err)
+	}
+	if err := n.Release(cookies[1]); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Sweep(time.Hour); err != nil || len(n.misfits(t)) != 0 {
+		t.Errorf("got misfits %v (%v), want none", n.misfits(t), err)
+	}
+}
+
+// TestZerocopy: a sender that sets SO_ZEROCOPY in the middle of a flow gets its
+// completions, one for each message.
+func TestZerocopy(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n.warmUp(t, c, s)
+	const messages = 5
+	message := bytes.Repeat([]byte("podshunt"), 4096)
+	control(t, c.(*net.TCPConn), func(fd int) error {
+		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1)
+	})
+	for range messages {
+		control(t, c.(*net.TCPConn), func(fd int) error { return unix.Sendto(fd, message, unix.MSG_ZEROCOPY, nil) })
+		got := make([]byte, len(message))
+		if _, err := io.ReadFull(s, got); err != nil || !bytes.Equal(got, message) {
+			t.Fatalf("bytes differ, or %v", err)
+		}
+	}
+	completed := uint32(0)
+	waitUntil(t, "all completions", func() bool {
+		control(t, c.(*net.TCPConn), func(fd int) error {
+			oob := make([]byte, 256)
+			_, size, _, _, err := unix.Recvmsg(fd, nil, oob, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+			if err != nil {
+				return nil // none has arrived
+			}
+			controls, err := unix.ParseSocketControlMessage(oob[:size])
+			if err != nil || len(controls) != 1 || len(controls[0].Data) < 16 {
+				t.Fatalf("got %v (%v), want one extended error", controls, err)
+			}
+			// struct sock_extended_err: first and last completed are its last words.
+			low, high := binary.NativeEndian.Uint32(controls[0].Data[8:]), binary.NativeEndian.Uint32(controls[0].Data[12:])
+			if low != completed {
+				t.Fatalf("got completions from %d on, want from %d on", low, completed)
+			}
+			completed = high + 1
+			return nil
+		})
+		return completed == messages
+	})
+	if got := n.mustFlow(t).ToServer; got.Shortcut || got.Reason != "the sender has set SO_ZEROCOPY" {
+		t.Errorf("got direction %+v, want it on TCP because of SO_ZEROCOPY", got)
+	}
+}
+
+// TestMPTCPListener: what an MPTCP listener accepts from a plain client is
+// paired on kernels that can bear it, and kept out and remembered on others.
+func TestMPTCPListener(t *testing.T) {
+	unsafe := slices.ContainsFunc(datapath.Hazards(nil), func(h api.Hazard) bool {
+		return h.Name == datapath.HazardMPTCPListener && h.Present
+	})
+	for _, tc := range []struct {
+		name        string
+		keepOut     bool
+		mptcp, want bool // is paired
+	}{
+		{"plain listener", true, false, true},
+		{"MPTCP listener, kept out", true, true, false},
+		{"MPTCP listener", false, true, !unsafe},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
+			pods, cookies := n.mustEnrol(t, "client", "server")
+			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			var config net.ListenConfig
+			config.SetMultipathTCP(tc.mptcp)
+			var l net.Listener
+			if err := pods[1].Do(func() (err error) {
+				l, err = config.Listen(context.Background(), "tcp4", pods[1].IPv4.String()+":0")
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			wantMPTCP(t, l, tc.mptcp)
+			address := l.Addr().(*net.TCPAddr).AddrPort()
+			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
+			again := want
+			misfits := []datapath.Misfit{}
+			if !tc.want {
+				want = map[string]uint64{"connection_mptcp_listener": 1, "message_peer_missing": 5}
+				again = map[string]uint64{"connection_misfit": 1}
+				misfits = []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"MPTCP listener"}}}
+			}
+			for _, want := range []map[string]uint64{want, again} {
+				before := n.counts(t)
+				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+				pingPong(t, c, s, 5, 100)
+				n.mustCount(t, before, want)
+				c.Close()
+				s.Close()
+			}
+			if diff := cmp.Diff(misfits, n.misfits(t)); diff != "" {
+				t.Errorf("misfits (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// wantMPTCP checks the protocol of a listener's socket.
+func wantMPTCP(tb testing.TB, l net.Listener, want bool) {
+	tb.Helper()
+	control(tb, l.(*net.TCPListener), func(fd int) error {
+		protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+		if got := protocol == unix.IPPROTO_MPTCP; err == nil && got != want {
+			tb.Errorf("got protocol %d, want MPTCP: %v", protocol, want)
+		}
+		return err
+	})
+}

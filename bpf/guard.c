@@ -1,0 +1,211 @@
+//go:build ignore
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+
+/*
+ * Guards: where the kernel allows trampolines, these see a call that it does not
+ * serve on a shortcut socket before it is served. They are loaded one by one, and
+ * attached only while a pod takes part. Each looks at the sockets of pairs alone.
+ */
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "misfit.h"
+
+#define FIONREAD 0x541B /* include/uapi/asm-generic/ioctls.h */
+#define MAY_READ 4 /* include/linux/fs.h */
+#define SOL_TCP 6
+#define S_IFMT 0170000
+#define S_IFSOCK 0140000
+#define TCP_ULP 31
+
+/*
+ * The task is inside a call that its guard refuses: only programs that cannot
+ * refuse may ask for the storage of a socket. Guards: write, read; each has a map
+ * of its own. Goes with the task.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} marks SEC(".maps");
+
+static __always_inline __u32 *get_mark(__u64 flags)
+{
+	return bpf_task_storage_get(&marks, bpf_get_current_task_btf(), NULL, flags);
+}
+
+static __always_inline void set_mark(void)
+{
+	__u32 *mark = get_mark(BPF_LOCAL_STORAGE_GET_F_CREATE);
+
+	if (mark)
+		*mark = true;
+}
+
+static __always_inline void clear_mark(void)
+{
+	__u32 *mark = get_mark(0);
+
+	if (mark)
+		*mark = false;
+}
+
+static __always_inline bool marked(void)
+{
+	__u32 *mark = get_mark(0);
+
+	return mark && *mark;
+}
+
+static __always_inline struct pair *find_pair(struct sock *sk, __u32 *side)
+{
+	struct member *self;
+
+	if (!sk)
+		return NULL;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return NULL;
+	*side = self->side & 1;
+	return bpf_map_lookup_elem(&pairs, &self->pair);
+}
+
+static __always_inline bool left(const struct pair *pair, __u32 side)
+{
+	return pair->state & (side == SIDE_CLIENT ? PAIR_CLIENT_LEFT : PAIR_SERVER_LEFT);
+}
+
+/*
+ * splice: redirected bytes are not seen by it. So it fails from the first call
+ * on, in the way of files that cannot be spliced, and programs read and write
+ * instead.
+ */
+
+SEC("fentry/do_splice")
+int splice_begins(__u64 *ctx)
+{
+	struct socket *socket = bpf_sock_from_file((struct file *)ctx[0]);
+	struct pair *pair;
+	__u32 side;
+
+	if (!socket)
+		return 0;
+	pair = find_pair(socket->sk, &side);
+	if (!pair || left(pair, side))
+		return 0;
+	disqualify(pair, side, MISFIT_SPLICE);
+	set_mark();
+	return 0;
+}
+
+SEC("fexit/do_splice")
+int splice_ends(__u64 *ctx)
+{
+	if (bpf_sock_from_file((struct file *)ctx[0]))
+		clear_mark();
+	return 0;
+}
+
+/* Runs for every read and write of a file on the node. */
+SEC("fmod_ret/security_file_permission")
+int splice_refused(__u64 *ctx)
+{
+	struct file *file = (struct file *)ctx[0];
+
+	if (!(ctx[1] & MAY_READ) || (file->f_inode->i_mode & S_IFMT) != S_IFSOCK)
+		return 0;
+	return marked() ? -EINVAL : 0;
+}
+
+/*
+ * ulp: bytes that were redirected before kTLS is set up would be taken for
+ * decrypted ones. So it fails as on a kernel without kTLS, and programs encrypt
+ * themselves. Both programs are on one function: the first to run cannot refuse.
+ */
+
+static __always_inline bool sets_ulp(const __u64 *ctx)
+{
+	return (int)ctx[1] == SOL_TCP && (int)ctx[2] == TCP_ULP;
+}
+
+SEC("fentry/security_socket_setsockopt")
+int ulp_begins(__u64 *ctx)
+{
+	struct pair *pair;
+	__u32 side;
+
+	if (!sets_ulp(ctx))
+		return 0;
+	pair = find_pair(((struct socket *)ctx[0])->sk, &side);
+	if (!pair || left(pair, side))
+		return 0;
+	remember(pair, MISFIT_ULP);
+	set_mark();
+	return 0;
+}
+
+SEC("fmod_ret/security_socket_setsockopt")
+int ulp_refused(__u64 *ctx)
+{
+	if (!sets_ulp(ctx) || !marked())
+		return 0;
+	clear_mark();
+	return -ENOENT;
+}
+
+/* fionread: for kernels that do not count redirected bytes. */
+SEC("fentry/tcp_ioctl")
+int fionread_seen(__u64 *ctx)
+{
+	struct pair *pair;
+	__u32 side;
+
+	if ((int)ctx[1] != FIONREAD)
+		return 0;
+	pair = find_pair((struct sock *)ctx[0], &side);
+	if (pair)
+		disqualify(pair, side, MISFIT_FIONREAD);
+	return 0;
+}
+
+/* flags: of recv before it waits, and of send before deliver is asked. */
+
+SEC("fentry/tcp_bpf_recvmsg")
+int flags_of_recv(__u64 *ctx)
+{
+	__u32 flags = (__u32)ctx[3] & ~RECV_SERVED;
+	struct pair *pair;
+	__u32 side;
+
+	if (!flags)
+		return 0;
+	pair = find_pair((struct sock *)ctx[0], &side);
+	if (pair)
+		disqualify_flags(pair, side, flags);
+	return 0;
+}
+
+SEC("fentry/tcp_bpf_sendmsg")
+int flags_of_send(__u64 *ctx)
+{
+	struct msghdr *msg = (struct msghdr *)ctx[1];
+	struct pair *pair;
+	__u32 side;
+
+	if (!(msg->msg_flags & MSG_OOB))
+		return 0;
+	pair = find_pair((struct sock *)ctx[0], &side);
+	if (pair)
+		disqualify(pair, side ^ 1, MISFIT_OOB);
+	return 0;
+}
+
+char __license[] SEC("license") = "Dual BSD/GPL";
