@@ -10,6 +10,10 @@ LLVM_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 BPF_CFLAGS ?= -O2 -g -mcpu=v3 -Wall -Wextra -Wpadded -Werror -I/usr/include/$(shell uname -m)-linux-gnu
 KERNELS ?= 6.12 6.1 7.3 5.10
+# Programs of the apps suite that the machine lacks, unpacked; make clean leaves them.
+APPS ?= $(CURDIR)/.cache/apps
+# What the cluster suite needs besides podshunt; minutes to make, so make clean leaves it.
+CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
 
@@ -22,7 +26,7 @@ UNIT := ./api ./plugin ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./a
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels build cni unit generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-cluster build cni unit generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -34,6 +38,18 @@ test: build cni ## all tests; none may be skipped (root)
 
 test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 	$(SUDO) hack/kernels/test.sh $(KERNELS)
+
+# -v shows each program's result while it runs, and the table.
+test-apps: build cni ## real programs between two pods, on plain TCP and with the shortcut (root)
+	$(SUDO) e2e/apps/fetch.sh $(APPS)
+	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v . $(TESTFLAGS)
+
+# The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
+test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
+	mkdir -p $(CLUSTER)
+	go run ./hack/image -name ghcr.io/podshunt/podshunt:0.0.0 -o $(CLUSTER)/podshunt-image.tar
+	e2e/cluster/build.sh $(CLUSTER)
+	PODSHUNT_CLUSTER=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
@@ -52,9 +68,10 @@ generate: ## compile bpf/ and make its Go names
 lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	hack/deps.sh
 	$(GOLANGCI_LINT) run
+	go -C e2e/apps tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 	$(HELM) lint --strict --quiet charts/podshunt
-	shellcheck $(wildcard hack/*.sh hack/*/*.sh) .ci/run
+	shellcheck $(wildcard hack/*.sh hack/*/*.sh e2e/*/*.sh) .ci/run
 
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
 	hack/verify.sh

@@ -81,8 +81,15 @@ func TestCommandErrors(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	for _, args := range [][]string{
-		{"help"}, {"run", "-h"}, {"status", "-h"}, {"doctor", "-h"}, {"forget", "-h"}, {"unload", "-h"}, {"uninstall", "-h"},
-		{"mount-bpffs", "-h"}, {"version"},
+		{"help"},
+		{"run", "-h"},
+		{"status", "-h"},
+		{"doctor", "-h"},
+		{"forget", "-h"},
+		{"unload", "-h"},
+		{"uninstall", "-h"},
+		{"mount-bpffs", "-h"},
+		{"version"},
 	} {
 		var out bytes.Buffer
 		if err := run(t.Context(), args, &out, &out); err != nil {
@@ -372,7 +379,9 @@ func TestWriteStatus(t *testing.T) {
 	status := api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",
 		Hazards: []api.Hazard{
-			{Name: "one", Present: true, Fatal: true, Detail: "stalls"}, {Name: "two", Detail: "fine"}, {Name: "three", Present: true, Detail: "short"},
+			{Name: "one", Present: true, Fatal: true, Detail: "stalls"},
+			{Name: "two", Detail: "fine"},
+			{Name: "three", Present: true, Detail: "short"},
 			{Name: "four", Present: true, Guard: "splice", Detail: "none"},
 		},
 		Pods: []api.PodStatus{

@@ -147,19 +147,24 @@ static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __
 	return copied_seq == write_seq && (__u64)cookie == pair->cookie[peer];
 }
 
-/* OUTCOME_SHORTCUT: none. A failed read counts as one: the socket is going away. */
+/* OUTCOME_SHORTCUT: none. What is found is remembered, so it has to be the peer's own. */
 static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32 peer)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
+	__s64 cookie;
 	void *ulp;
 	int lowat;
 
-	if (bpf_core_read(&ulp, sizeof(ulp), &tp->inet_conn.icsk_ulp_ops) || ulp)
-		return OUTCOME_ULP;
-	if (bpf_core_read(&lowat, sizeof(lowat), &tp->inet_conn.icsk_inet.sk.sk_rcvlowat) ||
-	    lowat > 1)
-		return OUTCOME_LOWAT;
-	return OUTCOME_SHORTCUT;
+	if (bpf_core_read(&ulp, sizeof(ulp), &tp->inet_conn.icsk_ulp_ops) ||
+	    bpf_core_read(&lowat, sizeof(lowat), &tp->inet_conn.icsk_inet.sk.sk_rcvlowat))
+		return OUTCOME_PEER_GONE;
+	if (!ulp && lowat <= 1)
+		return OUTCOME_SHORTCUT;
+	if (bpf_core_read(&cookie, sizeof(cookie),
+			  &tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter) ||
+	    (__u64)cookie != pair->cookie[peer])
+		return OUTCOME_PEER_GONE;
+	return ulp ? OUTCOME_ULP : OUTCOME_LOWAT;
 }
 
 /*

@@ -241,7 +241,7 @@ func (d *Datapath) takeOver() error {
 	if err := d.load(spec, pinned, d.cfg.PinDir); err != nil {
 		return err
 	}
-	if err := errors.Join(d.dropGuards(), d.updateGuards()); err != nil {
+	if err := d.updateGuards(); err != nil {
 		return err
 	}
 	return d.attach(d.cfg.PinDir)

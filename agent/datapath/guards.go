@@ -150,7 +150,8 @@ func (g *guard) close() error {
 }
 
 // updateGuards attaches the configured guards while a pod takes part or a flow
-// is left, and detaches them after that. The caller holds mu.
+// is left, and detaches them after that, with all that are not configured any
+// more. The caller holds mu.
 func (d *Datapath) updateGuards() error {
 	busy, err := d.anyEntries(bpf.ShortcutMapPods, bpf.ShortcutMapPairs)
 	if err != nil {
@@ -167,31 +168,26 @@ func (d *Datapath) updateGuards() error {
 			}
 			d.guards[name] = g
 			d.log.Info("guard attached", "guard", name)
-		case !wanted && g != nil:
+		case !wanted:
 			delete(d.guards, name)
-			if err := g.detach(); err != nil {
-				return err
+			if err := dropGuard(name, g, d.cfg.PinDir); err != nil {
+				return fmt.Errorf("detach guard %s: %w", name, err)
 			}
-			d.log.Info("guard detached", "guard", name)
 		}
 	}
 	return nil
 }
 
-// dropGuards deletes the pinned links of guards that are not configured any more.
-func (d *Datapath) dropGuards() error {
-	var errs []error
-	for name, programs := range guardPrograms() {
-		if slices.Contains(d.cfg.Guards, name) {
-			continue
-		}
-		for _, program := range slices.Backward(programs) {
-			if err := os.Remove(guardPin(d.cfg.PinDir, program)); err != nil && !errors.Is(err, os.ErrNotExist) {
-				errs = append(errs, fmt.Errorf("detach guard %s: %w", name, err))
-			}
-		}
+// dropGuard detaches a guard, also one that an earlier process has pinned (g is nil then).
+func dropGuard(name string, g *guard, dir string) error {
+	if g != nil {
+		return g.detach()
 	}
-	return errors.Join(errs...)
+	pinned := &guard{}
+	for _, program := range guardPrograms()[name] {
+		pinned.pins = append(pinned.pins, guardPin(dir, program))
+	}
+	return pinned.detach()
 }
 
 // anyEntries tells whether one of the maps has an entry.

@@ -34,7 +34,7 @@ func readRows() []row {
 		{name: "MSG_WAITALL, non-blocking", run: waitAllNonblocking, nonblocking: true},
 		{name: "MSG_DONTWAIT", run: dontWait},
 		{name: "SO_RCVLOWAT", run: lowWater, tcp: "the receiver has SO_RCVLOWAT"},
-		{name: "SO_RCVLOWAT with bytes queued", run: lowWaterLate, differs: differs(shortcut, "rcvlowat", "poll below")},
+		{name: "SO_RCVLOWAT with bytes queued", run: lowWaterLate, differs: differs(shortcut, "lowat", "poll below")},
 		{name: "SO_RCVTIMEO", run: receiveTimeout, blocking: true},
 		{name: "a sleeping read is woken", run: wokenRead},
 		{name: "a sleeping read is interrupted", run: interruptedRead, blocking: true, differs: alike(sleepingRecv, "read")},

@@ -33,8 +33,8 @@ func writeRows() []row {
 		{name: "sendfile", run: sendfile},
 		{name: "splice in", run: spliceIn},
 		{name: "vmsplice and splice", run: vmspliceIn},
-		{name: "MSG_ZEROCOPY", run: zerocopySend, tcp: "the sender has SO_ZEROCOPY"},
-		{name: "SO_TIMESTAMPING of sends", run: sendTimestamps, differs: differs(shortcut, "send-timestamps", "notification")},
+		{name: "MSG_ZEROCOPY", run: zerocopySend, tcp: "each message goes by TCP while SO_ZEROCOPY is set"},
+		{name: "SO_TIMESTAMPING of sends", run: sendTimestamps, differs: differs(shortcut, "notifications", "notification")},
 		{
 			name: "backpressure", run: backpressure, nonblocking: true, tcp: spills,
 			differs: differs(shortcut, "budget", "accepted"),

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Puts the programs of `make test-apps` that this machine lacks into a directory,
+# from Debian's archive: fetch.sh DIRECTORY. Does nothing when the directory exists.
+#
+# They are unpacked, not installed: no package's script runs, so no service is
+# started or enabled and no user is made, and nothing changes outside of the
+# directory but apt's lists.
+set -euo pipefail
+
+out=${1:?usage: fetch.sh DIRECTORY}
+packages=(haproxy iperf3 memcached nginx openssh-client openssh-server postgresql redis-server rsync wrk)
+
+[ -d "$out" ] && exit 0
+if ! command -v apt-get >/dev/null; then
+	echo "fetch.sh: no apt-get here; make $out, empty, and install the equivalents of Debian's: ${packages[*]}" >&2
+	exit 3
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work/archives/partial" "$work/root"
+apt-get update -q
+# apt finds out which packages and libraries are missing here or older than the others want.
+apt-get install -qy --no-install-recommends --download-only \
+	-o APT::Sandbox::User=root -o Dir::Cache::archives="$work/archives" "${packages[@]}"
+find "$work/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+mkdir -p "$(dirname "$out")"
+mv "$work/root" "$out"

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Unpacks the container runtime and the tools of kube-proxy from Debian's archive
+# into a directory, which nodes lay over /usr. Nothing is installed. Does nothing
+# when the directory is complete.
+set -euo pipefail
+
+out=${1:?usage: debs.sh DIRECTORY}
+packages=(
+	containerd runc libseccomp2 libbtrfs0
+	iptables libip4tc2 libip6tc2 libxtables12 libnfnetlink0 libnetfilter-conntrack3 libmnl0 libnftnl11
+	nftables libnftables1 libjansson4 libedit2 libbsd0 libgmp10 conntrack
+)
+
+[[ -f $out/.packages && $(<"$out/.packages") == "${packages[*]}" ]] && exit 0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+download() { apt-get download -q -o APT::Sandbox::User=root "${packages[@]}"; }
+if ! download; then # perhaps a machine that has no lists yet
+	apt-get update -q
+	download
+fi
+for deb in *.deb; do
+	dpkg-deb -x "$deb" root
+done
+# Where /bin, /sbin and /lib are links into /usr, as on the node.
+for dir in bin sbin lib; do
+	[[ ! -d root/$dir ]] || cp -a "root/$dir/." "root/usr/$dir/"
+done
+# Links that the packages make when they are installed.
+for name in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
+	ln -sf xtables-nft-multi "root/usr/sbin/$name"
+done
+rm -rf "$out"
+mkdir -p "$(dirname "$out")"
+mv root/usr "$out"
+echo "${packages[*]}" >"$out/.packages"
