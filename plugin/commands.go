@@ -5,7 +5,6 @@ package main
 import (
 	"encoding/json"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 
@@ -55,7 +54,7 @@ func del(args *skel.CmdArgs) error {
 	id := conf.attachmentID(args)
 	// An agent that cannot be told finds out when the network namespace is
 	// gone; an error would only make the runtime keep a dead pod.
-	_ = tell(conf.own, http.MethodDelete, api.PathAttachments, id, nil)
+	_ = tell(conf.own, "DELETE", api.PathAttachments, id, nil)
 	_ = os.Remove(filepath.Join(conf.own.AttachmentsDir, id.FileName()))
 	return nil
 }
@@ -72,7 +71,7 @@ func gc(args *skel.CmdArgs) error {
 		request.Valid = append(request.Valid, id)
 		valid[id] = true
 	}
-	_ = tell(conf.own, http.MethodPost, api.PathGC, request, nil)
+	_ = tell(conf.own, "POST", api.PathGC, request, nil)
 	files, _ := os.ReadDir(conf.own.AttachmentsDir)
 	for _, file := range files {
 		path := filepath.Join(conf.own.AttachmentsDir, file.Name())
@@ -99,7 +98,7 @@ func status(args *skel.CmdArgs) error {
 // comes back looks. If that fails as well the pod stays on TCP.
 func announce(conf api.PluginConf, attachment api.Attachment) {
 	var admission api.Admission // Whatever does not answer with one is not our agent.
-	if tell(conf, http.MethodPut, api.PathAttachments, attachment, &admission) != nil {
+	if tell(conf, "PUT", api.PathAttachments, attachment, &admission) != nil {
 		_ = leave(conf.AttachmentsDir, attachment)
 	}
 }
