@@ -26,12 +26,21 @@ type view struct {
 	cluster   policy.Cluster
 	misfits   map[place]datapath.Misfit
 	now       time.Time
+	// decisions are those that have been asked for: many connections are between
+	// the same two pods, and to find out reads all policies of their namespaces.
+	decisions map[question]policy.Decision
+}
+
+// question is about the connections between two network namespaces.
+type question struct {
+	client, server uint64
+	port           uint16
 }
 
 func newView(attachments []pods.Pod, cluster policy.Cluster, now time.Time) *view {
 	v := &view{
 		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
-		misfits: map[place]datapath.Misfit{}, now: now,
+		misfits: map[place]datapath.Misfit{}, now: now, decisions: map[question]policy.Decision{},
 	}
 	for _, a := range attachments {
 		if a.NetnsCookie == 0 {
@@ -66,8 +75,14 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if client == nil || server == nil {
 		return "the other end is not a pod of this node that takes part"
 	}
-	if d := policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now); d.Verdict != policy.Allow {
-		return d.String()
+	asked := question{client.NetnsCookie, server.NetnsCookie, port}
+	decision, known := v.decisions[asked]
+	if !known {
+		decision = policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
+		v.decisions[asked] = decision
+	}
+	if decision.Verdict != policy.Allow {
+		return decision.String()
 	}
 	m, ok := v.misfits[place{server.NetnsCookie, port}]
 	if !ok {
