@@ -124,13 +124,18 @@ func mustShow[T any](t testing.TB, a *agent, command string) T {
 // that a change may take.
 func waitFor[T any](t testing.TB, what string, get func() T, ok func(T) bool) T {
 	t.Helper()
-	for deadline := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
+	return waitWithin(t, time.Second, what, get, ok)
+}
+
+func waitWithin[T any](t testing.TB, limit time.Duration, what string, get func() T, ok func(T) bool) T {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		got := get()
 		if ok(got) {
 			return got
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not after a second: %+v", what, got)
+			t.Fatalf("%s: not after %v: %+v", what, limit, got)
 		}
 	}
 }
@@ -207,6 +212,16 @@ func (c connection) flow(t testing.TB, a *agent) api.Flow {
 }
 
 func shortcut(f api.Flow) bool { return f.Paired && f.ToServer.Shortcut && f.ToClient.Shortcut }
+
+// mustTakePart waits for pods: on a slow machine the plugin does not wait until
+// the guards are attached.
+func (a *agent) mustTakePart(t testing.TB, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		waitWithin(t, 20*time.Second, "pod", func() []string { return a.states(t) },
+			func(s []string) bool { return slices.Contains(s, name+": takes part") })
+	}
+}
 
 func TestAgent(t *testing.T) {
 	a := mustAgent(t)
@@ -287,8 +302,7 @@ func TestUnloadWithoutAgent(t *testing.T) {
 	a.mustWritePods(t, "web podshunt.io/shortcut: enabled")
 	a.mustStart(t, "--kernel-hazards=accept")
 	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
-	// On a slow machine the plugin does not wait until the guards are attached.
-	waitFor(t, "pod", func() []string { return a.states(t) }, func(s []string) bool { return slices.Contains(s, "web: takes part") })
+	a.mustTakePart(t, "web")
 	l := web.MustListen(t, "tcp4", ":0")
 	c := mustConnect(t, web, web, l)
 	c.mustPing(t)
@@ -320,17 +334,29 @@ func TestUnloadWithoutAgent(t *testing.T) {
 	}
 }
 
-// On a kernel with a fatal hazard nobody takes part unless it is accepted.
+// With the default settings nobody takes part on a kernel with a fatal hazard, and
+// whoever wants to on one whose hazards are absent or guarded.
 func TestHazardsRefused(t *testing.T) {
 	a := mustAgent(t)
-	a.mustWritePods(t, "web podshunt.io/shortcut: enabled")
+	const on = "podshunt.io/shortcut: enabled"
+	a.mustWritePods(t, "client "+on, "web "+on)
 	a.mustStart(t)
-	a.MustAddPod(t, "web", sandbox.PodOptions{})
+	client := a.MustAddPod(t, "client", sandbox.PodOptions{})
+	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	want := refuseHazards(mustShow[api.Status](t, a, "status").Hazards)
+	if want == "" {
+		a.mustTakePart(t, "client", "web")
+	}
 	status := mustShow[api.Status](t, a, "status")
-	want := refuseHazards(status.Hazards)
-	got := status.Pods[0]
-	if got.Reason != want || got.Enrolled != (want == "") {
-		t.Errorf("got %+v, want the reason %q", got, want)
+	for _, got := range status.Pods {
+		if got.Reason != want || got.Enrolled != (want == "") {
+			t.Errorf("got %+v, want the reason %q", got, want)
+		}
+	}
+	c := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":0"))
+	c.mustPing(t)
+	if f := c.flow(t, a); shortcut(f) != (want == "") {
+		t.Errorf("got %+v, want the shortcut %v", f, want == "")
 	}
 	var out bytes.Buffer
 	if err := run(t.Context(), append([]string{"unload"}, a.places()[:3]...), &out, t.Output()); err != nil {
@@ -346,6 +372,7 @@ func TestForget(t *testing.T) {
 	a.mustStart(t, "--kernel-hazards=accept")
 	client := a.MustAddPod(t, "client", sandbox.PodOptions{})
 	web := a.MustAddPod(t, "web", sandbox.PodOptions{})
+	a.mustTakePart(t, "client", "web")
 	l := web.MustListen(t, "tcp4", ":0")
 	c := mustConnect(t, client, web, l)
 	c.mustPing(t)

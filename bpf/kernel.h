@@ -17,7 +17,23 @@ typedef struct {
 	__s64 counter;
 } atomic64_t;
 
+struct net {
+	__u64 net_cookie;
+};
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
+struct proto {
+	atomic64_t *memory_allocated; /* pages */
+	long *sysctl_mem; /* tcp_mem, pages */
+};
+
 struct sock_common {
+	__u16 skc_num;
+	struct proto *skc_prot;
+	possible_net_t skc_net;
 	unsigned long skc_flags;
 	atomic64_t skc_cookie;
 };

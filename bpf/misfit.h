@@ -66,22 +66,29 @@ static __always_inline bool is_misfit(__u64 server_netns, __u32 server_port)
 	return bpf_map_lookup_elem(&misfits, &key) != NULL;
 }
 
-/* Keeps the connections to come of a flow's server port from being paired. */
-static __always_inline void remember(struct pair *pair, enum misfit_reason reason)
+/* Keeps the connections to come of a server port from being paired. */
+static __always_inline void remember_port(__u64 server_netns, __u32 server_port,
+					  enum misfit_reason reason)
 {
-	struct misfit_key key = { .netns = pair->netns[SIDE_SERVER], .port = pair->server_port };
+	struct misfit_key key = { .netns = server_netns, .port = server_port };
 	struct misfit first = { .reasons = reason };
 	struct misfit *known;
 
-	if (pair->misfit & reason)
-		return;
-	__sync_fetch_and_or(&pair->misfit, reason);
 	first.since_ns = bpf_ktime_get_ns();
 	if (!bpf_map_update_elem(&misfits, &key, &first, BPF_NOEXIST))
 		return;
 	known = bpf_map_lookup_elem(&misfits, &key);
 	if (known)
 		__sync_fetch_and_or(&known->reasons, reason);
+}
+
+/* The same for the server port of a flow. */
+static __always_inline void remember(struct pair *pair, enum misfit_reason reason)
+{
+	if (pair->misfit & reason)
+		return;
+	__sync_fetch_and_or(&pair->misfit, reason);
+	remember_port(pair->netns[SIDE_SERVER], pair->server_port, reason);
 }
 
 /* Puts the direction towards a side on TCP for the life of the connection. */

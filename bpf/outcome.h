@@ -26,13 +26,13 @@ enum outcome {
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
 	OUTCOME_BUDGET, /* spill: the receiver has left too much unread */
+	OUTCOME_MEMORY, /* the node's TCP uses more memory than the first value of tcp_mem */
 	OUTCOME_REDIRECT_REFUSED, /* the kernel did not take the redirect: the peer is closing */
 	/* Connections, in number. */
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
-	OUTCOME_MISFIT, /* an earlier connection to this server port used what is not served */
+	OUTCOME_MISFIT, /* the server port is known for what is not served, or for an MPTCP listener */
 	OUTCOME_MPTCP,
-	OUTCOME_MPTCP_LISTENER, /* accepted by one, on a kernel that must not see it in a SOCKHASH */
 	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_HINTS_FULL,

@@ -19,6 +19,7 @@
 #define SOCK_NOSPACE (1UL << 2) /* include/linux/net.h */
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
 #define TCP_ESTABLISHED 1 /* enum in include/net/tcp_states.h */
+#define TCP_SYN_RECV 3
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 
@@ -168,6 +169,22 @@ static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32
 }
 
 /*
+ * A redirect that is not granted its memory fails with ENOMEM (bpf_tcp_ingress),
+ * where TCP waits. It is always granted until the second value of tcp_mem is
+ * exceeded (__sk_mem_raise_allocated); what is between the first and that one is
+ * room for messages that are sent at once.
+ */
+static __always_inline bool short_of_memory(const struct tcp_sock *tp)
+{
+	const struct proto *prot = tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot;
+	__s64 allocated;
+	long low;
+
+	return bpf_core_read(&allocated, sizeof(allocated), &prot->memory_allocated->counter) ||
+	       bpf_core_read(&low, sizeof(low), prot->sysctl_mem) || allocated > low;
+}
+
+/*
  * The state machine of one direction. Redirected data is read before TCP data,
  * so the order of bytes rests on one condition: every byte that was ever written
  * to TCP has been read. write_seq cannot move while we hold the sender's lock,
@@ -233,6 +250,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_UNOBSERVED;
 	if (unread + size > (__s64)set->budget)
 		return OUTCOME_BUDGET;
+	if (short_of_memory(tp))
+		return OUTCOME_MEMORY;
 	return peer_obstacle(pair, peer & 1);
 }
 
@@ -638,11 +657,28 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
  * of a plain listener. Kernels without fbade4bd08ba take such a socket, once in
  * a SOCKHASH, for an MPTCP one when it is accepted.
  */
-static __always_inline bool kernel_socket(const struct tcp_sock *tp)
+static __always_inline bool kernel_socket(const struct sock *sk)
 {
-	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	return BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
+}
 
-	return !bpf_core_field_exists(sk->sk_kern_sock) || BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
+/*
+ * Sees such a child where it is made (inet_csk_clone_lock): accept may run before
+ * pair_server, and makes it the program's own before it waits for the child's
+ * lock (mptcp_stream_accept).
+ */
+SEC("tp_btf/inet_sock_set_state")
+int keep_mptcp_out(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	__u64 netns;
+
+	if ((int)ctx[2] != TCP_SYN_RECV || !kernel_socket(sk))
+		return 0;
+	netns = sk->__sk_common.skc_net.net->net_cookie;
+	if (enrolled(netns))
+		remember_port(netns, sk->__sk_common.skc_num, MISFIT_MPTCP_LISTENER);
+	return 0;
 }
 
 static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 netns,
@@ -672,14 +708,18 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	/* The client was let in for the pod and port of the hint. */
 	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
+	/* Found since then, perhaps by keep_mptcp_out of this very connection. */
+	if (is_misfit(netns, pair->server_port))
+		return OUTCOME_MISFIT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return OUTCOME_NO_MEMORY;
 	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
 		return OUTCOME_MPTCP;
-	if (set->no_mptcp_listeners && kernel_socket(tp)) {
+	/* keep_mptcp_out is not run on a CPU that it was interrupted on. */
+	if (set->no_mptcp_listeners && kernel_socket(&tp->inet_conn.icsk_inet.sk)) {
 		remember(pair, MISFIT_MPTCP_LISTENER);
-		return OUTCOME_MPTCP_LISTENER;
+		return OUTCOME_MISFIT;
 	}
 	cookie = bpf_get_socket_cookie(ctx);
 	pair->cookie[SIDE_SERVER] = cookie;

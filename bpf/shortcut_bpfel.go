@@ -105,12 +105,12 @@ const (
 	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 13
 	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 14
 	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_MPTCP_LISTENER   ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 21
 	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 22
 	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 23
 	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 24
@@ -248,6 +248,7 @@ const (
 	ShortcutMapPolicies           = "policies"
 	ShortcutMapSockets            = "sockets"
 	ShortcutProgDeliver           = "deliver"
+	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
 	ShortcutProgObserveFexit      = "observe_fexit"
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
 	ShortcutProgTrack             = "track"
@@ -298,6 +299,7 @@ type ShortcutSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutProgramSpecs struct {
 	Deliver           *ebpf.ProgramSpec `ebpf:"deliver"`
+	KeepMptcpOut      *ebpf.ProgramSpec `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.ProgramSpec `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.ProgramSpec `ebpf:"observe_tracepoint"`
 	Track             *ebpf.ProgramSpec `ebpf:"track"`
@@ -387,6 +389,7 @@ type ShortcutVariables struct {
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutPrograms struct {
 	Deliver           *ebpf.Program `ebpf:"deliver"`
+	KeepMptcpOut      *ebpf.Program `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.Program `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.Program `ebpf:"observe_tracepoint"`
 	Track             *ebpf.Program `ebpf:"track"`
@@ -395,6 +398,7 @@ type ShortcutPrograms struct {
 func (p *ShortcutPrograms) Close() error {
 	return _ShortcutClose(
 		p.Deliver,
+		p.KeepMptcpOut,
 		p.ObserveFexit,
 		p.ObserveTracepoint,
 		p.Track,

@@ -21,6 +21,7 @@ const (
 	pinTrack   = "link_track"
 	pinDeliver = "link_deliver"
 	pinObserve = "link_observe_"
+	pinNoMPTCP = "link_keep_mptcp_out"
 )
 
 // openLink opens a pinned link, or returns nil where there is none, and tells
@@ -178,6 +179,36 @@ func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) erro
 		return fmt.Errorf("attach observer %s: %w", observer, err)
 	}
 	return d.keep(filepath.Join(dir, pinObserve+observer), l)
+}
+
+// attachKeepMPTCPOut attaches the program that marks the ports of MPTCP
+// listeners where they are to be kept out, and detaches it elsewhere. One of
+// another build stays until ours is attached: a port that both mark is no harm.
+func (d *Datapath) attachKeepMPTCPOut(dir string) error {
+	prog := d.objects.Programs[bpf.ShortcutProgKeepMptcpOut]
+	path := filepath.Join(dir, pinNoMPTCP)
+	wanted := d.mptcpListenersKeptOut()
+	old, same, err := openLink(path, prog)
+	if err != nil {
+		return err
+	}
+	if old != nil && same && wanted {
+		d.links = append(d.links, old)
+		return nil
+	}
+	var l link.Link
+	if wanted {
+		if l, err = link.AttachTracing(link.TracingOptions{Program: prog}); err != nil {
+			return fmt.Errorf("attach to inet_sock_set_state, to keep MPTCP listeners out: %w", err)
+		}
+	}
+	if old != nil {
+		err = errors.Join(old.Unpin(), old.Close())
+	}
+	if l != nil {
+		err = errors.Join(err, d.keep(path, l))
+	}
+	return err
 }
 
 // detach deletes the pins and with them, once this process lets go, everything

@@ -65,8 +65,8 @@ type Config struct {
 	// Guards are the names of those that are attached while a pod takes part. A
 	// guard that the kernel refuses makes Enrol fail.
 	Guards []string
-	// NoMPTCPListeners keeps sockets out that an MPTCP listener has accepted. Open
-	// sets it where the kernel would be harmed by them.
+	// NoMPTCPListeners keeps sockets out that an MPTCP listener has accepted. Where
+	// the kernel would be harmed by them, Open does that in any case.
 	NoMPTCPListeners bool
 }
 
@@ -378,15 +378,20 @@ func (d *Datapath) attach(dir string) error {
 		s.Redirect = 1
 		s.Budget = uint64(d.cfg.Budget)
 		s.Sleepers = number(d.cfg.Sleepers)
-		s.NoMptcpListeners = number(d.cfg.NoMPTCPListeners || mptcpUnsafe())
+		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 	}); err != nil {
 		return err
 	}
 	if err := d.attachDeliver(dir); err != nil {
 		return err
 	}
+	if err := d.attachKeepMPTCPOut(dir); err != nil {
+		return err
+	}
 	return d.attachTrack(dir)
 }
+
+func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.NoMPTCPListeners || mptcpUnsafe() }
 
 func number(yes bool) uint32 {
 	if yes {

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"slices"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // misfits returns what is remembered, without the times.
@@ -222,12 +224,16 @@ func TestZerocopy(t *testing.T) {
 	}
 }
 
+// mptcpListenersKeptOut tells whether this kernel cannot bear them.
+func mptcpListenersKeptOut() bool {
+	return slices.ContainsFunc(datapath.Hazards(nil), func(h api.Hazard) bool {
+		return h.Name == datapath.HazardMPTCPListener && h.Present
+	})
+}
+
 // TestMPTCPListener: what an MPTCP listener accepts from a plain client is
 // paired on kernels that can bear it, and kept out and remembered on others.
 func TestMPTCPListener(t *testing.T) {
-	unsafe := slices.ContainsFunc(datapath.Hazards(nil), func(h api.Hazard) bool {
-		return h.Name == datapath.HazardMPTCPListener && h.Present
-	})
 	for _, tc := range []struct {
 		name        string
 		keepOut     bool
@@ -235,29 +241,19 @@ func TestMPTCPListener(t *testing.T) {
 	}{
 		{"plain listener", true, false, true},
 		{"MPTCP listener, kept out", true, true, false},
-		{"MPTCP listener", false, true, !unsafe},
+		{"MPTCP listener", false, true, !mptcpListenersKeptOut()},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
 			pods, cookies := n.mustEnrol(t, "client", "server")
 			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-			var config net.ListenConfig
-			config.SetMultipathTCP(tc.mptcp)
-			var l net.Listener
-			if err := pods[1].Do(func() (err error) {
-				l, err = config.Listen(context.Background(), "tcp4", pods[1].IPv4.String()+":0")
-				return err
-			}); err != nil {
-				t.Fatal(err)
-			}
-			defer l.Close()
-			wantMPTCP(t, l, tc.mptcp)
+			l := mustListenMPTCP(t, pods[1], tc.mptcp)
 			address := l.Addr().(*net.TCPAddr).AddrPort()
 			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
 			again := want
 			misfits := []datapath.Misfit{}
 			if !tc.want {
-				want = map[string]uint64{"connection_mptcp_listener": 1, "message_peer_missing": 5}
+				want = map[string]uint64{"connection_misfit": 1, "message_peer_missing": 5}
 				again = map[string]uint64{"connection_misfit": 1}
 				misfits = []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"MPTCP listener"}}}
 			}
@@ -276,14 +272,88 @@ func TestMPTCPListener(t *testing.T) {
 	}
 }
 
-// wantMPTCP checks the protocol of a listener's socket.
-func wantMPTCP(tb testing.TB, l net.Listener, want bool) {
+// TestMPTCPListenerRace: what an MPTCP listener accepts is kept out also when
+// accept runs beside the end of the handshake, and has made the kernel's socket
+// the program's own before the handshake is seen; and when the agent was started
+// again, for as long as it keeps them out.
+func TestMPTCPListenerRace(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = true })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l := mustListenMPTCP(t, pods[1], true)
+	address := l.Addr().(*net.TCPAddr).AddrPort()
+	connectAndForget := func(connections int, want string) {
+		t.Helper()
+		before := n.counts(t)
+		accepted := make(chan error)
+		for range connections {
+			go func() { accepted <- acceptSpinning(l.(*net.TCPListener)) }()
+			c, err := dialFrom(pods[0].Netns, 0, address)
+			if err := errors.Join(err, <-accepted); err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+			if _, err := n.Forget(func(uint64, uint16) bool { return true }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.mustCount(t, before, map[string]uint64{want: uint64(connections)})
+	}
+	connectAndForget(500, "connection_misfit")
+	startAgain := func() {
+		t.Helper()
+		if err := n.Datapath.Close(); err != nil {
+			t.Fatal(err)
+		}
+		n.mustOpen(t)
+	}
+	startAgain()
+	connectAndForget(10, "connection_misfit")
+	if n.cfg.NoMPTCPListeners = false; !mptcpListenersKeptOut() {
+		startAgain()
+		connectAndForget(10, "connection_paired")
+	}
+}
+
+// acceptSpinning accepts and closes a connection without ever sleeping.
+func acceptSpinning(l *net.TCPListener) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(raw.Control(func(fd uintptr) {
+		for end := time.Now().Add(deadline); time.Now().Before(end); {
+			var s int
+			s, _, err = unix.Accept4(int(fd), unix.SOCK_CLOEXEC)
+			if err == nil {
+				err = unix.Close(s)
+			}
+			if !errors.Is(err, unix.EAGAIN) {
+				return
+			}
+		}
+	}), err)
+}
+
+// mustListenMPTCP listens in a pod, with MPTCP or without.
+func mustListenMPTCP(tb testing.TB, pod *sandbox.Pod, mptcp bool) net.Listener {
 	tb.Helper()
+	var config net.ListenConfig
+	config.SetMultipathTCP(mptcp)
+	var l net.Listener
+	if err := pod.Do(func() (err error) {
+		l, err = config.Listen(context.Background(), "tcp4", pod.IPv4.String()+":0")
+		return err
+	}); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { l.Close() })
 	control(tb, l.(*net.TCPListener), func(fd int) error {
 		protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
-		if got := protocol == unix.IPPROTO_MPTCP; err == nil && got != want {
-			tb.Errorf("got protocol %d, want MPTCP: %v", protocol, want)
+		if got := protocol == unix.IPPROTO_MPTCP; err == nil && got != mptcp {
+			tb.Errorf("got protocol %d, want MPTCP: %v", protocol, mptcp)
 		}
 		return err
 	})
+	return l
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -13,6 +14,8 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -483,39 +486,22 @@ func TestPolicyFlips(t *testing.T) {
 	}
 }
 
+// ownMachine is for virtual machines, whose settings a test may change.
+var ownMachine = flag.Bool("own-machine", false, "run also what changes settings of the whole machine")
+
 // TestStalledReader: what a sender can write before it is stopped is bounded by
 // what plain TCP takes and the budget, and all of it arrives.
 func TestStalledReader(t *testing.T) {
-	const budget, message = 256 << 10, 16 << 10
+	const budget = 256 << 10
 	n := mustNode(t, func(c *datapath.Config) { c.Budget = budget })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
-
 	fill := func(verdict datapath.Verdict) (accepted int) {
 		n.mustSetPolicy(t, between(verdict, cookies...))
 		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 		pingPong(t, c, s, 10, 100)
-		content, _ := traffic{seed: 7}.source()
-		buf := make([]byte, message)
-		for {
-			_, _ = content.Read(buf)
-			c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
-			n, err := c.Write(buf)
-			accepted += n
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				break
-			}
-			if err != nil || accepted > 256<<20 {
-				t.Fatalf("after %d bytes: %v", accepted, err)
-			}
-		}
-		// The end of file, so that the reader sees that nothing follows.
-		if err := closeWrite(c); err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join((traffic{seed: 7, bytes: accepted, maxRead: 100_000}).read(s), wantEOF(s)); err != nil {
-			t.Fatal(err)
-		}
+		accepted = writeUnread(t, c)
+		readUnread(t, c, s, accepted)
 		return accepted
 	}
 	plain := fill(datapath.Refuse)
@@ -528,5 +514,108 @@ func TestStalledReader(t *testing.T) {
 	// TCP's own share varies with the sizes of its buffers' growth.
 	if limit := plain + plain/2 + budget; shortcut > limit {
 		t.Errorf("got %d bytes accepted, want at most %d", shortcut, limit)
+	}
+	if *ownMachine {
+		t.Run("TCP is short of memory", shortOfMemory)
+	}
+}
+
+// shortOfMemory: a stalled reader that makes TCP exceed tcp_mem stops the sender
+// as on TCP, and the shortcut goes on when there is memory again.
+func shortOfMemory(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.Budget = 64 << 20 })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n.warmUp(t, c, s)
+	restore := mustLimitTCPMemory(t, 4<<20)
+	before := n.counts(t)
+	accepted := writeUnread(t, c)
+	if got := n.since(t, before); got["message_memory"] == 0 || got["message_budget"] != 0 || got["message_redirect_refused"] != 0 {
+		t.Errorf("got %v, want messages by TCP for want of memory alone", got)
+	}
+	restore()
+	readUnread(t, c, s, accepted)
+	// The server's direction is still open.
+	for range 3 {
+		if _, err := s.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := n.mustFlow(t).ToClient; !got.Shortcut {
+		t.Errorf("got %+v, want the shortcut again", got)
+	}
+}
+
+// mustLimitTCPMemory sets tcp_mem to room bytes more than TCP uses, and to
+// twice and three times as much.
+func mustLimitTCPMemory(t *testing.T, room int) (restore func()) {
+	t.Helper()
+	const path = "/proc/sys/net/ipv4/tcp_mem"
+	old, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stat, err := os.ReadFile("/proc/net/sockstat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := 0
+	for line := range strings.Lines(string(stat)) {
+		if _, mem, ok := strings.Cut(line, " mem "); ok && strings.HasPrefix(line, "TCP:") {
+			if used, err = strconv.Atoi(strings.TrimSpace(mem)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	pages := room / os.Getpagesize()
+	limits := fmt.Sprint(used+pages, used+2*pages, used+3*pages)
+	if err := os.WriteFile(path, []byte(limits), 0); err != nil {
+		t.Fatal(err)
+	}
+	restore = func() {
+		if err := os.WriteFile(path, old, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(restore)
+	return restore
+}
+
+// writeUnread writes until half a second passes in which nothing is accepted,
+// and returns how much was.
+func writeUnread(t *testing.T, c net.Conn) (accepted int) {
+	t.Helper()
+	content, _ := traffic{seed: 7}.source()
+	buf := make([]byte, 16<<10)
+	for {
+		_, _ = content.Read(buf)
+		if err := c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := c.Write(buf)
+		accepted += n
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return accepted
+		}
+		if err != nil || accepted > 256<<20 {
+			t.Fatalf("after %d bytes: %v", accepted, err)
+		}
+	}
+}
+
+// readUnread reads what writeUnread has written. c writes no more: the reader
+// has to see that nothing follows.
+func readUnread(t *testing.T, c, s net.Conn, accepted int) {
+	t.Helper()
+	if err := closeWrite(c); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join((traffic{seed: 7, bytes: accepted, maxRead: 100_000}).read(s), wantEOF(s)); err != nil {
+		t.Fatal(err)
 	}
 }
