@@ -138,8 +138,8 @@ func readBy(c *conn, read func(int, []byte) (int, error)) {
 	again("at the end", 10)
 }
 
-// fits is a size that TCP's buffers take while nobody reads.
-const fits = 50_000
+// fits is a size that TCP's buffers take while nobody reads, on every kernel.
+const fits = 30_000
 
 func partialReads(c *conn) {
 	c.a.send(100)
@@ -370,7 +370,11 @@ func timestamps(c *conn) {
 	c.saw("set", c.b.set(unix.SOL_SOCKET, unix.SO_TIMESTAMP, 1))
 	var control []string
 	// The kernel begins to take time stamps a little later.
-	for try := 0; try < 5 && control == nil; try++ {
+	patience := 1000
+	if c.resembles() == shortcut {
+		patience = 5
+	}
+	for try := 0; try < patience && control == nil; try++ {
 		time.Sleep(quiet)
 		c.a.send(10)
 		c.settle()

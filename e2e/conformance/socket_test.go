@@ -191,12 +191,14 @@ func (e *end) now() string {
 	return eventNames(uint32(events))
 }
 
-// until waits for one of the events, which must come.
+// until waits for one of the events, which must come, and until the packet that
+// brought it is done with.
 func (e *end) until(events int16) {
 	e.c.t.Helper()
 	if !e.wait(events, deadline) {
 		e.c.t.Errorf("%s: %s has not got %s", e.c.way, e, eventNames(uint32(events)))
 	}
+	e.info() // takes the socket's lock
 }
 
 // silent returns the events that come within quiet.

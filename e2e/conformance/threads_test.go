@@ -31,7 +31,7 @@ const twoThreads = "a socket in blocking mode leaves if one thread reads and ano
 func threadRows() []row {
 	return []row{
 		{name: "several threads read", run: severalReaders, ends: true},
-		{name: "several threads write", run: severalWriters, sleeperTCP: twoThreads},
+		{name: "several threads write", run: severalWriters, listen: roomy, dial: roomy, sleeperTCP: twoThreads},
 		{name: "one thread reads, one writes", run: readerAndWriter, sleeperTCP: twoThreads},
 		{name: "a child process reads on", run: func(c *conn) { otherProcess(c, inherits) }, sleeperTCP: twoThreads},
 		{name: "a socket is passed to a process", run: func(c *conn) { otherProcess(c, receives) }, sleeperTCP: twoThreads},
@@ -76,6 +76,9 @@ func severalReaders(c *conn) {
 	c.saw("read", fmt.Sprint(count, sum))
 }
 
+// roomy makes room for all that severalWriters send: TCP cuts what does not fit.
+func roomy(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 200_000) }
+
 // severalWriters: what one call sends stays together.
 func severalWriters(c *conn) {
 	const threads, messages, size = 4, 50, 100
@@ -118,18 +121,25 @@ func severalWriters(c *conn) {
 func readerAndWriter(c *conn) {
 	const messages, size = 100, 500
 	reader := c.asleep(func() any { return c.a.recvAll(messages * size) })
+	// whole moves all of p, or says what is in the way.
+	whole := func(events int16, move func(fd int, p []byte) (int, error), p []byte) string {
+		for done := 0; done < len(p); {
+			n, err := c.b.call(events, func() (int, error) { return move(c.b.fd, p[done:]) })
+			if err != nil || n == 0 {
+				return moved(p, n, err)
+			}
+			done += n
+		}
+		return "done"
+	}
 	echo := c.asleep(func() any {
 		p := make([]byte, size)
 		for range messages {
-			for done := 0; done < size; {
-				n, err := c.b.call(unix.POLLIN, func() (int, error) { return unix.Read(c.b.fd, p[done:]) })
-				if err != nil || n == 0 {
-					return moved(p, n, err)
-				}
-				done += n
+			if got := whole(unix.POLLIN, unix.Read, p); got != "done" {
+				return got
 			}
-			if _, err := c.b.call(unix.POLLOUT, func() (int, error) { return unix.Write(c.b.fd, p) }); err != nil {
-				return errno(err)
+			if got := whole(unix.POLLOUT, unix.Write, p); got != "done" {
+				return got
 			}
 			c.b.sent.Add(size)
 		}

@@ -96,7 +96,7 @@ func more(c *conn) {
 	start := time.Now()
 	c.saw("send more", c.a.sendOnce(10, unix.MSG_MORE))
 	c.saw("receiver meanwhile", c.b.silent(unix.POLLIN))
-	c.late = time.Since(start) > corkTimer
+	c.again = time.Since(start) > corkTimer
 	c.saw("send the rest", c.a.sendOnce(10, 0))
 	c.saw("read", c.b.recvAll(20))
 }
@@ -107,7 +107,7 @@ func cork(c *conn) {
 	c.a.send(10)
 	c.a.send(10)
 	c.saw("receiver meanwhile", c.b.silent(unix.POLLIN))
-	c.late = time.Since(start) > corkTimer
+	c.again = time.Since(start) > corkTimer
 	c.saw("uncork", c.a.set(unix.IPPROTO_TCP, unix.TCP_CORK, 0))
 	c.saw("read", c.b.recvAll(20))
 }
@@ -207,16 +207,12 @@ func zerocopySend(c *conn) {
 	c.saw("set", c.a.set(unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1))
 	c.saw("send", c.a.sendOnce(16<<10, unix.MSG_ZEROCOPY))
 	c.saw("read", c.b.recvAll(16<<10))
-	c.saw("completion", c.a.notification(c.way))
+	c.saw("completion", c.a.notification(deadline))
 }
 
-// notification returns the control messages of the error queue, for which plain TCP has long.
-func (e *end) notification(w way) string {
-	patience := deadline
-	if w != plain {
-		patience = 10 * quiet
-	}
-	if !e.wait(0, patience) { // POLLERR is always asked for
+// notification returns the control messages of the error queue that come within d.
+func (e *end) notification(d time.Duration) string {
+	if !e.wait(0, d) { // POLLERR is always asked for
 		return "none"
 	}
 	_, control, _ := e.recvControl(10, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
@@ -228,7 +224,11 @@ func sendTimestamps(c *conn) {
 		unix.SOF_TIMESTAMPING_SOFTWARE|unix.SOF_TIMESTAMPING_TX_SOFTWARE|unix.SOF_TIMESTAMPING_OPT_TSONLY))
 	c.saw("send", c.a.sendOnce(10, 0))
 	c.saw("read", c.b.recvAll(10))
-	c.saw("notification", c.a.notification(c.way))
+	patience := deadline
+	if c.resembles() == shortcut {
+		patience = 10 * quiet
+	}
+	c.saw("notification", c.a.notification(patience))
 }
 
 // fill writes until the kernel takes no more, and returns how much it took.
