@@ -90,7 +90,7 @@ func (t *traffic) flows() []flow {
 // and returns how long that took. accept says what is wrong with one.
 func (t *traffic) mustBecome(what string, within time.Duration, accept func(flow) bool) time.Duration {
 	t.Helper()
-	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		asked := time.Now()
 		flows := t.flows()
 		if len(flows) > 0 && !slices.ContainsFunc(flows, func(f flow) bool { return !accept(f) }) {

@@ -302,21 +302,9 @@ func (c *cluster) startAPIServer() error {
 	})
 }
 
-// startRuntime starts containerd and gives it the images.
-func (n *node) startRuntime() error {
-	err := n.script(fmt.Sprintf(`
-mkdir -p /etc/containerd
-cat >/etc/containerd/config.toml <<'END'
-version = 2
-# Overlay is the one snapshotter that is used.
-disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = %q
-# Lowering a score takes CAP_SYS_RESOURCE, which this machine may not give.
-restrict_oom_score_adj = true
-END
-cat >/etc/cni/net.d/10-pods.conflist <<'END'
-{
+// conflist is the node's CNI configuration, as long as podshunt is not installed.
+func (n *node) conflist() string {
+	return fmt.Sprintf(`{
   "cniVersion": "1.0.0",
   "name": "pods",
   "plugins": [
@@ -330,7 +318,24 @@ cat >/etc/cni/net.d/10-pods.conflist <<'END'
     {"type": "portmap", "capabilities": {"portMappings": true}}
   ]
 }
-END`, peerImage, n.podRange()))
+`, n.podRange())
+}
+
+// startRuntime starts containerd and gives it the images.
+func (n *node) startRuntime() error {
+	err := n.script(fmt.Sprintf(`
+mkdir -p /etc/containerd
+cat >/etc/containerd/config.toml <<'END'
+version = 2
+# Overlay is the one snapshotter that is used.
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = %q
+# Lowering a score takes CAP_SYS_RESOURCE, which this machine may not give.
+restrict_oom_score_adj = true
+END
+cat >%s <<'END'
+%sEND`, peerImage, conflist, n.conflist()))
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@
 package cluster_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -34,10 +35,9 @@ func isOnTCP(f flow) bool {
 	return f.Paired && !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Reason != "" && f.ToClient.Reason != ""
 }
 
-// TestAnnotate opts running pods in and out.
-func TestAnnotate(t *testing.T) {
+// proveAnnotate opts running pods in and out.
+func proveAnnotate(t *testing.T) {
 	p := newProof(t)
-	p.mustInstall()
 	n := p.nodes[0]
 	p.mustRun(server("server", n))
 	all := p.mustTalk(
@@ -64,17 +64,16 @@ func TestAnnotate(t *testing.T) {
 		in.Seconds(), out.Seconds(), reason)
 }
 
-// TestNamespace is the namespace's annotation, and the pod's own that wins.
-func TestNamespace(t *testing.T) {
+// proveNamespace is the namespace's annotation, and the pod's own that wins.
+func proveNamespace(t *testing.T) {
 	p := newProof(t)
-	p.mustInstall()
 	n := p.nodes[0]
 	p.mustAnnotate("namespace", p.namespace, enabled)
-	no := client("refuses", n, "")
-	no.annotations[annotation] = disabled
 	p.mustRun(server("server", n))
-	no.args = client("", n, p.address("server")+":8080").args
-	all := p.mustTalk(client("inherits", n, p.address("server")+":8080"), no)
+	target := p.address("server") + ":8080"
+	no := client("refuses", n, target)
+	no.annotations[annotation] = disabled
+	all := p.mustTalk(client("inherits", n, target), no)
 	share := all[0].mustBeShortcut()
 	all[1].mustBecome("unpaired", settleTime, isUnpaired)
 	for _, tr := range all {
@@ -83,10 +82,9 @@ func TestNamespace(t *testing.T) {
 	p.figure("the namespace's default: %.1f %% by the shortcut; a pod of it with its own %q: none", 100*share, disabled)
 }
 
-// TestPolicy creates a NetworkPolicy under a live flow, and deletes it.
-func TestPolicy(t *testing.T) {
+// provePolicy creates a NetworkPolicy under a live flow, and deletes it.
+func provePolicy(t *testing.T) {
 	p := newProof(t)
-	p.mustInstall()
 	n := p.nodes[0]
 	p.mustRun(optIn(server("server", n)))
 	tr := p.mustTalk(optIn(client("client", n, p.address("server")+":8080")))[0]
@@ -109,35 +107,36 @@ func TestPolicy(t *testing.T) {
 	p.figure("NetworkPolicy under a live flow: on TCP and named after %.2f s, back after %.2f s, no byte lost", off.Seconds(), on.Seconds())
 }
 
-// TestSameAddress gives a pod the address of one that was killed.
-func TestSameAddress(t *testing.T) {
+// proveEvents looks for what kubectl describe tells of pods that cannot take part.
+func proveEvents(t *testing.T) {
 	p := newProof(t)
-	p.mustInstall()
-	n := p.nodes[0]
-	p.mustRun(optIn(server("server", n)))
-	address := p.address("server")
-	tr := p.mustTalk(optIn(client("client", n, address+":8080")))[0]
-	tr.mustBeShortcut()
-	p.mustKubectl("--namespace="+p.namespace, "delete", "pod", "server", "--grace-period=0", "--force")
-	// The bridge's IPAM counts on from the last address that it gave.
-	if err := n.script("until ! ls /var/lib/cni/networks/pods/" + address + " 2>/dev/null; do sleep 0.05; done\n" +
-		"a=" + address + "; printf %s ${a%.*}.$((${a##*.} - 1)) >/var/lib/cni/networks/pods/last_reserved_ip.0"); err != nil {
-		t.Fatal(err)
+	bad := server("bad", p.nodes[0])
+	bad.annotations[annotation] = "yes"
+	host := optIn(server("host", p.nodes[1]))
+	host.hostNetwork = true
+	good := optIn(server("good", p.nodes[0]))
+	p.mustRun(bad, host, good)
+	events := func(name string) string {
+		return p.mustKubectl("--namespace="+p.namespace, "get", "events", "--field-selector=involvedObject.name="+name,
+			`-o=jsonpath={range .items[*]}{.source.component}: {.type} {.reason}: {.message}{"\n"}{end}`)
 	}
-	p.mustRun(optIn(server("server", n)))
-	if got := p.address("server"); got != address {
-		t.Fatalf("the second server got %s, want %s", got, address)
-	}
-	began := time.Now()
-	for r := tr.must("get", "report"); r.Open < 4; r = tr.must("get", "report") {
-		if time.Since(began) > stepTimeout {
-			t.Fatalf("the client is not back: %+v", r)
+	find := func(name, text string) (event string) {
+		if err := p.await("an event of "+name, func() error {
+			for line := range strings.Lines(events(name)) {
+				if strings.HasPrefix(line, release) && strings.Contains(line, text) {
+					event = strings.TrimSpace(line)
+					return nil
+				}
+			}
+			return fmt.Errorf("events:\n%s", events(name))
+		}); err != nil {
+			t.Error(err)
 		}
-		time.Sleep(50 * time.Millisecond)
+		return event
 	}
-	tr.mustBecome("on the shortcut", settleTime, isShortcut)
-	if r := tr.must("get", "report"); r.Failed == 0 {
-		t.Error("no connection has failed although its server was killed")
+	p.figure("bad annotation: %s", find("bad", enabled))
+	p.figure("hostNetwork:    %s", find("host", "hostNetwork"))
+	if got := events("good"); strings.Contains(got, release) {
+		t.Errorf("events of a pod that takes part:\n%s", got)
 	}
-	p.figure("a server killed and made again with its address %s: the client's new connections are on the shortcut", address)
 }

@@ -4,8 +4,8 @@ package cluster_test
 
 import "testing"
 
-// TestPlain is the cluster by itself: pods that are not opted in, Services, and both modes of kube-proxy.
-func TestPlain(t *testing.T) {
+// provePlain is the cluster by itself: pods that are not opted in, Services, and both modes of kube-proxy.
+func provePlain(t *testing.T) {
 	p := newProof(t)
 	for _, n := range p.nodes {
 		name := "server-" + n.name

@@ -58,6 +58,8 @@ func newProof(t *testing.T) *proof {
 	t.Helper()
 	p := &proof{TB: t, cluster: suite, namespace: strings.ToLower(strings.NewReplacer("Test", "", "/", "-", "_", "-").Replace(t.Name()))}
 	p.mustKubectl("create", "namespace", p.namespace)
+	// Pods need it; its controller may not yet be back after the API server.
+	p.mustKubectl("--namespace="+p.namespace, "wait", "serviceaccount/default", "--for=create", fmt.Sprintf("--timeout=%v", stepTimeout))
 	t.Cleanup(func() {
 		if t.Failed() {
 			p.dump(t.Output())
@@ -169,9 +171,14 @@ type traffic struct {
 func (p *proof) mustTalk(clients ...pod) []*traffic {
 	p.Helper()
 	p.mustRun(clients...)
-	var all []*traffic
+	args := []string{"--namespace=" + p.namespace, "get", "pods", "-o=jsonpath={.items[*].status.podIP}{.status.podIP}"}
 	for _, one := range clients {
-		t := &traffic{proof: p, client: one.name, node: one.node, address: p.address(one.name)}
+		args = append(args, one.name)
+	}
+	addresses := strings.Fields(p.mustKubectl(args...)) // of a list, or of the only one
+	var all []*traffic
+	for i, one := range clients {
+		t := &traffic{proof: p, client: one.name, node: one.node, address: addresses[i]}
 		t.mustProgress()
 		all = append(all, t)
 	}
@@ -192,7 +199,7 @@ func (t *traffic) must(method, path string) report {
 func (t *traffic) mustProgress() report {
 	t.Helper()
 	first := t.must("get", "report")
-	for deadline := time.Now().Add(stepTimeout); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(stepTimeout); ; time.Sleep(100 * time.Millisecond) {
 		r := t.must("get", "report")
 		t.mustBeWhole(r)
 		if r.Requests >= first.Requests+20 {

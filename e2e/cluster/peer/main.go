@@ -30,7 +30,7 @@ import (
 const usage = "usage: peer server|client|pause|get [flags]"
 
 // opTimeout is how long one read or write may take: a connection that hangs ends with an error in the Report.
-const opTimeout = 30 * time.Second
+var opTimeout = 30 * time.Second
 
 // Report is what a server or a client has seen so far.
 type Report struct {
@@ -258,8 +258,9 @@ func clientRole(ctx context.Context, args []string) error {
 	connections := flags.Int("connections", 4, "connections at a time")
 	report := flags.String("report", ":9090", "address of the report")
 	p := pace{gate: &gate{}}
-	flags.DurationVar(&p.interval, "interval", 20*time.Millisecond, "pause of a connection between two requests")
+	flags.DurationVar(&p.interval, "interval", 50*time.Millisecond, "pause of a connection between two requests")
 	flags.IntVar(&p.size, "size", 16<<10, "bytes of a request or an answer, at most")
+	flags.DurationVar(&opTimeout, "timeout", opTimeout, "how long one read or write may take")
 	flags.IntVar(&p.requests, "requests", 0, "requests before a connection ends and another takes its place; 0: it goes on")
 	if err := flags.Parse(args); err != nil {
 		return err
