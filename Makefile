@@ -16,6 +16,8 @@ APPS ?= $(CURDIR)/.cache/apps
 CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
+# What runs the tests of unit and test; CI takes a program that repeats the failures at the end.
+GOTEST ?= go test
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
@@ -34,7 +36,7 @@ demo: build cni ## two pods on this machine, plain TCP and shortcut side by side
 
 # One package at a time: kernel tests share the machine.
 test: build cni ## all tests; none may be skipped (root)
-	REQUIRE_ROOT=1 go test -exec "$(SUDO)" -p 1 -count=1 -timeout 10m $(TESTFLAGS) ./...
+	REQUIRE_ROOT=1 $(GOTEST) -exec "$(SUDO)" -p 1 -count=1 -timeout 10m $(TESTFLAGS) ./...
 
 test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 	$(SUDO) hack/kernels/test.sh $(KERNELS)
@@ -49,7 +51,7 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	mkdir -p $(CLUSTER)
 	go run ./hack/image -name ghcr.io/podshunt/podshunt:0.0.0 -o $(CLUSTER)/podshunt-image.tar
 	e2e/cluster/build.sh $(CLUSTER)
-	PODSHUNT_CLUSTER=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -timeout 20m -v $(TESTFLAGS) .
+	PODSHUNT_CLUSTER=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
@@ -59,7 +61,7 @@ cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 	$(BUILD) -o bin/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
 
 unit: ## the tests that need no privileges, with the race detector
-	CGO_ENABLED=1 go test -race -count=1 $(TESTFLAGS) $(UNIT)
+	CGO_ENABLED=1 $(GOTEST) -race -count=1 $(TESTFLAGS) $(UNIT)
 
 generate: ## compile bpf/ and make its Go names
 	hack/deps.sh
@@ -80,6 +82,7 @@ bench: cni ## measure this machine into docs/measurements.md (root)
 	$(BUILD) -o bin/bench ./hack/bench
 	$(SUDO) bin/bench >bin/measurements.md
 	mv bin/measurements.md docs/
+	go test -exec "$(SUDO)" -run '^$$' -bench Guards ./agent/datapath
 
 image: build ## bin/podshunt-image.tar, for ctr images import or docker load
 	go run ./hack/image -name $(IMAGE) -o bin/podshunt-image.tar

@@ -10,9 +10,10 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo)$'
 	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent)$'
 	[chain]='^TestVerbs$'
+	[conformance]='^(TestConformance|TestLimits)$'
 )
 
 # refused checks that the doctor of an old kernel says which one is needed.
@@ -27,7 +28,7 @@ refused() {
 
 # series runs everything that is meant for one series.
 series() {
-	local failed=0 fetched=0 suite
+	local failed=0 fetched=0 suite flags
 	"$top/hack/kernels/fetch.sh" "$1" || fetched=$?
 	if ((fetched == 3)); then
 		echo "== Linux $1 is SKIPPED: it cannot be fetched"
@@ -38,9 +39,15 @@ series() {
 		refused "$1"
 		return
 	fi
-	for suite in datapath agent chain; do
+	for suite in datapath agent chain conformance; do
 		echo "== Linux $1: $suite"
-		"$top/hack/kernels/run.sh" "$1" "$cache/$suite.test" -test.v -test.timeout 20m -test.run "${tests[$suite]}" || failed=1
+		flags=(-test.v=test2json -test.short -test.timeout 20m -test.run "${tests[$suite]}")
+		# What would harm the machine harms the guest only.
+		[[ $suite != conformance ]] || flags+=(-mptcp)
+		[[ $suite != datapath ]] || flags+=(-own-machine)
+		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
+			go tool test2json -p "linux-$1/$suite" \
+			"$top/hack/kernels/run.sh" "$1" "$cache/$suite.test" "${flags[@]}" || failed=1
 	done
 	return "$failed"
 }
@@ -52,6 +59,7 @@ mkdir -p "$cache"
 build datapath ./agent/datapath
 build agent ./agent
 build chain ./e2e
+build conformance ./e2e/conformance
 status=0
 running=0
 for one in "$@"; do
