@@ -205,7 +205,7 @@ func (a *agent) mustRunProcess(t testing.TB, p *sandbox.Pod) {
 	}
 	defer cgroup.Close()
 	cmd := exec.Command("sleep", "300")
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
 	if err := p.Start(cmd); err != nil {
 		t.Fatal(err)
 	}

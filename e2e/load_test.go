@@ -22,7 +22,7 @@ import (
 )
 
 // loadTimeout is the deadline of every connection of a load.
-const loadTimeout = 40 * time.Second
+const loadTimeout = 2 * time.Minute
 
 // load is traffic that goes on until finish. An error of any connection fails
 // the test there.

@@ -40,7 +40,9 @@ func TestChanges(t *testing.T) {
 	paired := l.streams[1:]
 	n.mustShortcut(t, paired...)
 
-	pauseEnd := time.Now().Add(2500 * time.Millisecond)
+	pausedFor := func(d time.Duration) string {
+		return on + ", podshunt.io/paused-until: '" + time.Now().Add(d).Format(time.RFC3339Nano) + "'"
+	}
 	for _, tc := range []struct {
 		name, web string
 		// detail explains the streams, which stay on the shortcut if it is empty.
@@ -48,7 +50,7 @@ func TestChanges(t *testing.T) {
 		// state is the pod's, if it does not take part.
 		state string
 	}{
-		{name: "paused", web: on + ", podshunt.io/paused-until: '" + pauseEnd.Format(time.RFC3339Nano) + "'", detail: "paused by podshunt.io/paused-until"},
+		{name: "paused", web: pausedFor(time.Hour), detail: "paused by podshunt.io/paused-until"},
 		{name: "opted out", web: "podshunt.io/shortcut: disabled", detail: "not opted in by podshunt.io/shortcut", state: "not opted in by podshunt.io/shortcut"},
 		{name: "opted in again", web: on},
 		{name: "port excluded", web: on + ", podshunt.io/exclude-ports: '22,6990-7001'", detail: "server port in podshunt.io/exclude-ports"},
@@ -74,11 +76,13 @@ func TestChanges(t *testing.T) {
 		}
 		wantDiff(t, tc.name, []string{"client: takes part", "web: " + state}, n.states(t))
 		n.mustMove(t, tc.name, paired, tc.detail == "")
-		if tc.name == "paused" {
-			time.Sleep(time.Until(pauseEnd))
-			n.mustShortcut(t, paired...)
-		}
 	}
+
+	// A pause ends by itself.
+	n.mustWritePods(t, "client "+on, "web "+pausedFor(time.Hour))
+	mustBecome(t, "paused", "", func() string { return n.notOnTCP(t, paired, "paused by podshunt.io/paused-until") })
+	n.mustWritePods(t, "client "+on, "web "+pausedFor(time.Second))
+	n.mustShortcut(t, paired...)
 
 	// A file that is not accepted changes nothing.
 	for _, text := range []string{"pods: {", "pods:\n- {namespace: default, name: web, annotation: {}}\n", ""} {
@@ -118,19 +122,26 @@ func (n *node) notOnTCP(t testing.TB, streams []*stream, detail string) (not str
 	return not
 }
 
-// mustMove sees each direction of the streams send by the shortcut, or only by TCP.
+// mustMove waits until each direction of the streams has sent by the shortcut, or
+// by TCP and nothing else.
 func (n *node) mustMove(t testing.TB, what string, streams []*stream, shortcut bool) {
 	t.Helper()
 	before := n.flows(t)
-	time.Sleep(100 * time.Millisecond)
-	after := n.flows(t)
-	for _, s := range streams {
-		old, now := s.flow(t, before), s.flow(t, after)
-		for _, d := range [][2]*api.Direction{{old.ToServer, now.ToServer}, {old.ToClient, now.ToClient}} {
-			byShortcut, byTCP := d[1].ShortcutBytes-d[0].ShortcutBytes, d[1].TCPBytes-d[0].TCPBytes
-			if shortcut && byShortcut == 0 || !shortcut && (byShortcut > 0 || byTCP == 0) {
-				t.Errorf("%s: %s: sent %d bytes by the shortcut and %d by TCP: %+v", what, s.dialled, byShortcut, byTCP, d[1])
+	mustBecome(t, what, "", func() (not string) {
+		after := n.flows(t)
+		for _, s := range streams {
+			old, now := s.flow(t, before), s.flow(t, after)
+			for _, d := range [][2]*api.Direction{{old.ToServer, now.ToServer}, {old.ToClient, now.ToClient}} {
+				byShortcut, byTCP := d[1].ShortcutBytes-d[0].ShortcutBytes, d[1].TCPBytes-d[0].TCPBytes
+				moved := fmt.Sprintf("%s: %d bytes by the shortcut and %d by TCP: %+v\n", s.dialled, byShortcut, byTCP, d[1])
+				if !shortcut && byShortcut > 0 {
+					t.Fatalf("%s: to %s", what, moved)
+				}
+				if shortcut && byShortcut == 0 || !shortcut && byTCP == 0 {
+					not += moved
+				}
 			}
 		}
-	}
+		return not
+	})
 }

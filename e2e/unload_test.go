@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -136,12 +136,14 @@ func TestUnloadUnderLoad(t *testing.T) {
 	for i, s := range l.streams {
 		received[i] = s.toServer.received.Load()
 	}
-	time.Sleep(100 * time.Millisecond)
-	for i, s := range l.streams {
-		if s.toServer.received.Load() == received[i] {
-			t.Errorf("stream %d to %s stands still", i, s.dialled)
+	mustBecome(t, "streams that stand still", nil, func() (still []netip.AddrPort) {
+		for i, s := range l.streams {
+			if s.toServer.received.Load() == received[i] {
+				still = append(still, s.dialled)
+			}
 		}
-	}
+		return still
+	})
 	l.finish(t)
 	mustBecome(t, "entries after all sockets are closed", map[string]int{"pairs": 0, "sockets": 0, "hints": 0, "handshakes": 0},
 		func() map[string]int { return n.entries(t, "pairs", "sockets", "hints", "handshakes") })

@@ -144,16 +144,16 @@ func TestRunKeeps(t *testing.T) {
 	within(t, 10*time.Second, "state", func() bool { return k.State().Installed })
 
 	writeFile(t, path, testList)
-	within(t, time.Second, "kept when the file is written in place", hasContent(path, testBoth))
+	within(t, 10*time.Second, "kept when the file is written in place", hasContent(path, testBoth))
 	writeFile(t, path+".tmp", testList)
 	if err := os.Rename(path+".tmp", path); err != nil {
 		t.Fatal(err)
 	}
-	within(t, time.Second, "kept when the file is replaced", hasContent(path, testBoth))
+	within(t, 10*time.Second, "kept when the file is replaced", hasContent(path, testBoth))
 	if err := os.Remove(plugin); err != nil {
 		t.Fatal(err)
 	}
-	within(t, time.Second, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
+	within(t, 10*time.Second, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
 
 	if err := k.Uninstall(); err != nil {
 		t.Fatal(err)

@@ -69,7 +69,7 @@ func paired() map[string]uint64 {
 // waitUntil polls a condition that the kernel brings about on its own.
 func waitUntil(tb testing.TB, what string, ok func() bool) {
 	tb.Helper()
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
@@ -594,7 +594,7 @@ func TestUnfinishedHandshake(t *testing.T) {
 	_, address := mustListenOn(t, pods[1])
 	_, restore := mustDropSYNACKs(t, pods[0].Netns, pods[1].IPv4)
 	defer restore()
-	if c, err := pods[0].Dial("tcp4", address.String(), 100*time.Millisecond); err == nil {
+	if c, err := pods[0].Dial("tcp4", address.String(), 500*time.Millisecond); err == nil {
 		c.Close()
 		t.Fatal("got a connection without a SYN-ACK")
 	}

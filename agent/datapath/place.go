@@ -72,11 +72,7 @@ func MountBPFFS(namespace, dir string) (mounted bool, err error) {
 		return false, fmt.Errorf("open mount namespace: %w", err)
 	}
 	defer f.Close()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		// Never unlocked: the thread, which lives in the other namespace, ends with the goroutine.
-		runtime.LockOSThread()
+	onLostThread(func() {
 		// A thread that shares its working directory with others cannot change its mount namespace.
 		if err = unix.Unshare(unix.CLONE_FS); err != nil {
 			err = fmt.Errorf("unshare the working directory: %w", err)
@@ -87,9 +83,26 @@ func MountBPFFS(namespace, dir string) (mounted bool, err error) {
 			return
 		}
 		mounted, err = ensureBPFFS(dir)
+	})
+	return mounted, err
+}
+
+// onLostThread runs f on a thread that ends with it, and whose namespaces f may
+// change. It is never the main thread: Go does not end that one, and /proc/self
+// shows its namespaces.
+func onLostThread(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked, unless on the main thread
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			onLostThread(f)
+			return
+		}
+		f()
 	}()
 	<-done
-	return mounted, err
 }
 
 // filesystem returns the magic number of the file system that holds path.

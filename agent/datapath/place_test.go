@@ -22,7 +22,7 @@ func TestMountBPFFS(t *testing.T) {
 	s := sandbox.MustNew(t, sandbox.Config{})
 	// A process with a mount namespace of its own stands for the node.
 	process := exec.Command("sleep", "60")
-	process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	if err := process.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -119,6 +120,28 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
+// mustDetach deletes a pin that is all that holds its link, and waits for the
+// kernel, which detaches in the background.
+func mustDetach(tb testing.TB, pin string) {
+	tb.Helper()
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	info, err := l.Info()
+	if err := errors.Join(err, l.Close(), os.Remove(pin)); err != nil {
+		tb.Fatal(err)
+	}
+	waitUntil(tb, "the end of the link", func() bool {
+		l, err := link.NewFromID(info.ID)
+		if err == nil {
+			err = l.Close()
+		}
+		return errors.Is(err, fs.ErrNotExist)
+	})
+	time.Sleep(100 * time.Millisecond) // its number goes first
+}
+
 // TestDeletedLink: what is no longer attached is attached again by the next
 // process, and a flow of before goes on byte for byte.
 func TestDeletedLink(t *testing.T) {
@@ -136,10 +159,7 @@ func TestDeletedLink(t *testing.T) {
 			}
 			before := n.counts(t)
 			n.mustClose(t)
-			if err := os.Remove(pins[0]); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(100 * time.Millisecond) // the kernel detaches in the background
+			mustDetach(t, pins[0])
 			pingPong(t, old, oldS, 10, 100)
 			middle, middleS := connect(t, pods[0].Netns, l, "tcp4", address)
 			pingPong(t, middle, middleS, 10, 100)

@@ -362,9 +362,9 @@ func TestRunTakesUpChangesOfSource(t *testing.T) {
 	go func() { done <- f.Run(ctx) }()
 	defer func() { cancel(); wantDiff(t, "Run", nil, <-done) }()
 	source.set(map[string]Wish{"a": enabled(uid1)})
-	for deadline := time.Now().Add(time.Second); f.states()["a"] != "in"; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); f.states()["a"] != "in"; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("got %v after a second, want the pod in", f.states())
+			t.Fatalf("got %v, want the pod in", f.states())
 		}
 	}
 }
