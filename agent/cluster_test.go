@@ -31,6 +31,8 @@ import (
 // apiServer answers what the agent asks an API server, out of a log of changes.
 type apiServer struct {
 	*httptest.Server
+	stop    func()        // for good
+	stopped chan struct{} // closed by stop
 
 	mu      sync.Mutex
 	log     []change
@@ -47,15 +49,15 @@ type change struct {
 }
 
 func newAPIServer(t testing.TB) *apiServer {
-	s := &apiServer{grown: make(chan struct{})}
+	s := &apiServer{grown: make(chan struct{}), stopped: make(chan struct{})}
 	s.Server = httptest.NewServer(s)
+	s.stop = sync.OnceFunc(func() {
+		close(s.stopped) // Close waits for the watches
+		s.CloseClientConnections()
+		s.Close()
+	})
 	t.Cleanup(s.stop)
 	return s
-}
-
-func (s *apiServer) stop() {
-	s.CloseClientConnections()
-	s.Close()
 }
 
 // mustKubeconfig writes a kubeconfig file for the server.
@@ -157,6 +159,8 @@ func (s *apiServer) watch(w http.ResponseWriter, r *http.Request, resource strin
 		select {
 		case <-grown:
 		case <-r.Context().Done():
+			return
+		case <-s.stopped:
 			return
 		}
 	}

@@ -169,7 +169,7 @@ func mustConnect(t testing.TB, from, to *sandbox.Pod, l net.Listener) connection
 		t.Fatal("the connection is not accepted")
 	}
 	t.Cleanup(func() { c.server.Close() })
-	if err := c.server.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := c.server.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	return c

@@ -102,28 +102,30 @@ func agentPod(name string, phase corev1.PodPhase) corev1.Pod {
 }
 
 func TestExec(t *testing.T) {
-	kubeconfig := mustServeExec(t, agentPod("good", corev1.PodRunning), agentPod("bad", corev1.PodRunning),
-		agentPod("slow", corev1.PodRunning), agentPod("waiting", corev1.PodPending))
-	exec := Exec{
-		Kubeconfig: kubeconfig, Namespace: "shunt", Selector: "app=agent", Container: "agent",
-		Command: []string{"podshunt-agent", "uninstall"}, Parallel: 2, PodTimeout: 2 * time.Second,
-	}
 	type result struct{ Node, Pod, Output, Err string }
 	var got []result
-	if err := exec.Run(t.Context(), func(r ExecResult) {
-		text := ""
-		if r.Err != nil {
-			text = r.Err.Error()
+	run := func(timeout time.Duration, agents ...corev1.Pod) {
+		exec := Exec{
+			Kubeconfig: mustServeExec(t, agents...), Namespace: "shunt", Selector: "app=agent", Container: "agent",
+			Command: []string{"podshunt-agent", "uninstall"}, Parallel: 2, PodTimeout: timeout,
 		}
-		got = append(got, result{r.Node, r.Pod, r.Output, text})
-	}); err != nil {
-		t.Fatal(err)
+		if err := exec.Run(t.Context(), func(r ExecResult) {
+			text := ""
+			if r.Err != nil {
+				text = r.Err.Error()
+			}
+			got = append(got, result{r.Node, r.Pod, r.Output, text})
+		}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	run(time.Minute, agentPod("good", corev1.PodRunning), agentPod("bad", corev1.PodRunning), agentPod("waiting", corev1.PodPending))
+	run(time.Second, agentPod("slow", corev1.PodRunning))
 	slices.SortFunc(got, func(a, b result) int { return strings.Compare(a.Pod, b.Pod) })
 	want := []result{
 		{"node-bad", "bad", "agent: podshunt-agent uninstall\nbad\n", "command terminated with exit code 1"},
 		{"node-good", "good", "agent: podshunt-agent uninstall\ngood\n", ""},
-		{"node-slow", "slow", "", "no answer within 2s"},
+		{"node-slow", "slow", "", "no answer within 1s"},
 		{"node-waiting", "waiting", "", "the pod is pending"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -62,6 +62,7 @@ type Config struct {
 type Source struct {
 	cfg         Config
 	informers   [kinds]cache.SharedIndexInformer
+	synced      [kinds]cache.InformerSynced // all that was there first has been noted as a change
 	changed     chan struct{}
 	events      typedcorev1.EventsGetter
 	broadcaster record.EventBroadcaster
@@ -233,12 +234,16 @@ func (s *Source) prepare(k kind, informer cache.SharedIndexInformer) error {
 		s.mu.Unlock()
 		s.notify()
 	}
-	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+	handler, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(any) { change() },
 		UpdateFunc: func(any, any) { change() },
 		DeleteFunc: func(any) { change() },
 	})
-	return errors.Join(err, informer.SetTransform(trim),
+	if err != nil {
+		return err
+	}
+	s.synced[k] = handler.HasSynced
+	return errors.Join(informer.SetTransform(trim),
 		informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
 			// Content returns it, if it lasts.
 			s.cfg.Log.Debug("watch ended", "resource", k.String(), "err", err)
@@ -263,11 +268,7 @@ func (s *Source) Run(ctx context.Context) error {
 	for _, informer := range s.informers {
 		running.Go(func() { informer.RunWithContext(ctx) })
 	}
-	synced := []cache.InformerSynced{}
-	for _, informer := range s.informers {
-		synced = append(synced, informer.HasSynced)
-	}
-	if cache.WaitForCacheSync(ctx.Done(), synced...) {
+	if cache.WaitForCacheSync(ctx.Done(), s.synced[:]...) {
 		// Nothing else tells of a kind that has no objects.
 		s.notify()
 	}
@@ -287,8 +288,8 @@ func (s *Source) Content() (*pods.Content, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ready := true
-	for _, informer := range s.informers {
-		ready = ready && informer.HasSynced()
+	for _, synced := range s.synced {
+		ready = ready && synced()
 	}
 	if ready && slices.Contains(s.stale[:], true) {
 		s.content = s.read(s.content)

@@ -188,7 +188,7 @@ func newBreakable(client *fake.Clientset) *breakable {
 		if err := b.err.Load(); err != nil {
 			return true, nil, *err
 		}
-		w, err := client.Tracker().Watch(a.GetResource(), a.GetNamespace())
+		w, err := client.Tracker().Watch(a.GetResource(), a.GetNamespace(), a.(clienttesting.WatchActionImpl).ListOptions)
 		b.watches <- w
 		return true, w, err
 	})

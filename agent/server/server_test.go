@@ -53,7 +53,7 @@ func (f *fake) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
 
 func (f *fake) Unload(ctx context.Context) (api.UnloadResult, error) {
 	deadline, _ := ctx.Deadline()
-	f.calls = append(f.calls, fmt.Sprint("unload ", time.Until(deadline).Round(time.Second)))
+	f.calls = append(f.calls, fmt.Sprint("unload ", time.Until(deadline).Round(time.Minute)))
 	return api.UnloadResult{Done: true}, f.err
 }
 
@@ -176,8 +176,8 @@ func TestRoutes(t *testing.T) {
 		},
 		{name: "flows", method: "GET", path: "/v1/flows", code: 200, answer: `[]`},
 		{
-			name: "unload", method: "POST", path: "/v1/unload?timeout=20s",
-			code: 200, answer: `{"done":true}`, calls: []string{"unload 20s"},
+			name: "unload", method: "POST", path: "/v1/unload?timeout=20m",
+			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s"},
 		},
 		{
 			name: "uninstall", method: "POST", path: "/v1/uninstall?timeout=20s",

@@ -17,7 +17,7 @@ import (
 )
 
 // cniTimeout limits one verb, which runs a handful of short-lived processes.
-const cniTimeout = 10 * time.Second
+const cniTimeout = time.Minute
 
 // PodOptions are a pod's settings; the zero value is useful.
 type PodOptions struct {

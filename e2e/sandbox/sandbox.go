@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
@@ -52,6 +53,9 @@ type Sandbox struct {
 	Cgroup string
 	// AgentSocket is where the plugin looks for an agent.
 	AgentSocket string
+	// AgentTimeout is the plugin's agentTimeout in Conflist. New sets the longest
+	// that is accepted: on a busy machine, too, a pod that is added is known.
+	AgentTimeout time.Duration
 	// AttachmentsDir is where the plugin leaves word for an agent that did not answer.
 	AttachmentsDir string
 	// Node is the network namespace with the host ends of the pods' links.
@@ -89,6 +93,7 @@ func New(cfg Config) (_ *Sandbox, err error) {
 		BPF:            filepath.Join(base, "bpf"),
 		Cgroup:         r.cgroup,
 		AgentSocket:    filepath.Join(base, "agent.sock"),
+		AgentTimeout:   10 * time.Second,
 		AttachmentsDir: filepath.Join(base, "attachments"),
 		podshunt:       cfg.Podshunt,
 		cni:            libcni.NewCNIConfigWithCacheDir([]string{binDir}, filepath.Join(base, "cni"), nil),
@@ -166,8 +171,8 @@ func (s *Sandbox) Conflist(chained ...string) string {
 		filepath.Join(s.Base, "ipam"))}
 	plugins = append(plugins, chained...)
 	if s.podshunt {
-		plugins = append(plugins, fmt.Sprintf(`{"type": %q, "agentSocket": %q, "attachmentsDir": %q}`,
-			api.PluginType, s.AgentSocket, s.AttachmentsDir))
+		plugins = append(plugins, fmt.Sprintf(`{"type": %q, "agentSocket": %q, "agentTimeout": %q, "attachmentsDir": %q}`,
+			api.PluginType, s.AgentSocket, s.AgentTimeout, s.AttachmentsDir))
 	}
 	return fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "podshunt", "plugins": [%s]}`, strings.Join(plugins, ", "))
 }

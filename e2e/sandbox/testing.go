@@ -11,7 +11,7 @@ import (
 )
 
 // testTimeout is the deadline of connections that tests make.
-const testTimeout = 30 * time.Second
+const testTimeout = 2 * time.Minute
 
 // MustNew is New for a test, which closes the Sandbox at its end. Without root
 // the test is skipped, or fails if the environment has REQUIRE_ROOT=1.

@@ -68,7 +68,7 @@ type Result struct {
 }
 
 // grace is what a measurement may take besides its own time.
-const grace = 10 * time.Second
+const grace = 30 * time.Second
 
 // childArg as the first argument makes a process one end of a measurement; the
 // second is then a child as JSON.

@@ -17,7 +17,7 @@ import (
 
 // socketTimeout ends a call that waits for the other end, so that a shortcut
 // that loses data fails and does not hang.
-const socketTimeout = 3 // seconds
+const socketTimeout = 10 // seconds
 
 // socket is a stream socket.
 type socket struct {
