@@ -48,7 +48,7 @@ const (
 	warmUpRounds, warmUpSize = 3, 100
 	// maxUnproved is how many connections of a suite may stay on TCP, or go back to it:
 	// the kernel does not run a program on a CPU where it has been preempted in it.
-	maxUnproved = 5
+	maxUnproved = 20
 )
 
 func TestMain(m *testing.M) {
@@ -677,14 +677,15 @@ func (c *conn) start(f func() any) (result func() any, tid int, ended func() boo
 	return result, <-started, func() bool { return len(done) > 0 }
 }
 
-// mustSleep waits until a thread sleeps in a system call other than futex,
-// which is the Go runtime's, or ended says that it has nothing more to do.
+// mustSleep waits until a thread sleeps in a system call other than those of the Go
+// runtime and of page faults (-1), or ended says that it has nothing more to do.
 func (c *conn) mustSleep(tid int, ended func() bool) {
 	c.t.Helper()
+	others := []string{"running", "-1", fmt.Sprint(unix.SYS_FUTEX), fmt.Sprint(unix.SYS_MMAP), fmt.Sprint(unix.SYS_MUNMAP), fmt.Sprint(unix.SYS_MADVISE)}
 	for limit := time.Now().Add(deadline); time.Now().Before(limit); time.Sleep(200 * time.Microsecond) {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", tid))
 		number, _, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
-		if ended() || err == nil && number != "running" && number != fmt.Sprint(unix.SYS_FUTEX) {
+		if ended() || err == nil && !slices.Contains(others, number) {
 			return
 		}
 	}

@@ -115,6 +115,7 @@ func info(c *conn) {
 	c.saw("state", after.State)
 	c.saw("bytes received", after.Bytes_received-before.Bytes_received)
 	c.saw("retransmits", after.Total_retrans)
+	c.again = after.Total_retrans > 0 // an acknowledgement was late
 }
 
 // upperLayer asks for kTLS, which kernels without it refuse.
