@@ -3,10 +3,12 @@
 package datapath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -29,8 +31,13 @@ const (
 	hazardNoTrampolines = "no-trampolines"
 )
 
-// probeTimeout limits every socket call of a probe.
-const probeTimeout = 250 * time.Millisecond
+const (
+	// probeTimeout limits every socket call of a probe. What it waits for takes no
+	// time, but a node that boots is busy, and a probe that fails costs it the shortcut.
+	probeTimeout = 5 * time.Second
+	// quiet is how long is waited for what a kernel with a hazard does not do.
+	quiet = 250 * time.Millisecond
+)
 
 // hazard is a way in which a socket of a sockmap may be served differently from
 // a plain one.
@@ -232,6 +239,10 @@ func probeSplice() (found string, err error) {
 		if err := waitReadable(receiver); err != nil {
 			return err
 		}
+		// The flag is about the pipe.
+		if err := setTimeouts(receiver, quiet); err != nil {
+			return err
+		}
 		n, err := unix.Splice(receiver, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK)
 		if n != 5 {
 			found = fmt.Sprintf("splice of 5 redirected bytes gives %d (%v)", n, err)
@@ -244,18 +255,23 @@ func probeSplice() (found string, err error) {
 func probeWaitall() (found string, err error) {
 	err = withPair(true, func(sender, receiver int) error {
 		half := make([]byte, 50)
-		sent := make(chan error, 1)
+		sent, returned, tid := make(chan error, 1), make(chan struct{}), unix.Gettid()
 		go func() {
-			for range 2 {
-				if _, err := unix.Write(sender, half); err != nil {
-					sent <- err
-					return
-				}
-				time.Sleep(probeTimeout / 10)
+			err := awaitRecv(tid)
+			if err == nil {
+				_, err = unix.Write(sender, half)
 			}
-			sent <- nil
+			select {
+			case <-returned:
+			case <-time.After(time.Second):
+			}
+			if err == nil {
+				_, err = unix.Write(sender, half)
+			}
+			sent <- err
 		}()
 		n, _, err := unix.Recvfrom(receiver, make([]byte, 2*len(half)), unix.MSG_WAITALL)
+		close(returned)
 		if err := errors.Join(err, <-sent); err != nil {
 			return err
 		}
@@ -271,10 +287,10 @@ func probeWaitall() (found string, err error) {
 // send buffer that drains wake it in the same way, but take longer to bring about.
 func probeSleepingRecv() (found string, err error) {
 	err = withPair(false, func(sender, receiver int) error {
-		reset := make(chan error, 1)
+		reset, tid := make(chan error, 1), unix.Gettid()
 		go func() {
-			time.Sleep(probeTimeout / 10)
-			reset <- errors.Join(
+			// A recv that begins after the reset would say what any kernel says.
+			reset <- cmp.Or(awaitRecv(tid),
 				unix.SetsockoptLinger(sender, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 				closeSocket(sender))
 		}()
@@ -288,6 +304,18 @@ func probeSleepingRecv() (found string, err error) {
 		return nil
 	})
 	return found, err
+}
+
+// awaitRecv returns when a thread of this process sleeps in recvfrom.
+func awaitRecv(tid int) error {
+	for end := time.Now().Add(probeTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		// The number of the call in which it sleeps, and the arguments; or "running".
+		call, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", tid))
+		if err != nil || strings.HasPrefix(string(call), fmt.Sprint(unix.SYS_RECVFROM, " ")) {
+			return err
+		}
+	}
+	return errors.New("the receiver does not come to sleep in recv")
 }
 
 // closeSocket closes a socket and keeps its number, which withPair closes.
@@ -320,7 +348,7 @@ func probeLowat() (found string, err error) {
 		if _, err := unix.Write(sender, make([]byte, lowat/2)); err != nil {
 			return err
 		}
-		if waitReadable(receiver) == nil {
+		if readable(receiver, quiet) == nil {
 			found = fmt.Sprintf("a socket with SO_RCVLOWAT of %d is readable after %d bytes", lowat, lowat/2)
 		}
 		return nil
@@ -341,7 +369,7 @@ func probeZerocopy() (found string, err error) {
 			return err
 		}
 		// POLLERR needs no asking for.
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(sender)}}, int(probeTimeout.Milliseconds()))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(sender)}}, int(quiet.Milliseconds()))
 		if err == nil && n == 0 {
 			found = "no completion arrives for a message with MSG_ZEROCOPY"
 		}
@@ -378,8 +406,10 @@ func probeMPTCPListener() (string, error) {
 	return fmt.Sprintf("not measured, as it would crash the kernel: %d.%d.%d is a version without the correction of CVE-2025-68227", v.major, v.minor, v.patch), nil
 }
 
-func waitReadable(fd int) error {
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(probeTimeout.Milliseconds()))
+func waitReadable(fd int) error { return readable(fd, probeTimeout) }
+
+func readable(fd int, within time.Duration) error {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(within.Milliseconds()))
 	if err == nil && n == 0 {
 		err = errors.New("sent bytes do not arrive")
 	}
@@ -497,7 +527,7 @@ func tcpPair() (sender, receiver int, err error) {
 		receiver, _, err = unix.Accept4(l, unix.SOCK_CLOEXEC)
 	}
 	if err == nil {
-		err = setTimeouts(receiver)
+		err = setTimeouts(receiver, probeTimeout)
 	}
 	if err != nil {
 		unix.Close(sender)
@@ -510,11 +540,11 @@ func probeSocket() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return fd, setTimeouts(fd)
+	return fd, setTimeouts(fd, probeTimeout)
 }
 
-func setTimeouts(fd int) error {
-	timeout := unix.NsecToTimeval(probeTimeout.Nanoseconds())
+func setTimeouts(fd int, limit time.Duration) error {
+	timeout := unix.NsecToTimeval(limit.Nanoseconds())
 	return errors.Join(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout))
