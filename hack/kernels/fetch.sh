@@ -17,17 +17,17 @@ modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_c
 
 # What this file makes is made anew when it changes.
 [ "$out/base.cpio" -nt "$0" ] && exit 0
+# apt does not wait for itself, and test.sh fetches for two machines side by side.
+mkdir -p "$apt"/{lists/partial,cache/archives/partial}
+exec 9>"$apt/lock"
+flock 9
 for tool in qemu-system-x86_64 busybox depmod cpio xz; do
 	command -v "$tool" >/dev/null && continue
 	apt-get update -q
-	apt-get install -qy --no-install-recommends qemu-system-x86 busybox-static kmod cpio xz-utils
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends qemu-system-x86 busybox-static kmod cpio xz-utils
 	break
 done
 
-mkdir -p "$apt"/{lists/partial,cache/archives/partial}
-# apt does not wait for itself, and test.sh fetches for two machines side by side.
-exec 9>"$apt/lock"
-flock 9
 : >"$apt/status"
 # The small suites: 5.10 is in the first, 6.1 and 6.12 in the second, all later ones in the third.
 cat >"$apt/sources" <<SOURCES
