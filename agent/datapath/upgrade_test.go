@@ -23,6 +23,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // mustClose gives the datapath up as the end of the agent does.
@@ -72,7 +73,7 @@ func TestTakeOver(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- together(loads...) }()
 
-	shortcutBytes := uint64(0)
+	moved, misses := uint64(0), sandbox.MustMisses(t)
 	for i := range restarts {
 		before := n.counts(t)
 		n.mustClose(t)
@@ -83,8 +84,15 @@ func TestTakeOver(t *testing.T) {
 		n.mustOpen(t)
 
 		after := n.since(t, before)
-		if after["connection_paired"] != 1 || after["connection_policy_refused"] != 1 || after["message_not_seen"] != 2 {
+		if after["connection_paired"] != 1 || after["connection_policy_refused"] != 1 {
 			t.Errorf("restart %d: got %v without a process, want one connection paired and one refused", i, after)
+		}
+		// Reads that the kernel has not shown put a direction on TCP (docs/limits.md).
+		missed := sandbox.MustMisses(t) != misses
+		if missed {
+			t.Logf("restart %d: a program was not run; %v", i, after)
+		} else if after["message_not_seen"] != 2 {
+			t.Errorf("restart %d: got %v without a process, want two messages by TCP", i, after)
 		}
 		flows, err := n.Flows()
 		if err != nil || len(flows) != streams+i+1 {
@@ -93,16 +101,19 @@ func TestTakeOver(t *testing.T) {
 		sum := uint64(0)
 		for _, f := range flows {
 			for _, d := range []datapath.Direction{f.ToServer, f.ToClient} {
-				if !d.Shortcut || d.Switches != 1 {
+				if !missed && (!d.Shortcut || d.Switches != 1) {
 					t.Errorf("restart %d: got %+v, want a direction that has kept its shortcut", i, d)
 				}
 				sum += d.ShortcutBytes
+				if missed {
+					sum += d.TCPBytes
+				}
 			}
 		}
-		if sum <= shortcutBytes+18*100 {
-			t.Errorf("restart %d: got %d bytes by shortcut after %d, want more: the streams stand still", i, sum, shortcutBytes)
+		if sum <= moved+18*100 {
+			t.Errorf("restart %d: got %d bytes after %d, want more: the streams stand still", i, sum, moved)
 		}
-		shortcutBytes = sum
+		moved = sum
 	}
 	stop.Store(true)
 	if err := <-done; err != nil {

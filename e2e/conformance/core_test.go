@@ -10,7 +10,6 @@ package conformance_test
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -25,7 +24,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -727,32 +725,5 @@ func (s *suite) summarise(t *testing.T) {
 		text.WriteString("\n")
 	}
 	t.Logf("compared with plain TCP on Linux %s:\n%s", release(t), &text)
-	t.Logf("%d connections did not go where they should, %d times a program was not run", s.unproved.Load(), misses(t))
-}
-
-// misses returns how often the kernel has not run a program of this machine,
-// because it was preempted in it on the same CPU.
-func misses(t *testing.T) (total uint64) {
-	t.Helper()
-	for id := ebpf.ProgramID(0); ; {
-		next, err := ebpf.ProgramGetNextID(id)
-		if errors.Is(err, os.ErrNotExist) {
-			return total
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		id = next
-		program, err := ebpf.NewProgramFromID(id)
-		if err != nil {
-			continue // it is gone
-		}
-		stats, err := program.Stats()
-		if err != nil {
-			t.Error(err)
-		} else {
-			total += stats.RecursionMisses
-		}
-		_ = program.Close()
-	}
+	t.Logf("%d connections did not go where they should, %d times a program was not run", s.unproved.Load(), sandbox.MustMisses(t))
 }

@@ -8,6 +8,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"github.com/cilium/ebpf"
 )
 
 // testTimeout is the deadline of connections that tests make.
@@ -66,4 +68,31 @@ func (n *Netns) MustDial(tb testing.TB, network, address string) net.Conn {
 		tb.Fatal(err)
 	}
 	return c
+}
+
+// MustMisses returns how often the kernel has not run a program of this machine,
+// because it was preempted in it on the same CPU.
+func MustMisses(tb testing.TB) (total uint64) {
+	tb.Helper()
+	for id := ebpf.ProgramID(0); ; {
+		next, err := ebpf.ProgramGetNextID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			return total
+		}
+		if err != nil {
+			tb.Fatal(err)
+		}
+		id = next
+		program, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue // it is gone
+		}
+		stats, err := program.Stats()
+		if err != nil {
+			tb.Error(err)
+		} else {
+			total += stats.RecursionMisses
+		}
+		_ = program.Close()
+	}
 }
