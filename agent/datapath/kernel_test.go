@@ -45,7 +45,7 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	}
 	n.mustOpen(tb)
 	tb.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), deadline)
 		defer cancel()
 		if flows, err := n.Unload(ctx); err != nil {
 			tb.Errorf("unload: %v, waiting for %+v", err, flows)
@@ -135,7 +135,7 @@ func (n *node) usage(tb testing.TB) map[string]int {
 func (n *node) waitUsage(tb testing.TB, want map[string]int) {
 	tb.Helper()
 	var diff string
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for limit := time.Now().Add(deadline); time.Now().Before(limit); time.Sleep(10 * time.Millisecond) {
 		if diff = cmp.Diff(want, n.usage(tb)); diff == "" {
 			return
 		}
@@ -143,7 +143,7 @@ func (n *node) waitUsage(tb testing.TB, want map[string]int) {
 	tb.Errorf("map usage (-want +got):\n%s", diff)
 }
 
-const deadline = 30 * time.Second
+const deadline = 2 * time.Minute
 
 // connect dials address from client and returns both ends, which are closed at
 // the end of the test.

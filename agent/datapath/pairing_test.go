@@ -80,7 +80,7 @@ func waitUntil(tb testing.TB, what string, ok func() bool) {
 // dialFrom dials from a port that other connections may have at the same time.
 func dialFrom(from *sandbox.Netns, port uint16, to netip.AddrPort, options ...func(fd int) error) (c net.Conn, err error) {
 	dialer := net.Dialer{
-		Timeout:   10 * time.Second,
+		Timeout:   deadline,
 		LocalAddr: &net.TCPAddr{Port: int(port)},
 		Control: func(_, _ string, raw syscall.RawConn) error {
 			var err error
@@ -99,7 +99,7 @@ func dialFrom(from *sandbox.Netns, port uint16, to netip.AddrPort, options ...fu
 	if err != nil {
 		return nil, err
 	}
-	return c, c.SetDeadline(time.Now().Add(10 * time.Second))
+	return c, c.SetDeadline(time.Now().Add(deadline))
 }
 
 // dialling is a connection that is being made.
@@ -121,7 +121,7 @@ func dialInBackground(from *sandbox.Netns, port uint16, l net.Listener, to netip
 	go func() {
 		s, err := l.Accept()
 		if err == nil {
-			err = s.SetDeadline(time.Now().Add(10 * time.Second))
+			err = s.SetDeadline(time.Now().Add(deadline))
 		}
 		d.server <- dialled{s, err}
 	}()
@@ -386,7 +386,7 @@ func TestFastOpen(t *testing.T) {
 			}
 			defer s.Close()
 			got := make([]byte, len(hello))
-			if err := s.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			if err := s.SetDeadline(time.Now().Add(deadline)); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := io.ReadFull(s, got); err != nil || !bytes.Equal(got, hello) {
@@ -545,7 +545,7 @@ func TestAbortedConnections(t *testing.T) {
 				return
 			}
 			// Its errors are the resets.
-			_ = s.SetDeadline(time.Now().Add(10 * time.Second))
+			_ = s.SetDeadline(time.Now().Add(deadline))
 			_, _ = io.Copy(io.Discard, s)
 			s.Close()
 		}

@@ -327,7 +327,7 @@ func TestUnload(t *testing.T) {
 	}
 
 	// What is left unread went by TCP: it need not be waited for.
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	for i := range 2 {
 		if waiting, err := n.Unload(ctx); err != nil || len(waiting) != 0 {
@@ -427,7 +427,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 		go func() { done <- together(loads...) }()
 		before := n.counts(t)["message_shortcut"]
 		waitUntil(t, "messages by shortcut", func() bool { return n.counts(t)["message_shortcut"] > before+100 })
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), deadline)
 		waiting, err := n.Unload(ctx)
 		cancel()
 		if err != nil {
