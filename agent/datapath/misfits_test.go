@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
-	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -224,13 +223,6 @@ func TestZerocopy(t *testing.T) {
 	}
 }
 
-// mptcpListenersKeptOut tells whether this kernel cannot bear them.
-func mptcpListenersKeptOut() bool {
-	return slices.ContainsFunc(datapath.Hazards(nil), func(h api.Hazard) bool {
-		return h.Name == datapath.HazardMPTCPListener && h.Present
-	})
-}
-
 // TestMPTCPListener: what an MPTCP listener accepts from a plain client is
 // paired on kernels that can bear it, and kept out and remembered on others.
 func TestMPTCPListener(t *testing.T) {
@@ -241,7 +233,7 @@ func TestMPTCPListener(t *testing.T) {
 	}{
 		{"plain listener", true, false, true},
 		{"MPTCP listener, kept out", true, true, false},
-		{"MPTCP listener", false, true, !mptcpListenersKeptOut()},
+		{"MPTCP listener", false, true, !hazard(t, datapath.HazardMPTCPListener)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
@@ -300,17 +292,12 @@ func TestMPTCPListenerRace(t *testing.T) {
 		n.mustCount(t, before, map[string]uint64{want: uint64(connections)})
 	}
 	connectAndForget(500, "connection_misfit")
-	startAgain := func() {
-		t.Helper()
-		if err := n.Datapath.Close(); err != nil {
-			t.Fatal(err)
-		}
-		n.mustOpen(t)
-	}
-	startAgain()
+	n.mustClose(t)
+	n.mustOpen(t)
 	connectAndForget(10, "connection_misfit")
-	if n.cfg.NoMPTCPListeners = false; !mptcpListenersKeptOut() {
-		startAgain()
+	if n.cfg.NoMPTCPListeners = false; !hazard(t, datapath.HazardMPTCPListener) {
+		n.mustClose(t)
+		n.mustOpen(t)
 		connectAndForget(10, "connection_paired")
 	}
 }
