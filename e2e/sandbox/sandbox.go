@@ -53,8 +53,8 @@ type Sandbox struct {
 	Cgroup string
 	// AgentSocket is where the plugin looks for an agent.
 	AgentSocket string
-	// AgentTimeout is the plugin's agentTimeout in Conflist. New sets the longest
-	// that is accepted: on a busy machine, too, a pod that is added is known.
+	// AgentTimeout is how long the plugin waits for an agent, by Conflist. New sets
+	// the plugin's default.
 	AgentTimeout time.Duration
 	// AttachmentsDir is where the plugin leaves word for an agent that did not answer.
 	AttachmentsDir string
@@ -93,7 +93,7 @@ func New(cfg Config) (_ *Sandbox, err error) {
 		BPF:            filepath.Join(base, "bpf"),
 		Cgroup:         r.cgroup,
 		AgentSocket:    filepath.Join(base, "agent.sock"),
-		AgentTimeout:   10 * time.Second,
+		AgentTimeout:   api.PluginTimeout,
 		AttachmentsDir: filepath.Join(base, "attachments"),
 		podshunt:       cfg.Podshunt,
 		cni:            libcni.NewCNIConfigWithCacheDir([]string{binDir}, filepath.Join(base, "cni"), nil),
@@ -171,8 +171,8 @@ func (s *Sandbox) Conflist(chained ...string) string {
 		filepath.Join(s.Base, "ipam"))}
 	plugins = append(plugins, chained...)
 	if s.podshunt {
-		plugins = append(plugins, fmt.Sprintf(`{"type": %q, "agentSocket": %q, "agentTimeout": %q, "attachmentsDir": %q}`,
-			api.PluginType, s.AgentSocket, s.AgentTimeout, s.AttachmentsDir))
+		own := api.PluginConf{AgentSocket: s.AgentSocket, AgentTimeout: s.AgentTimeout, AttachmentsDir: s.AttachmentsDir}
+		plugins = append(plugins, string(own.Section()))
 	}
 	return fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "podshunt", "plugins": [%s]}`, strings.Join(plugins, ", "))
 }

@@ -16,7 +16,8 @@ import (
 const testTimeout = 2 * time.Minute
 
 // MustNew is New for a test, which closes the Sandbox at its end. Without root
-// the test is skipped, or fails if the environment has REQUIRE_ROOT=1.
+// the test is skipped, or fails if the environment has REQUIRE_ROOT=1. The plugin
+// waits so long that on a busy machine, too, the agent knows a pod that is added.
 func MustNew(tb testing.TB, cfg Config) *Sandbox {
 	tb.Helper()
 	s, err := New(cfg)
@@ -26,6 +27,7 @@ func MustNew(tb testing.TB, cfg Config) *Sandbox {
 	if err != nil {
 		tb.Fatal(err)
 	}
+	s.AgentTimeout = 10 * time.Second
 	tb.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			tb.Error(err)
