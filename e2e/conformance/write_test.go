@@ -13,7 +13,7 @@ import (
 // much is more than any buffer or budget takes.
 const much = 9 << 20
 
-const spills = "the budget is used up: spilled to TCP"
+const spills = "the receiver has left too much unread: spilled to TCP"
 
 func writeRows() []row {
 	all := []row{
