@@ -359,8 +359,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	}
 	unread = end - read;
 	count_queued(dir, end, read);
-	/* A reader that has read everything may leave more unread the next time, as on TCP. */
-	if (!unread && dir->flags & SENDING_SPILLED) {
+	/* A reader that has read as much may leave more unread the next time, as on TCP. */
+	if (dir->flags & SENDING_SPILLED && read >= dir->redirect_end) {
 		dir->flags &= ~SENDING_SPILLED;
 		if (dir->limit < set->budget)
 			dir->limit *= 2;
