@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -165,7 +166,7 @@ func (r *removal) run(ctx context.Context, path string, first func() error, stdo
 
 // unloadPins unloads what an agent that does not run any more has left.
 func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.UnloadResult, error) {
-	d, err := datapath.OpenPins(dir)
+	d, err := datapath.OpenPins(dir, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return api.UnloadResult{}, err
 	}
