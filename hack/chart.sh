@@ -53,5 +53,6 @@ refused --set agent.maxPods=many
 refused --set agent.pinDir=podshunt
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
+refused --set uninstall.force=maybe
 refused --set podMonitor.enable=true
 exit "$status"
