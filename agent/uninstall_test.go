@@ -55,6 +55,10 @@ func TestUninstall(t *testing.T) {
 	if err := os.WriteFile(conflist, []byte(original), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// The agent looks for the plugin that makes the interface before it puts its own beside it.
+	if err := os.WriteFile(filepath.Join(binDir, "bridge"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	plugin, err := filepath.Abs(filepath.Join(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../bin"), api.PluginType))
 	if err != nil {
 		t.Fatal(err)

@@ -19,6 +19,8 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -194,11 +196,6 @@ func (k *Keeper) install() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	pluginErr := k.binary.keep()
-	if k.binary.versions == nil {
-		// An entry without a binary would keep every pod from starting.
-		return "", errors.Join(pluginErr, takeOut(files, "", k.cfg.Log))
-	}
 	// CRI-O passes over files that are not valid; containerd takes no network
 	// at all if one comes before those that it needs.
 	var errs []error
@@ -211,19 +208,46 @@ func (k *Keeper) install() (string, error) {
 	if first < 0 {
 		return "", errors.Join(append(errs, errNoNetwork)...)
 	}
+	if err := k.checkBinDir(files[first]); err != nil {
+		// An entry whose binary the runtime does not find would keep every pod from starting.
+		return "", errors.Join(append(errs, err, takeOut(files, "", k.cfg.Log))...)
+	}
+	pluginErr := k.binary.keep()
+	if k.binary.versions == nil {
+		// So would one without a binary.
+		return "", errors.Join(append(errs, pluginErr, takeOut(files, "", k.cfg.Log))...)
+	}
 	if pluginErr != nil {
 		// The older plugin may not know the section: what is there stays.
 		path := ""
 		if files[first].isList() && holdsOurs(files[first].data) {
 			path = files[first].path
 		}
-		return path, pluginErr
+		return path, errors.Join(append(errs, pluginErr)...)
 	}
 	path, err := k.put(files[first], files)
 	if err == nil {
 		err = takeOut(files, path, k.cfg.Log)
 	}
 	return path, errors.Join(append(errs, err)...)
+}
+
+// checkBinDir returns an error unless the directory of plugins has the plugin that
+// makes the interface of the network in f: then it is one that the runtime
+// searches. Others do not count: many nodes have a portmap in a directory that
+// their runtime does not search.
+func (k *Keeper) checkBinDir(f file) error {
+	plugin := firstPlugin(f)
+	if plugin == "" {
+		return nil // put says what is wrong with the list
+	}
+	// A link may lead to where only the node sees something.
+	info, err := os.Lstat(filepath.Join(k.cfg.BinDir, plugin))
+	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
+		return nil
+	}
+	return fmt.Errorf("%s has no %q, which makes the interface in %s: the runtime looks for plugins elsewhere, would not find ours, and no pod would start: "+
+		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", k.cfg.BinDir, plugin, f.path)
 }
 
 // put makes our entry the last of the network in f, the first of files that is

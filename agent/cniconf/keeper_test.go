@@ -6,9 +6,11 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -26,7 +28,8 @@ const (
 	testPlugin = "#!/bin/sh\necho '{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}'\n"
 )
 
-// newTestKeeper has empty directories and a plugin that says its versions.
+// newTestKeeper has an empty directory of configurations, one of the plugins that
+// the networks of these tests begin with, and a plugin that says its versions.
 func newTestKeeper(t testing.TB) *Keeper {
 	t.Helper()
 	dir := t.TempDir()
@@ -40,6 +43,9 @@ func newTestKeeper(t testing.TB) *Keeper {
 		}
 	}
 	writeFile(t, cfg.Plugin, testPlugin)
+	for _, plugin := range []string{"a", "b", "e"} {
+		writeFile(t, filepath.Join(cfg.BinDir, plugin), "")
+	}
 	return New(cfg)
 }
 
@@ -380,7 +386,7 @@ func TestPlugin(t *testing.T) {
 	defer running.Close()
 	writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
 	k.Keep()
-	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 1 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
+	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 4 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
 		t.Errorf("got %+v, want %q with mode 0755", got, want)
 	}
 	old := new(bytes.Buffer)
@@ -409,6 +415,79 @@ func TestPlugin(t *testing.T) {
 	writeFile(t, k.cfg.Plugin, testPlugin)
 	k.Keep()
 	wantState(t, k, "10-a.conflist", "")
+}
+
+// A directory of plugins that the runtime does not search has none of the
+// network's: an entry there would keep every pod from starting.
+func TestBinDirNotSearched(t *testing.T) {
+	const list = `{"cniVersion":"1.0.0","name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}`
+	const lone = `{"cniVersion":"1.0.0","name":"cbr0","type":"flannel"}`
+	installed, err := Insert([]byte(list), []byte(testSection))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name    string
+		plugins []string
+		before  map[string]string
+		after   map[string]string
+	}{
+		{"empty", nil, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"lone configuration", nil, map[string]string{"10-flannel.conf": lone}, map[string]string{"10-flannel.conf": lone}},
+		{"of another network", []string{"a"}, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"only what runs after the interface is made", []string{"portmap"}, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"entry there already", nil, map[string]string{"10-flannel.conflist": string(installed)}, map[string]string{"10-flannel.conflist": list}},
+		{"entry of another network", nil, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testBoth}, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testList}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			k := newTestKeeper(t)
+			mustClear(t, k.cfg.BinDir)
+			for _, plugin := range tc.plugins {
+				writeFile(t, filepath.Join(k.cfg.BinDir, plugin), "")
+			}
+			for name, content := range tc.before {
+				writeFile(t, k.conf(name), content)
+			}
+			k.Keep()
+			wantFiles(t, k, "kept", tc.after)
+			wantState(t, k, "", k.cfg.BinDir+` has no "flannel", which makes the interface in `+k.conf("10-flannel"))
+			wantState(t, k, "", `agent.cniBinDir) the directory that has "flannel"`)
+			if got := slices.Sorted(maps.Keys(snapshot(t, k.cfg.BinDir))); !slices.Equal(got, tc.plugins) {
+				t.Errorf("got plugins %v, want %v", got, tc.plugins)
+			}
+			// The network's own installer comes later.
+			writeFile(t, filepath.Join(k.cfg.BinDir, "flannel"), "")
+			k.Keep()
+			if state := k.State(); !state.Installed || state.Error != "" {
+				t.Errorf("got state %+v, want installed", state)
+			}
+		})
+	}
+
+	k := newTestKeeper(t)
+	mustClear(t, k.cfg.BinDir)
+	if err := os.Symlink("/nowhere/flannel", filepath.Join(k.cfg.BinDir, "flannel")); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, k.conf("10-flannel.conflist"), list)
+	k.Keep()
+	wantState(t, k, "10-flannel.conflist", "")
+	writeFile(t, k.conf("05-odd.conflist"), strings.Replace(testList, `"a"}`, `"../bin/flannel"}`, 1))
+	k.Keep()
+	wantState(t, k, "", `has no "../bin/flannel"`)
+}
+
+func mustClear(t testing.TB, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestFight(t *testing.T) {

@@ -129,6 +129,28 @@ func holdsOurs(list []byte) bool {
 	return err == nil && slices.ContainsFunc(entries, func(e entry) bool { return e.ours })
 }
 
+// firstPlugin returns the type of the plugin that makes the interface in a valid
+// file: the first that is not ours, "" where there is none.
+func firstPlugin(f file) string {
+	if !f.isList() {
+		conf, err := libcni.NetworkPluginConfFromBytes(f.data)
+		if err != nil {
+			return ""
+		}
+		return conf.Network.Type
+	}
+	list, err := libcni.ConfListFromBytes(f.data)
+	if err != nil {
+		return ""
+	}
+	for _, p := range list.Plugins {
+		if !isOurs(p.Bytes) {
+			return p.Network.Type
+		}
+	}
+	return ""
+}
+
 // parse returns where the plugins of a list are, as libcni would take them: of
 // equal keys the last one counts, keys are compared decoded and with their case.
 // Without error there is at least one.
