@@ -7,8 +7,9 @@
 //
 // A runtime (containerd, CRI-O) uses the first file, in the order of names, that
 // it accepts of those ending in .conf, .conflist and .json. The entry goes there,
-// and nowhere else. No file is ever written that libcni would not accept, or that
-// would be another network apart from our entry; every write is one rename.
+// and nowhere else; beside a lone configuration, which has no place for it, goes a
+// list that is used instead. No file is ever written that libcni would not accept,
+// or that would be another network apart from our entry; every write is one rename.
 package cniconf
 
 import (
@@ -27,6 +28,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/podshunt/podshunt/api"
@@ -44,6 +46,8 @@ const (
 	// the runtime load its configuration each time.
 	maxWrites   = 5
 	writeWindow = time.Minute
+	// thinMultus is the "type" of multus without a daemon; with one it is multus-shim.
+	thinMultus = "multus"
 )
 
 // errNoNetwork says that there is nothing to put the entry into yet.
@@ -189,47 +193,91 @@ func (k *Keeper) setState(path string, err error) {
 // install returns the list with our entry that the runtime uses, or "". With
 // an error, something is not as wanted.
 func (k *Keeper) install() (string, error) {
-	files, err := readDir(k.cfg.ConfDir)
+	files, err := readRestored(k.cfg.ConfDir, k.cfg.Log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
 	}
 	if err != nil {
 		return "", err
 	}
+	var made, theirs []file
+	for _, f := range files {
+		if f.isMade() {
+			made = append(made, f)
+		} else {
+			theirs = append(theirs, f)
+		}
+	}
 	// CRI-O passes over files that are not valid; containerd takes no network
 	// at all if one comes before those that it needs.
 	var errs []error
-	first := slices.IndexFunc(files, func(f file) bool {
+	first := slices.IndexFunc(theirs, func(f file) bool {
 		if f.err != nil {
 			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
 		}
 		return f.err == nil
 	})
+	// A list of ours goes with what it is made of: its owner has taken the network away.
+	wanted := ""
+	if first >= 0 && !theirs[first].isList() {
+		wanted = madePath(theirs[first].path)
+	}
+	errs = append(errs, takeOut(made, wanted, k.cfg.Log))
+	files = slices.DeleteFunc(files, func(f file) bool { return f.isMade() && f.path != wanted })
 	if first < 0 {
 		return "", errors.Join(append(errs, errNoNetwork)...)
 	}
-	if err := k.checkBinDir(files[first]); err != nil {
-		// An entry whose binary the runtime does not find would keep every pod from starting.
-		return "", errors.Join(append(errs, err, takeOut(files, "", k.cfg.Log))...)
+	path, err := k.join(theirs[first], files)
+	// Whatever else has an entry: it is of no use there, and without this one it keeps pods from starting.
+	return path, errors.Join(append(errs, err, takeOut(files, path, k.cfg.Log))...)
+}
+
+// join installs the binary and puts our entry into the network in f, the first
+// valid one of files that is not ours. It returns the list that has the entry, or
+// "" if none may have it.
+func (k *Keeper) join(f file, files []file) (string, error) {
+	if err := k.checkBinDir(f); err != nil {
+		return "", err
 	}
-	pluginErr := k.binary.keep()
-	if k.binary.versions == nil {
-		// So would one without a binary.
-		return "", errors.Join(append(errs, pluginErr, takeOut(files, "", k.cfg.Log))...)
-	}
-	if pluginErr != nil {
-		// The older plugin may not know the section: what is there stays.
-		path := ""
-		if files[first].isList() && holdsOurs(files[first].data) {
-			path = files[first].path
+	err := k.binary.keep()
+	if err != nil {
+		if k.binary.versions == nil {
+			return "", err // an entry without a binary would keep every pod from starting
 		}
-		return path, errors.Join(append(errs, pluginErr)...)
+		// The older plugin may not know the section: what is there stays.
+		return present(f, files), err
 	}
-	path, err := k.put(files[first], files)
-	if err == nil {
-		err = takeOut(files, path, k.cfg.Log)
+	if err := k.checkVersions(f); err != nil {
+		return "", err
 	}
-	return path, errors.Join(append(errs, err)...)
+	list, change := f, Insert
+	if !f.isList() {
+		if list, err = k.beside(f, files); err != nil {
+			return "", fmt.Errorf("put a list beside %s: %w", f.path, err)
+		}
+		change = func(list, section []byte) ([]byte, error) { return Rewrap(list, f.data, section, filepath.Base(f.path)) }
+	}
+	if err := k.put(list, f, change); err != nil {
+		return present(f, files), fmt.Errorf("put entry into %s: %w", list.path, err)
+	}
+	return list.path, nil
+}
+
+// present returns the list by which a runtime runs our entry in the network in f,
+// as that is now, or "".
+func present(f file, files []file) string {
+	if f.isList() {
+		if inPlace(f.data) {
+			return f.path
+		}
+		return ""
+	}
+	for _, list := range files {
+		if list.path == madePath(f.path) && list.isMade() && inPlace(list.data) && wraps(list.data, f.data) {
+			return list.path
+		}
+	}
+	return ""
 }
 
 // checkBinDir returns an error unless the directory of plugins has the plugin that
@@ -250,38 +298,57 @@ func (k *Keeper) checkBinDir(f file) error {
 		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", k.cfg.BinDir, plugin, f.path)
 }
 
-// put makes our entry the last of the network in f, the first of files that is
-// valid. It returns the list that has it, or "".
-func (k *Keeper) put(f file, files []file) (string, error) {
-	if err := k.checkVersions(f); err != nil {
-		return "", errors.Join(err, takeOut([]file{f}, "", k.cfg.Log))
+// put makes of a list what change makes of it. It counts as a change of the file
+// at as.path.
+func (k *Keeper) put(list, as file, change func(list, section []byte) ([]byte, error)) error {
+	changed, err := change(list.data, k.section)
+	if err != nil || bytes.Equal(changed, list.data) {
+		return err
 	}
-	change := Insert
-	if !f.isList() {
-		change = Wrap
+	if err := k.admit(as.path); err != nil {
+		return err
 	}
-	list, err := change(f.data, k.section)
-	if err != nil {
-		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
-	}
-	if bytes.Equal(list, f.data) {
-		return f.path, nil
-	}
-	if err := k.admit(f.path); err != nil {
-		return "", err
-	}
-	path := f.path
-	if f.isList() {
-		err = replace(f, list)
-	} else {
-		path, err = convert(f, list, files)
+	if list.path == as.path {
+		err = replace(list, changed)
+	} else if err = errors.Join(unchanged(as), unchanged(list)); err == nil {
+		err = write(list.path, changed, as.path)
 	}
 	if err != nil {
-		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
+		return err
 	}
-	k.writes[f.path] = append(k.writes[f.path], time.Now())
-	k.cfg.Log.Info("entry put into cni configuration", "path", path)
-	return path, nil
+	k.writes[as.path] = append(k.writes[as.path], time.Now())
+	k.cfg.Log.Info("entry put into cni configuration", "path", list.path)
+	return nil
+}
+
+// beside returns the list that goes beside a lone configuration, without data if it
+// is not there yet, or an error if there may be none. The configuration stays as it
+// is: its owner rewrites and deletes it as ever. Runtimes use the list, as its name
+// comes first; CRI-O passes over the second of two files with one network's name.
+func (k *Keeper) beside(lone file, files []file) (file, error) {
+	list := file{path: madePath(lone.path)}
+	for _, f := range files {
+		switch {
+		case f.path == list.path && !f.isMade():
+			return file{}, fmt.Errorf("%s is in the way: give that file another name", f.path)
+		case f.path == list.path:
+			list = f
+		case list.path < f.path && f.path < lone.path:
+			return file{}, fmt.Errorf("%s would come after %s, and comes before it now: give that file a later name", f.path, list.path)
+		}
+	}
+	conf, err := libcni.NetworkPluginConfFromBytes(lone.data)
+	if err != nil {
+		return file{}, err
+	}
+	if conf.Network.Name == "" {
+		return file{}, errors.New(`it has no "name", so that CRI-O names the network after the file: give it one`)
+	}
+	if conf.Network.Type == thinMultus {
+		return file{}, errors.New("multus in its thin form takes the first other file of the directory for the network that it delegates to, " +
+			"which would be our list: use its thick form, or install nothing (in the chart: agent.cniConfDir and agent.cniBinDir empty)")
+	}
+	return list, nil
 }
 
 // checkVersions returns an error if a runtime could call the plugin with a CNI
