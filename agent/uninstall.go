@@ -46,9 +46,9 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
 	}
 	if !*allNodes {
-		return r.run(ctx, api.PathUninstall, func() error {
+		return r.run(ctx, api.PathUninstall, func() ([]string, error) {
 			if *confDir == "" {
-				return nil
+				return nil, nil
 			}
 			return cniconf.Uninstall(*confDir, *binDir, newLogger(stderr, defaults()))
 		}, stdout)

@@ -244,4 +244,6 @@ type UnloadResult struct {
 	// Waiting lists connections whose receiver still has redirected data to
 	// read; nothing is deleted while there are any.
 	Waiting []Flow `json:"waiting,omitempty"`
+	// Remarks is what an uninstall leaves for a person to look at, such as files of others that name the plugin still.
+	Remarks []string `json:"remarks,omitempty"`
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -91,7 +92,21 @@ func readDir(dir string) ([]file, error) {
 // Terminating. Without an agent the binary lets every DEL succeed at once. It
 // may be deleted when the node has no pod left that was started with the entry,
 // for example after it was drained.
-func Uninstall(confDir, binDir string, log *slog.Logger) error {
+//
+// It returns what is left for a person to look at, also with an error: every file
+// below the configuration directory that names podshunt still. That are copies
+// which others have made of our entry (multus has the whole list in its own
+// configuration); the files are theirs, and stay as they are.
+func Uninstall(confDir, binDir string, log *slog.Logger) (remarks []string, err error) {
+	err = uninstall(confDir, binDir, log)
+	remarks, lookErr := mentions(confDir, filepath.Join(binDir, api.PluginType))
+	for _, remark := range remarks {
+		log.Warn("podshunt is named after the uninstall", "remark", remark)
+	}
+	return remarks, errors.Join(err, lookErr)
+}
+
+func uninstall(confDir, binDir string, log *slog.Logger) error {
 	files, err := readRestored(confDir, log)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -116,6 +131,56 @@ func Uninstall(confDir, binDir string, log *slog.Logger) error {
 		errs = append(errs, sweep(confDir, keptExtension), sweep(confDir, tempExtension), sweep(binDir, tempExtension))
 	}
 	return errors.Join(errs...)
+}
+
+// mentions returns a remark on every file in or below a directory that names
+// podshunt, and says what it has to do with the plugin's binary.
+func mentions(dir, binary string) ([]string, error) {
+	var remarks []string
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return ignoreMissing(err)
+		}
+		info, err := os.Stat(path) // a link may lead to the file
+		if err != nil || !info.Mode().IsRegular() {
+			return ignoreMissing(err)
+		}
+		data, err := readSome(path)
+		switch {
+		case err != nil:
+			return ignoreMissing(err)
+		case file{path: path, data: data}.isMade():
+			remarks = append(remarks, path+" stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it")
+		case bytes.Contains(data, []byte(api.PluginType)):
+			remarks = append(remarks, fmt.Sprintf("%s names %s still: if that is its plugin, pods do not start by it once %s is deleted; "+
+				"let the program that wrote it write it again, or take %[2]s out of it, before you delete that binary", path, api.PluginType, binary))
+		}
+		return nil
+	})
+	if err = ignoreMissing(err); err != nil {
+		err = fmt.Errorf("look for files that name %s still: %w", api.PluginType, err)
+	}
+	return remarks, err
+}
+
+// mostOfConf is far above the size of any configuration.
+const mostOfConf = 4 << 20
+
+func readSome(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, mostOfConf))
+}
+
+// ignoreMissing is for what goes while it is looked at.
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // takeOut takes every list away that is made of a lone configuration, and our

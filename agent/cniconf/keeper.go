@@ -152,19 +152,19 @@ func (k *Keeper) Keep() {
 }
 
 // Uninstall stops keeping, for the life of the Keeper, and takes everything out
-// but the binary; see the function Uninstall. After an error it may be called
-// again.
-func (k *Keeper) Uninstall() error {
+// but the binary; see the function Uninstall, also for the remarks. After an error
+// it may be called again.
+func (k *Keeper) Uninstall() (remarks []string, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.stopped = true
-	err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
+	remarks, err = Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
 	if err != nil {
 		k.setState("", fmt.Errorf("uninstall: %w", err))
-		return err
+		return remarks, err
 	}
 	k.setState("", errors.New("uninstalled: start the agent again to install"))
-	return nil
+	return remarks, nil
 }
 
 // setState publishes what has changed, and logs it.
@@ -255,7 +255,9 @@ func (k *Keeper) join(f file, files []file) (string, error) {
 		if list, err = k.beside(f, files); err != nil {
 			return "", fmt.Errorf("put a list beside %s: %w", f.path, err)
 		}
-		change = func(list, section []byte) ([]byte, error) { return Rewrap(list, f.data, section, filepath.Base(f.path)) }
+		change = func(list, section []byte) ([]byte, error) {
+			return Rewrap(list, f.data, section, filepath.Base(f.path))
+		}
 	}
 	if err := k.put(list, f, change); err != nil {
 		return present(f, files), fmt.Errorf("put entry into %s: %w", list.path, err)

@@ -163,7 +163,7 @@ func TestRunKeeps(t *testing.T) {
 	}
 	within(t, 10*time.Second, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
 
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
@@ -466,7 +466,8 @@ func checkDir(t *testing.T, before, kept, uninstall, alone map[string]string, co
 	if diff := cmp.Diff(installed, snapshot(t, k.cfg.ConfDir)); diff != "" {
 		t.Errorf("second look (-want +got):\n%s", diff)
 	}
-	if err := k.Uninstall(); err != nil {
+	_, err := k.Uninstall()
+	if err != nil {
 		t.Error(err)
 	}
 	wantFiles(t, k, "uninstalled", uninstall)
@@ -477,7 +478,7 @@ func checkDir(t *testing.T, before, kept, uninstall, alone map[string]string, co
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	if err := Uninstall(fresh.cfg.ConfDir, fresh.cfg.BinDir, fresh.cfg.Log); err != nil {
+	if _, err = Uninstall(fresh.cfg.ConfDir, fresh.cfg.BinDir, fresh.cfg.Log); err != nil {
 		t.Error(err)
 	}
 	wantFiles(t, fresh, "uninstalled without an agent", alone)
@@ -581,17 +582,83 @@ func TestUninstallLeavesChangesOfOthers(t *testing.T) {
 	writeFile(t, path, testList)
 	k.Keep()
 	writeFile(t, path, strings.Replace(testBoth, `"a"}`, `"a","mtu":1400}`, 1))
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": strings.Replace(testList, `"a"}`, `"a","mtu":1400}`, 1)})
 
 	writeFile(t, path, testBoth+"}")
-	if err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
+	if _, err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
 		t.Errorf("got error %v, want one about a file that is not valid", err)
 	}
-	if err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
+	if _, err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
 		t.Errorf("got error %v of a directory that is not there", err)
+	}
+}
+
+// What names podshunt after an uninstall is said, and stays as it is.
+func TestUninstallNamesCopies(t *testing.T) {
+	const multus = `{"cniVersion":"1.0.0","name":"m","plugins":[{"type":"multus","delegates":[{"plugins":[{"type":"podshunt"}]}]}]}`
+	const quoted = `{"delegate":"{\"type\":\"podshunt\"}"}`
+	const clean = "apiVersion: v1\nkind: Config\n"
+	k := newTestKeeper(t)
+	writeFile(t, filepath.Join(k.cfg.BinDir, "multus"), "")
+	for name, content := range map[string]string{"10-a.conf": testLone, "20-b.conflist": otherList} {
+		writeFile(t, k.conf(name), content)
+	}
+	k.Keep()
+	wantState(t, k, "10-a-podshunt.conflist", "")
+	for _, dir := range []string{"multus.d", "empty"} {
+		if err := os.Mkdir(k.conf(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range map[string]string{
+		"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "multus.d/kubeconfig": clean,
+		"10-a-podshunt.conflist": string(withPlugin([]byte(mustWrap(t, testLone, "10-a.conf")), `{"type":"mesh"}`)),
+	} {
+		writeFile(t, k.conf(name), content)
+	}
+	for name, target := range map[string]string{"link": "multus.d/net", "nowhere": "none", "socket": "/dev/null", "directory": "empty"} {
+		if err := os.Symlink(target, k.conf(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 { // a second uninstall says it again
+		remarks, err := k.Uninstall()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var named []string
+		for _, remark := range remarks {
+			path, what, _ := strings.Cut(remark, " ")
+			named = append(named, strings.TrimPrefix(path, k.cfg.ConfDir+"/"))
+			want := "names podshunt still: if that is its plugin, pods do not start by it once " + k.binary.path + " is deleted"
+			if strings.HasSuffix(path, madeEnding) {
+				want = "stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it"
+			}
+			if !strings.HasPrefix(what, want) {
+				t.Errorf("got remark %q, want it to say %q", remark, want)
+			}
+		}
+		if diff := cmp.Diff([]string{"00-multus.conflist", "10-a-podshunt.conflist", "10-a.conflist.cilium_bak", "link", "multus.d/net"}, named); diff != "" {
+			t.Errorf("files named (-want +got):\n%s", diff)
+		}
+	}
+	for name, want := range map[string]string{"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "10-a.conf": testLone} {
+		if !hasContent(k.conf(name), want)() {
+			t.Errorf("%s was changed", name)
+		}
+	}
+	// Without copies there is nothing to say.
+	mustClear(t, k.conf("multus.d"))
+	for _, name := range []string{"00-multus.conflist", "10-a-podshunt.conflist", "10-a.conflist.cilium_bak", "link"} {
+		if err := os.Remove(k.conf(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if remarks, err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log); err != nil || len(remarks) > 0 {
+		t.Errorf("got remarks %q and error %v, want none", remarks, err)
 	}
 }
 
@@ -776,7 +843,7 @@ func TestReadOnly(t *testing.T) {
 		writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
 		k.Keep()
 		wantState(t, k, "", "install plugin: open ")
-		if err := k.Uninstall(); err != nil {
+		if _, err := k.Uninstall(); err != nil {
 			t.Errorf("uninstall of nothing: %v", err)
 		}
 	}()
@@ -815,7 +882,7 @@ func TestSymlink(t *testing.T) {
 	}
 	k.Keep()
 	wantFiles(t, k, "installed", map[string]string{"10-a.conflist": testBoth})
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := os.Readlink(k.conf("10-a.conflist")); err != nil || got != target {

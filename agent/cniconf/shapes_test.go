@@ -63,7 +63,7 @@ func TestShapes(t *testing.T) {
 				t.Errorf("kept, and by another agent (-want +got):\n%s", diff)
 			}
 
-			if err := k.Uninstall(); err != nil {
+			if _, err := k.Uninstall(); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(withoutTimes(before), withoutTimes(snapshot(t, k.cfg.ConfDir))); diff != "" {
