@@ -115,6 +115,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		}
 		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
 	}
+	cfg.cni.NodeRoot = filepath.Join(cfg.proc, "1/root")
 	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }

@@ -53,10 +53,14 @@ const (
 // errNoNetwork says that there is nothing to put the entry into yet.
 var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
 
-// Config says what a Keeper keeps where. Every field is required.
+// Config says what a Keeper keeps where. Every field is required but NodeRoot.
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
+	// NodeRoot is where the node's root directory is seen, such as /proc/1/root. Empty:
+	// nowhere, and it goes unnoticed if the node puts another directory in the place
+	// of one that is mounted here.
+	NodeRoot string
 	// Plugin is the path of the binary to install.
 	Plugin string
 	// Section is what the plugin is told. Its paths are those of the node.
@@ -75,14 +79,17 @@ type Keeper struct {
 
 	mu      sync.Mutex // held while files are changed
 	stopped bool       // by Uninstall
-	binary  binary
-	writes  map[string][]time.Time // by path, those within the window
+	// confPlace and binPlace are the two directories.
+	confPlace, binPlace place
+	binary              binary
+	writes              map[string][]time.Time // by path, those within the window
 }
 
 // New returns a Keeper that has not done anything yet.
 func New(cfg Config) *Keeper {
 	k := &Keeper{
 		cfg: cfg, section: cfg.Section.Section(), window: writeWindow,
+		confPlace: place{path: cfg.ConfDir, root: cfg.NodeRoot}, binPlace: place{path: cfg.BinDir, root: cfg.NodeRoot},
 		binary: newBinary(cfg.Plugin, cfg.BinDir), writes: map[string][]time.Time{},
 	}
 	k.state.Store(&api.CNIStatus{Error: "not started", Since: time.Now()})
@@ -93,8 +100,9 @@ func New(cfg Config) *Keeper {
 func (k *Keeper) State() api.CNIStatus { return *k.state.Load() }
 
 // Run keeps the plugin installed until ctx ends, and leaves it installed then.
-// What goes wrong with files is in State and in the log, and tried again; the
-// error is always nil.
+// What goes wrong with files is in State and in the log, and tried again. It returns
+// an error if one of the directories is not the node's any more: whoever started
+// the container has to do so again, for the directory that the node has now.
 func (k *Keeper) Run(ctx context.Context) error {
 	var events <-chan fsnotify.Event
 	var failures <-chan error
@@ -112,7 +120,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 			// Added again each time: the watch of a directory ends with it. Without one the next tick comes.
 			_, _ = watcher.Add(k.cfg.ConfDir), watcher.Add(k.cfg.BinDir)
 		}
-		k.Keep()
+		if err := k.look(); errors.Is(err, errReplaced) {
+			return err
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -142,13 +152,17 @@ func settle(ctx context.Context, events <-chan fsnotify.Event) {
 
 // Keep looks at everything once and changes what is not as wanted, unless
 // Uninstall was called. State tells how that went.
-func (k *Keeper) Keep() {
+func (k *Keeper) Keep() { _ = k.look() }
+
+func (k *Keeper) look() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.stopped {
-		return
+		return nil
 	}
-	k.setState(k.install())
+	path, err := k.install()
+	k.setState(path, err)
+	return err
 }
 
 // Uninstall stops keeping, for the life of the Keeper, and takes everything out
@@ -158,6 +172,12 @@ func (k *Keeper) Uninstall() (remarks []string, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.stopped = true
+	if err := errors.Join(k.confPlace.check(), k.binPlace.check()); err != nil {
+		// It would be taken out of where no runtime looks.
+		err = fmt.Errorf("uninstall: %w", err)
+		k.setState("", err)
+		return nil, err
+	}
 	remarks, err = Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
 	if err != nil {
 		k.setState("", fmt.Errorf("uninstall: %w", err))
@@ -193,12 +213,19 @@ func (k *Keeper) setState(path string, err error) {
 // install returns the list with our entry that the runtime uses, or "". With
 // an error, something is not as wanted.
 func (k *Keeper) install() (string, error) {
+	if err := k.confPlace.check(); err != nil {
+		return "", err
+	}
 	files, err := readRestored(k.cfg.ConfDir, k.cfg.Log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
 	}
 	if err != nil {
 		return "", err
+	}
+	if err := k.binPlace.check(); err != nil {
+		// The node's directory does not have the binary: no pod would start before the agent is back.
+		return "", errors.Join(err, takeOut(files, "", k.cfg.Log))
 	}
 	var made, theirs []file
 	for _, f := range files {
