@@ -112,7 +112,7 @@ func TestParseConfig(t *testing.T) {
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
 	want.cni = cniconf.Config{
-		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
+		ConfDir: "/c", BinDir: "/b", NodeRoot: "/proc/1/root", Plugin: "/p",
 		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
 	}
 	want.guards["splice"] = "off"

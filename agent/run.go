@@ -94,7 +94,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	d := &cfg.datapath
 	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
 	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
-		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
+		"mount a bpffs for the pin directory where there is none, on /sys/fs/bpf or an empty directory below it; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
 	flags.Var((*count)(&d.Budget), "budget",
@@ -127,6 +127,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		}
 		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
 	}
+	cfg.cni.NodeRoot = filepath.Join(cfg.proc, "1/root")
 	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }
