@@ -51,6 +51,7 @@ refused --set agent.kernelHazard=accept
 refused --set agent.kernelHazards=maybe
 refused --set agent.maxPods=many
 refused --set agent.pinDir=podshunt
+refused --set agent.healthAddress=19470
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
 refused --set podMonitor.enable=true
