@@ -106,7 +106,7 @@ type Registry struct {
 
 	mu         sync.Mutex
 	entries    map[string]*entry  // attachments by file name
-	searches   map[string]*search // by UID, for the pods without an attachment
+	searches   map[string]*search // by name and UID, for the pods without an attachment
 	nextSearch time.Time
 	content    *Content // what the source last said, nil before it has said anything
 	sourceErr  error
