@@ -400,12 +400,12 @@ func (r *Registry) add(e *entry, w *Wish, unknown string) {
 		NetnsCookie: e.cookie,
 		Reason:      unknown,
 	}, ID: e.attachment.AttachmentID, entry: e}
-	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name, Addresses: p.Addresses}
+	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name}
 	if w != nil {
 		p.Policy.Labels, p.Policy.Ports, p.Policy.Settings, p.Policy.Bandwidth = w.Labels, w.Ports, w.Settings, w.Bandwidth
 		if len(w.Addresses) > 0 {
 			// They may have changed since the attachment was made.
-			p.Addresses, p.Policy.Addresses = w.Addresses, w.Addresses
+			p.Addresses = w.Addresses
 		}
 		p.Reason, p.Problem = w.out()
 	}

@@ -325,7 +325,7 @@ func TestPolicyInput(t *testing.T) {
 	f.mustPut(t, a)
 	got := f.Snapshot()
 	want := policy.Pod{
-		ID: 10, Namespace: "default", Name: "web", Labels: w.Labels, Addresses: w.Addresses,
+		ID: 10, Namespace: "default", Name: "web", Labels: w.Labels,
 		Ports: w.Ports, Settings: w.Settings, Bandwidth: w.Bandwidth,
 	}
 	if fmt.Sprint(got.Pods[0].Policy) != fmt.Sprint(want) {
