@@ -62,6 +62,7 @@ func TestCommandErrors(t *testing.T) {
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
 		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
+		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},
 		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
 		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},

@@ -81,8 +81,8 @@ func TestUninstall(t *testing.T) {
 	}
 	note := fmt.Sprintf("note: %s names podshunt still: if that is its plugin, pods do not start by it once %s is deleted; "+
 		"let the program that wrote it write it again, or take podshunt out of it, before you delete that binary\n", multus, filepath.Join(binDir, "podshunt"))
-	address := mustFreeAddress(t)
-	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address,
+	address, health := mustFreeAddress(t), mustFreeAddress(t)
+	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,
 		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir, "--plugin="+plugin)
 	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
 	read := func() string {
@@ -97,7 +97,7 @@ func TestUninstall(t *testing.T) {
 	c := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":0"))
 	c.mustPing(t)
 
-	wantDiff(t, "ready", 200, mustGet(t, address, "/readyz").code)
+	wantDiff(t, "ready", 200, mustGet(t, health, "/readyz").code)
 	metrics := mustGet(t, address, "/metrics").body
 	for _, want := range []string{
 		`podshunt_connections_total{outcome="paired"} 1`, `podshunt_messages_total{outcome="shortcut"} 8`,
@@ -120,8 +120,8 @@ func TestUninstall(t *testing.T) {
 	}
 	c.mustPing(t)
 	// The agent stays, and leaves the node alone.
-	wantDiff(t, "alive", 200, mustGet(t, address, "/healthz").code)
-	if got, want := mustGet(t, address, "/readyz"), (response{503, "unloaded: nothing is shortcut until the agent is started again\n"}); got != want {
+	wantDiff(t, "alive", 200, mustGet(t, health, "/healthz").code)
+	if got, want := mustGet(t, health, "/readyz"), (response{503, "unloaded: nothing is shortcut until the agent is started again\n"}); got != want {
 		t.Errorf("ready after uninstall: got %v, want %v", got, want)
 	}
 	if metrics := mustGet(t, address, "/metrics").body; !strings.Contains(metrics, "podshunt_unloaded 1\n") || strings.Contains(metrics, "podshunt_map_entries") {

@@ -57,6 +57,7 @@ refused --set agent.pinDir=/var/lib/podshunt
 refused --set agent.pinDir=/sys/fs/bpf
 refused --set agent.pinDir=/sys/fs/bpf/..
 refused --set agent.pinDir=/sys/fs/bpf/a/podshunt
+refused --set agent.healthAddress=19470
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
 refused --set uninstall.force=maybe
