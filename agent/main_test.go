@@ -151,8 +151,14 @@ func TestRefuseHazards(t *testing.T) {
 		{Name: "harmless", Present: true, Detail: "seen"},
 	}
 	wantDiff(t, "nothing fatal", "", refuseHazards(hazards))
-	hazards = append(hazards, api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "stalls"})
-	wantDiff(t, "fatal", "kernel hazards bad (`podshunt-agent doctor` says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
+	hazards = append(hazards,
+		api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "seen", Consequence: "some programs stall"},
+		api.Hazard{Name: "guarded", Present: true, Guard: "g", Consequence: "nothing"},
+		api.Hazard{Name: "worse", Present: true, Fatal: true, Consequence: "others crash"},
+		api.Hazard{Name: "as bad", Present: true, Fatal: true, Consequence: "some programs stall"})
+	wantDiff(t, "fatal", "kernel hazards bad, worse, as bad: some programs stall; others crash. "+
+		"Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
+		"with --kernel-hazards=accept they take part on this one, and those programs break", refuseHazards(hazards))
 }
 
 func TestVerdict(t *testing.T) {

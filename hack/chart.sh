@@ -14,7 +14,7 @@ render() { helm template podshunt "$chart" --namespace podshunt --kube-version 1
 status=0
 # golden NAME [FLAG...] checks the manifests of one set of values.
 golden() {
-	local file=$chart/testdata/$1.yaml
+	local file=charts/podshunt/testdata/$1.yaml
 	shift
 	if [[ ${update:-} ]]; then
 		render "$@" >"$file"
@@ -24,6 +24,18 @@ golden() {
 		echo "chart: $file differs; if that is meant, run hack/chart.sh -update" >&2
 		status=1
 	}
+}
+
+# notes NAME [FLAG...] checks what an install prints. helm shows that only where
+# there is a cluster, so a copy of the chart has it in a manifest.
+notes() {
+	local copy
+	copy=$(mktemp -d)
+	cp -R "$chart/." "$copy"
+	mv "$copy/templates/NOTES.txt" "$copy"
+	printf 'notes: |\n  {{- tpl (.Files.Get "NOTES.txt") . | nindent 2 }}\n' >"$copy/templates/notes.yaml"
+	chart=$copy golden "$@" --show-only templates/notes.yaml
+	rm -rf "$copy"
 }
 
 # refused FLAG... wants the schema to refuse a value, not something else to fail.
@@ -45,6 +57,8 @@ for values in "$chart"/values-*.yaml; do
 	golden "${name%.yaml}" --values "$values"
 done
 golden everything --values "$chart/testdata/everything.values"
+notes notes
+notes notes-accept --set agent.kernelHazards=accept
 
 refused --set kernelHazards=accept
 refused --set agent.kernelHazard=accept
