@@ -68,7 +68,11 @@ func TestCommandErrors(t *testing.T) {
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
 		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
-		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
+		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
+		{"long socket to ask", []string{"status", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		// Taken for an agent that does not run, its pins would be taken out below it.
+		{"long socket to unload by", []string{"unload", "--pin-dir=/none/such", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		{"long run directory to uninstall by", []string{"uninstall", "--pin-dir=/none/such", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := run(t.Context(), tc.args, io.Discard, io.Discard)

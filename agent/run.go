@@ -137,8 +137,8 @@ func (c config) validate() error {
 	case c.nodeName == "" && c.kubeconfig != "":
 		errs = append(errs, errors.New("--kubeconfig is for the cluster: give --node-name, too, and not --pods-file"))
 	}
-	if len(c.socket) > server.MaxSocketPath {
-		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
+	if err := api.CheckSocket(c.socket); err != nil {
+		errs = append(errs, fmt.Errorf("--socket, or --run-dir: %w", err))
 	}
 	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
 		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))

@@ -50,6 +50,15 @@ refused() {
 	fi
 }
 
+# accepted FLAG... wants a value to be taken.
+accepted() {
+	local output
+	output=$(render "$@" 2>&1) || {
+		echo "chart: refused: $*: $output" >&2
+		status=1
+	}
+}
+
 [[ ${1:-} != -update ]] || update=1
 golden default
 for values in "$chart"/values-*.yaml; do
@@ -69,6 +78,11 @@ refused --set agent.pinDir=/var/lib/podshunt
 refused --set agent.pinDir=/sys/fs/bpf
 refused --set agent.pinDir=/sys/fs/bpf/..
 refused --set agent.pinDir=/sys/fs/bpf/a/podshunt
+# With /agent.sock the longest is the 103 bytes that the agent accepts.
+longest=/$(printf '%091d' 0)
+accepted --set "agent.runDir=$longest"
+refused --set "agent.runDir=${longest}0"
+refused --set agent.runDir=/run/größe
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
 refused --set podMonitor.enable=true
