@@ -7,6 +7,7 @@
 set -euo pipefail
 
 out=${1:?usage: debs.sh DIRECTORY}
+update=$(cd "$(dirname "$0")/../.." && pwd)/hack/apt-update.sh
 packages=(
 	containerd runc libseccomp2 libbtrfs0
 	iptables libip4tc2 libip6tc2 libxtables12 libnfnetlink0 libnetfilter-conntrack3 libmnl0 libnftnl11
@@ -17,9 +18,9 @@ packages=(
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-download() { apt-get download -q -o APT::Sandbox::User=root "${packages[@]}"; }
+download() { apt-get download -q -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=600 "${packages[@]}"; }
 if ! download; then # perhaps a machine that has no lists yet
-	apt-get update -q
+	"$update"
 	download
 fi
 for deb in *.deb; do
