@@ -256,6 +256,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		Refusal:     examination.Refusal,
 		Report:      src.report,
 		Datapath:    kernel{d},
+		MaxPolicies: int(cfg.datapath.MaxPolicies),
 		NetnsCookie: datapath.NetnsCookie,
 		Now:         time.Now,
 		Log:         log,

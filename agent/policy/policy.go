@@ -8,6 +8,8 @@ package policy
 import (
 	"fmt"
 	"iter"
+	"slices"
+	"strings"
 	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -46,6 +48,7 @@ const (
 	EgressPolicy
 	ClientPaused
 	ServerPaused
+	TooManyRanges
 	reasonMax
 )
 
@@ -76,6 +79,8 @@ func (r Reason) String() string {
 		return "client paused by " + api.AnnotationPausedUntil
 	case ServerPaused:
 		return "server paused by " + api.AnnotationPausedUntil
+	case TooManyRanges:
+		return "the ports that may be shortcut are too many ranges"
 	}
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
 }
@@ -117,6 +122,22 @@ type Cluster struct {
 	// Namespaces are the labels of namespaces by name.
 	Namespaces map[string]map[string]string
 	Policies   []*networkingv1.NetworkPolicy
+	// Share is how many entries of the policy map an ordered pair of pods may have;
+	// 0 for any number.
+	Share int
+}
+
+// Share returns the share of a pair in a policy map with a number of entries, where a
+// number of pods take part. A pod is in two pairs with each other, so that none has
+// more than half of the map. The number counts as the next power of two, so that
+// a pod that comes seldom changes it.
+func Share(entries, pods int) int {
+	const most = 2048 // as many as 64 ranges in an annotation may take
+	n := 1
+	for n < pods {
+		n *= 2
+	}
+	return min(max(entries/4/n, 1), most)
 }
 
 // Decision is a verdict, its reason, and what refuses, in words for users.
@@ -166,6 +187,9 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 			return Decision{Refuse, reason, culprit(reason, from, to)}
 		}
 	}
+	if g := newGrant(from, to, cluster.Share); len(g.ports) == 0 {
+		return Decision{Refuse, TooManyRanges, culprit(TooManyRanges, from, to)}
+	}
 	reason := unrestricted(from, to)
 	return Decision{reason.verdict(), reason, ""}
 }
@@ -174,6 +198,15 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 // A port is refused for the first reason that does not leave it.
 func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 	return func(yield func(Reason, portSet) bool) {
+		isolated := func(reason Reason, d direction, by, other *pod) bool {
+			if len(by.isolatedBy[d]) == 0 {
+				return true
+			}
+			if ports, ok := by.allowedWith(d, other, server); ok {
+				return yield(reason, ports)
+			}
+			return yield(TooManyRanges, nil)
+		}
 		_ = (client.Settings.Enabled || yield(ClientNotOptedIn, nil)) &&
 			(server.Settings.Enabled || yield(ServerNotOptedIn, nil)) &&
 			yield(PortNotListed, server.listed) &&
@@ -182,8 +215,8 @@ func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 			(server.Bandwidth == "" || yield(ServerBandwidth, nil)) &&
 			// NetworkPolicy never stands between a pod and itself.
 			client.ID != server.ID &&
-			(len(server.isolatedBy[ingress]) == 0 || yield(IngressPolicy, server.allowedWith(ingress, client, server))) &&
-			(len(client.isolatedBy[egress]) == 0 || yield(EgressPolicy, client.allowedWith(egress, server, server)))
+			isolated(IngressPolicy, ingress, server, client) &&
+			isolated(EgressPolicy, egress, client, server)
 	}
 }
 
@@ -209,6 +242,26 @@ func culprit(reason Reason, client, server *pod) string {
 		return names(server.isolatedBy[ingress])
 	case EgressPolicy:
 		return names(client.isolatedBy[egress])
+	case TooManyRanges:
+		return "join neighbours to ranges in " + strings.Join(portSources(client, server), ", ") + ", or raise --max-policies"
 	}
 	return ""
+}
+
+// portSources names what the ports of a pair come from.
+func portSources(client, server *pod) (sources []string) {
+	for name, ranges := range map[string][]api.PortRange{
+		api.AnnotationPorts: server.Settings.Ports, api.AnnotationExcludePorts: server.Settings.ExcludePorts,
+	} {
+		if len(ranges) > 0 {
+			sources = append(sources, fmt.Sprintf("%s of pod %s/%s", name, server.Namespace, server.Name))
+		}
+	}
+	slices.Sort(sources)
+	for _, policies := range [][]*networkPolicy{server.isolatedBy[ingress], client.isolatedBy[egress]} {
+		if client.ID != server.ID && len(policies) > 0 {
+			sources = append(sources, names(policies))
+		}
+	}
+	return sources
 }

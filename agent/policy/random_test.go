@@ -104,7 +104,8 @@ func TestRandom(t *testing.T) {
 		}
 	}
 	for reason := Allowed; reason < reasonMax; reason++ {
-		if seen[reason] == 0 {
+		// TestShare has that one.
+		if seen[reason] == 0 && reason != TooManyRanges {
 			t.Errorf("no connection was %q", reason)
 		}
 	}
