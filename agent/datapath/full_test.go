@@ -5,13 +5,16 @@ package datapath_test
 import (
 	"fmt"
 	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -332,5 +335,46 @@ func TestSmallPairsFirst(t *testing.T) {
 	}
 	if got, want := n.generation(t)-before, uint32(2); got != want {
 		t.Errorf("got the generation raised %d times, want %d: after the deletions and after all", got, want)
+	}
+}
+
+// TestMapsAreCounted: maps larger than a batch, and the policy map without a look at it.
+func TestMapsAreCounted(t *testing.T) {
+	n := mustNode(t, nil)
+	_, cookies := n.mustEnrol(t, "first", "second")
+	open := func(name string) *ebpf.Map {
+		t.Helper()
+		m, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { m.Close() })
+		return m
+	}
+	const hints, others = 5000, 3000
+	table := open(bpf.ShortcutMapHints)
+	for i := range uint32(hints) {
+		if err := table.Put(bpf.ShortcutClientKey{Netns: uint64(i + 1)}, bpf.ShortcutHint{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Not ours, so that it is seen who counts them.
+	table = open(bpf.ShortcutMapPolicies)
+	for i := range uint32(others) {
+		key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{i, 1 << 31}}
+		if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": others}, n.usage(t)); diff != "" {
+		t.Errorf("before the first policy (-want +got)\n%s", diff)
+	}
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{0, 1 << 31}}
+	if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": 4}, n.usage(t)); diff != "" {
+		t.Errorf("with a policy (-want +got)\n%s", diff)
 	}
 }

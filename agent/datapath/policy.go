@@ -164,10 +164,7 @@ func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 			return err
 		}
 	}
-	room := int(d.objects.Maps[bpf.ShortcutMapPolicies].MaxEntries())
-	for _, list := range d.policy {
-		room -= len(list)
-	}
+	room := int(d.objects.Maps[bpf.ShortcutMapPolicies].MaxEntries()) - countPolicies(d.policy)
 	order := slices.SortedFunc(maps.Keys(want), func(a, b podPair) int {
 		return cmp.Or(cmp.Compare(len(want[a]), len(want[b])), cmp.Compare(a.client, b.client), cmp.Compare(a.server, b.server))
 	})
