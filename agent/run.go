@@ -24,6 +24,7 @@ import (
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
+	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/server"
@@ -257,6 +258,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		Report:      src.report,
 		Datapath:    kernel{d},
 		MaxPolicies: int(cfg.datapath.MaxPolicies),
+		Redirects:   nat.Redirects,
 		NetnsCookie: datapath.NetnsCookie,
 		Now:         time.Now,
 		Log:         log,

@@ -75,6 +75,9 @@ type Config struct {
 	MaxPolicies int
 	// NetnsCookie reads the cookie of the network namespace at a path.
 	NetnsCookie func(path string) (uint64, error)
+	// Redirects tells whether the network namespace at a path gives connections that
+	// come in another port; true with an error where that is not known. If nil, none does.
+	Redirects func(path string) (bool, error)
 	// Report is called with all pods when one of them has changed. It must neither
 	// block nor call the Registry.
 	Report func([]Pod)
@@ -135,6 +138,9 @@ type Registry struct {
 	policyNext  time.Time
 	policyDelay time.Duration
 
+	// looks are what is known of the rules in the pods' network namespaces, by cookie.
+	looks map[uint64]*look
+
 	// faults are those that have been logged and still last.
 	faults map[string]string
 
@@ -156,6 +162,7 @@ func New(cfg Config) (*Registry, error) {
 		cfg:      cfg,
 		finder:   proc.Finder{Root: cfg.Proc, HostNetns: cfg.HostNetns, NetnsCookie: cfg.NetnsCookie},
 		enrolled: map[uint64]bool{},
+		looks:    map[uint64]*look{},
 		faults:   map[string]string{},
 	}
 	for _, cookie := range cookies {
@@ -300,6 +307,7 @@ func (r *Registry) sync() {
 	if r.stopped == "" && !waiting {
 		r.started = true
 		r.enrol()
+		r.lookForRedirects()
 		r.setPolicy()
 		r.release()
 	}
@@ -546,6 +554,7 @@ func (r *Registry) release() {
 		r.complain(fmt.Sprint("release ", cookie), "pod not released", err)
 		if err == nil {
 			delete(r.enrolled, cookie)
+			delete(r.looks, cookie)
 		}
 	}
 }

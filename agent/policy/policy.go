@@ -49,6 +49,7 @@ const (
 	ClientPaused
 	ServerPaused
 	TooManyRanges
+	PortRedirected
 	reasonMax
 )
 
@@ -81,6 +82,8 @@ func (r Reason) String() string {
 		return "server paused by " + api.AnnotationPausedUntil
 	case TooManyRanges:
 		return "the ports that may be shortcut are too many ranges"
+	case PortRedirected:
+		return "the server's pod redirects ports by NAT, so that rules for ports cannot be kept"
 	}
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
 }
@@ -108,6 +111,9 @@ type Pod struct {
 	// Bandwidth is the name of the annotation that limits the pod's bandwidth, if
 	// there is one.
 	Bandwidth string
+	// Redirects is set if the pod's network namespace gives connections another port:
+	// that of the server's socket may then not be the one that a rule is about.
+	Redirects bool
 }
 
 // NamedPort is a container port with a name.
@@ -198,17 +204,24 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 // A port is refused for the first reason that does not leave it.
 func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 	return func(yield func(Reason, portSet) bool) {
+		// specific is whether a rule is about some ports and not about others.
+		specific := func(ports portSet) bool { return server.Redirects && len(ports) > 0 && !ports.isAll() }
 		isolated := func(reason Reason, d direction, by, other *pod) bool {
 			if len(by.isolatedBy[d]) == 0 {
 				return true
 			}
-			if ports, ok := by.allowedWith(d, other, server); ok {
-				return yield(reason, ports)
+			ports, ok := by.allowedWith(d, other, server)
+			switch {
+			case !ok:
+				return yield(TooManyRanges, nil)
+			case specific(ports):
+				return yield(PortRedirected, nil)
 			}
-			return yield(TooManyRanges, nil)
+			return yield(reason, ports)
 		}
 		_ = (client.Settings.Enabled || yield(ClientNotOptedIn, nil)) &&
 			(server.Settings.Enabled || yield(ServerNotOptedIn, nil)) &&
+			(!specific(server.listed) && !specific(server.notExcluded) || yield(PortRedirected, nil)) &&
 			yield(PortNotListed, server.listed) &&
 			yield(PortExcluded, server.notExcluded) &&
 			(client.Bandwidth == "" || yield(ClientBandwidth, nil)) &&
@@ -242,6 +255,8 @@ func culprit(reason Reason, client, server *pod) string {
 		return names(server.isolatedBy[ingress])
 	case EgressPolicy:
 		return names(client.isolatedBy[egress])
+	case PortRedirected:
+		return strings.Join(portSources(client, server), ", ")
 	case TooManyRanges:
 		return "join neighbours to ranges in " + strings.Join(portSources(client, server), ", ") + ", or raise --max-policies"
 	}
