@@ -157,14 +157,20 @@ type connection struct{ client, server net.Conn }
 
 func mustConnect(t testing.TB, from, to *sandbox.Pod, l net.Listener) connection {
 	t.Helper()
+	port := l.Addr().(*net.TCPAddr).Port
+	return mustConnectTo(t, from, net.JoinHostPort(to.IPv4.String(), fmt.Sprint(port)), l)
+}
+
+// mustConnectTo dials an address that leads to l.
+func mustConnectTo(t testing.TB, from *sandbox.Pod, address string, l net.Listener) connection {
+	t.Helper()
 	accepted := make(chan net.Conn, 1)
 	go func() {
 		if conn, err := l.Accept(); err == nil {
 			accepted <- conn
 		}
 	}()
-	port := l.Addr().(*net.TCPAddr).Port
-	c := connection{client: from.MustDial(t, "tcp4", net.JoinHostPort(to.IPv4.String(), fmt.Sprint(port)))}
+	c := connection{client: from.MustDial(t, "tcp4", address)}
 	select {
 	case c.server = <-accepted:
 	case <-time.After(10 * time.Second):

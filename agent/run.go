@@ -25,6 +25,7 @@ import (
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
+	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/server"
@@ -273,6 +274,8 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		Refusal:     examination.Refusal,
 		Report:      src.report,
 		Datapath:    kernel{d},
+		MaxPolicies: int(cfg.datapath.MaxPolicies),
+		Redirects:   nat.Redirects,
 		NetnsCookie: datapath.NetnsCookie,
 		Now:         time.Now,
 		Log:         log,

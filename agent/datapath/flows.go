@@ -113,24 +113,57 @@ func monotonic() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// Maps returns how full the sized maps are.
+// Maps returns how full the sized maps are. Nobody waits while it counts.
 func (d *Datapath) Maps() ([]api.MapUsage, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.unloaded {
+		d.mu.Unlock()
 		return nil, nil
 	}
+	table := d.objects.Maps
+	policies := -1
+	if d.policy != nil {
+		policies = countPolicies(d.policy)
+	}
+	d.mu.Unlock()
+	return countMaps(table, policies)
+}
+
+func countPolicies(policy map[podPair][]entry) int {
+	n := 0
+	for _, list := range policy {
+		n += len(list)
+	}
+	return n
+}
+
+// countMaps counts the entries of maps; those of the policy map are known if they are
+// not below 0.
+func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error) {
 	var usage []api.MapUsage
-	for _, name := range []string{
-		bpf.ShortcutMapPods, bpf.ShortcutMapPolicies, bpf.ShortcutMapPairs,
-		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapLearned,
+	for _, c := range []struct {
+		name  string
+		count func(*ebpf.Map) (int, error)
+	}{
+		{bpf.ShortcutMapPods, count[uint64, uint32]},
+		{bpf.ShortcutMapPolicies, func(m *ebpf.Map) (int, error) {
+			if policies >= 0 {
+				return policies, nil
+			}
+			return count[bpf.ShortcutPolicyKey, bpf.ShortcutPolicy](m)
+		}},
+		{bpf.ShortcutMapPairs, count[uint64, bpf.ShortcutPair]},
+		{bpf.ShortcutMapSockets, countKeys},
+		{bpf.ShortcutMapHints, count[bpf.ShortcutClientKey, bpf.ShortcutHint]},
+		{bpf.ShortcutMapHandshakes, count[bpf.ShortcutHandshakeKey, bpf.ShortcutHandshake]},
+		{bpf.ShortcutMapLearned, count[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue]},
 	} {
-		m := d.objects.Maps[name]
-		n, err := size(m)
+		m := table[c.name]
+		n, err := c.count(m)
 		if err != nil {
-			return nil, fmt.Errorf("count map %s: %w", name, err)
+			return nil, fmt.Errorf("count map %s: %w", c.name, err)
 		}
-		usage = append(usage, api.MapUsage{Name: name, Entries: n, Max: int(m.MaxEntries())})
+		usage = append(usage, api.MapUsage{Name: c.name, Entries: n, Max: int(m.MaxEntries())})
 	}
 	return usage, nil
 }
@@ -179,8 +212,23 @@ const batch = 1024
 
 // entries reads a whole map. Entries that come or go meanwhile may be missed.
 func entries[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
+	all := map[K]V{}
+	return all, eachBatch(m, func(keys []K, values []V) {
+		for i, key := range keys {
+			all[key] = values[i]
+		}
+	})
+}
+
+// count is the number of entries of a map, as far as entries would see them.
+func count[K, V any](m *ebpf.Map) (n int, err error) {
+	err = eachBatch(m, func(keys []K, _ []V) { n += len(keys) })
+	return n, err
+}
+
+// eachBatch calls visit with all entries; the slices are used again.
+func eachBatch[K, V any](m *ebpf.Map, visit func([]K, []V)) error {
 	var (
-		all    = map[K]V{}
 		keys   = make([]K, batch)
 		values = make([]V, batch)
 		cursor ebpf.MapBatchCursor
@@ -188,19 +236,18 @@ func entries[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil, err
+			return err
 		}
-		for i, key := range keys[:n] {
-			all[key] = values[i]
-		}
+		visit(keys[:n], values[:n])
 		if err != nil {
-			return all, nil
+			return nil
 		}
 	}
 }
 
-// size counts the entries of a map of any kind, also one whose values cannot be read.
-func size(m *ebpf.Map) (int, error) {
+// countKeys counts the entries of a map of any kind, one system call for each: the
+// kernel has no batches for a SOCKHASH.
+func countKeys(m *ebpf.Map) (int, error) {
 	n := 0
 	var last any
 	for range m.MaxEntries() {

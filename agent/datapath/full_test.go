@@ -5,12 +5,16 @@ package datapath_test
 import (
 	"fmt"
 	"net"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -326,5 +330,89 @@ func TestHandshakesFull(t *testing.T) {
 	n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
 	if !n.isPaired(t, pods[0], pods[1], 5000) {
 		t.Error("a later connection was refused")
+	}
+}
+
+// TestSmallPairsFirst: a pair with many entries takes no room that others need,
+// whatever order they come in, and what goes away is in force before the rest is written.
+func TestSmallPairsFirst(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 4 })
+	pods, cookies := n.mustEnrol(t, "large", "small", "other")
+	pair := func(client, server int, ports ...uint16) (rules []datapath.Rule) {
+		for _, port := range ports {
+			rules = append(rules, datapath.Rule{
+				Client: cookies[client], Server: cookies[server], First: port, Last: port, Verdict: datapath.Allow,
+			})
+		}
+		return rules
+	}
+	large := pair(0, 1, 501, 503, 505, 507)
+	for range 10 { // the order of a map is another one each time
+		if err := n.SetPolicy(nil); err != nil {
+			t.Fatal(err)
+		}
+		err := n.SetPolicy(slices.Concat(large, pair(1, 2, 501), pair(2, 1, 501)))
+		wantAdvice(t, err, "--max-policies")
+		if err != nil && !strings.Contains(err.Error(), "1 pairs of pods stay on TCP: ") {
+			t.Errorf("got error %v, want one that says how many pairs", err)
+		}
+		n.waitUsage(t, map[string]int{"pods": 3, "policies": 2})
+	}
+	for _, tc := range []struct {
+		from, to int
+		want     bool
+	}{{0, 1, false}, {1, 2, true}, {2, 1, true}} {
+		if got := n.isPaired(t, pods[tc.from], pods[tc.to], 501); got != tc.want {
+			t.Errorf("%s to %s: got paired %v, want %v", pods[tc.from].Name, pods[tc.to].Name, got, tc.want)
+		}
+	}
+
+	before := n.generation(t)
+	if err := n.SetPolicy(large); err != nil {
+		t.Error(err)
+	}
+	if got, want := n.generation(t)-before, uint32(2); got != want {
+		t.Errorf("got the generation raised %d times, want %d: after the deletions and after all", got, want)
+	}
+}
+
+// TestMapsAreCounted: maps larger than a batch, and the policy map without a look at it.
+func TestMapsAreCounted(t *testing.T) {
+	n := mustNode(t, nil)
+	_, cookies := n.mustEnrol(t, "first", "second")
+	open := func(name string) *ebpf.Map {
+		t.Helper()
+		m, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { m.Close() })
+		return m
+	}
+	const hints, others = 5000, 3000
+	table := open(bpf.ShortcutMapHints)
+	for i := range uint32(hints) {
+		if err := table.Put(bpf.ShortcutClientKey{Netns: uint64(i + 1)}, bpf.ShortcutHint{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Not ours, so that it is seen who counts them.
+	table = open(bpf.ShortcutMapPolicies)
+	for i := range uint32(others) {
+		key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{i, 1 << 31}}
+		if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": others}, n.usage(t)); diff != "" {
+		t.Errorf("before the first policy (-want +got)\n%s", diff)
+	}
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{0, 1 << 31}}
+	if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": 4}, n.usage(t)); diff != "" {
+		t.Errorf("with a policy (-want +got)\n%s", diff)
 	}
 }

@@ -5,6 +5,8 @@ package datapath
 import (
 	"fmt"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -22,6 +24,12 @@ type collector struct {
 	counters
 	messages, bytes, connections, sockets *prometheus.Desc
 	mapEntries, mapMax                    *prometheus.Desc
+
+	// What Maps has returned last counts until the time: it is work.
+	mu       sync.Mutex
+	maps     []api.MapUsage
+	mapsErr  error
+	mapsNext time.Time
 }
 
 // NewCollector returns a collector of d's counters, which start at zero when
@@ -76,7 +84,7 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 			metrics <- prometheus.NewInvalidMetric(c.messages, fmt.Errorf("outcome %q counts something that has no metric", o.Name))
 		}
 	}
-	maps, err := c.Maps()
+	maps, err := c.countedMaps()
 	if err != nil {
 		metrics <- prometheus.NewInvalidMetric(c.mapEntries, err)
 	}
@@ -84,4 +92,17 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 		metrics <- prometheus.MustNewConstMetric(c.mapEntries, prometheus.GaugeValue, float64(m.Entries), m.Name)
 		metrics <- prometheus.MustNewConstMetric(c.mapMax, prometheus.GaugeValue, float64(m.Max), m.Name)
 	}
+}
+
+// countedMaps returns what Maps does. It asks at most once a second, and spends at
+// most a tenth of the time on it, whoever asks how often.
+func (c *collector) countedMaps() ([]api.MapUsage, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if start := time.Now(); !start.Before(c.mapsNext) {
+		c.maps, c.mapsErr = c.Maps()
+		end := time.Now()
+		c.mapsNext = end.Add(max(time.Second, 9*end.Sub(start)))
+	}
+	return c.maps, c.mapsErr
 }

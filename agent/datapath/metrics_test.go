@@ -5,7 +5,10 @@ package datapath
 import (
 	"errors"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -22,6 +25,38 @@ type fixed struct {
 
 func (f fixed) Outcomes() ([]api.Outcome, error) { return f.outcomes, f.err }
 func (f fixed) Maps() ([]api.MapUsage, error)    { return f.maps, f.err }
+
+// asked counts how often maps are counted, which takes its time.
+type asked struct {
+	fixed
+	maps atomic.Int64
+}
+
+func (a *asked) Maps() ([]api.MapUsage, error) {
+	a.maps.Add(1)
+	time.Sleep(time.Second)
+	return a.fixed.Maps()
+}
+
+// TestMapsAreCountedSeldom: many askers at once cost as much as one.
+func TestMapsAreCountedSeldom(t *testing.T) {
+	a := &asked{fixed: fixed{maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
+	c := newCollector(a)
+	start := time.Now()
+	var askers sync.WaitGroup
+	for range 20 {
+		askers.Go(func() {
+			if got := testutil.CollectAndCount(c, "podshunt_map_entries"); got != 1 {
+				t.Errorf("got %d metrics, want 1", got)
+			}
+		})
+	}
+	askers.Wait()
+	// One for each ten seconds that this has taken, and the first.
+	if got, most := a.maps.Load(), 1+int64(time.Since(start)/(10*time.Second)); got > most {
+		t.Errorf("maps were counted %d times, want %d at most", got, most)
+	}
+}
 
 func TestCollector(t *testing.T) {
 	c := newCollector(fixed{

@@ -164,39 +164,67 @@ func (d *Datapath) raiseGeneration() error {
 	return err
 }
 
-// replacePairs takes what goes away first: it may be the room that others lack.
-// So may be what the first try with the others deletes.
+// replacePairs takes what goes away first: it may be the room that others lack, and
+// is in force before the others are written, which may take seconds. So that a pair
+// with many entries takes no room that several others need, small ones come first.
 func (d *Datapath) replacePairs(want map[podPair][]entry) error {
+	deleted := false
 	for pods, list := range want {
 		if len(list) == 0 {
-			if err := d.replacePair(pods, nil); err != nil {
+			if err := d.replacePair(pods, nil, 0); err != nil {
 				return err
 			}
 			delete(want, pods)
+			deleted = true
 		}
 	}
+	if deleted && len(want) > 0 {
+		if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }); err != nil {
+			return err
+		}
+	}
+	room := int(d.objects.Maps[bpf.ShortcutMapPolicies].MaxEntries()) - countPolicies(d.policy)
+	order := slices.SortedFunc(maps.Keys(want), func(a, b podPair) int {
+		return cmp.Or(cmp.Compare(len(want[a]), len(want[b])), cmp.Compare(a.client, b.client), cmp.Compare(a.server, b.server))
+	})
 	var failure error
+	// What the first try deletes may be room for the second.
 	for range 2 {
 		failure = nil
-		for pods, list := range want {
-			if err := d.replacePair(pods, list); err != nil {
+		order = slices.DeleteFunc(order, func(pods podPair) bool {
+			before := len(d.policy[pods])
+			err := d.replacePair(pods, want[pods], room)
+			room += before - len(d.policy[pods])
+			if err != nil {
 				failure = err
-			} else {
-				delete(want, pods)
 			}
-		}
+			return err == nil
+		})
 	}
-	return failure
+	if failure != nil {
+		return fmt.Errorf("%d pairs of pods stay on TCP: %w", len(order), failure)
+	}
+	return nil
 }
 
 // replacePair writes what differs and deletes what is stale. Overrides go in
 // before the base changes and stale ones go out after it, so that no port is
 // allowed meanwhile that neither policy allows; if one cannot be written, nothing
-// is left for the pair.
-func (d *Datapath) replacePair(pods podPair, want []entry) error {
+// is left for the pair. Room is how many entries more the map can take.
+func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 	table := d.objects.Maps[bpf.ShortcutMapPolicies]
 	have := d.policy[pods]
 	var failure error
+	for _, e := range want {
+		if _, found := slices.BinarySearchFunc(have, e, compareKeys); !found {
+			room--
+		}
+	}
+	if room < 0 && len(want) > 0 {
+		// The kernel would say so in the middle.
+		failure = fmt.Errorf("write the policy map: %w", explainFull(unix.ENOSPC, "policies"))
+		want = nil
+	}
 	for _, e := range want { // the base is the last
 		at, found := slices.BinarySearchFunc(have, e, compareKeys)
 		if found && have[at] == e {

@@ -22,6 +22,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/proc"
 	"github.com/podshunt/podshunt/api"
@@ -31,9 +33,13 @@ import (
 // without a change is two stat calls per attachment.
 const pollInterval = 250 * time.Millisecond
 
-// policyRetry is how long a policy of which some is missing rests: the likely
-// reason is a full map, and to compile and write all of it is work.
-const policyRetry = 5 * time.Second
+// policyRetry is how long a policy of which some is missing rests before all of it is
+// written again. Where the map is full that is doubled each time, up to maxPolicyRetry:
+// a pod that starts waits for it. Changes are written meanwhile.
+const (
+	policyRetry    = 5 * time.Second
+	maxPolicyRetry = time.Minute
+)
 
 // wedged is how long a Sync takes at most: to write a whole policy map takes
 // seconds, on a node that is very busy tens of them.
@@ -65,8 +71,13 @@ type Config struct {
 	// Refusal is why no pod at all may take part; empty if they may.
 	Refusal  string
 	Datapath Datapath
+	// MaxPolicies is how many entries the policy map has; 0 if that does not matter.
+	MaxPolicies int
 	// NetnsCookie reads the cookie of the network namespace at a path.
 	NetnsCookie func(path string) (uint64, error)
+	// Redirects tells whether the network namespace at a path gives connections that
+	// come in another port; true with an error where that is not known. If nil, none does.
+	Redirects func(path string) (bool, error)
 	// Report is called with all pods when one of them has changed. It must neither
 	// block nor call the Registry.
 	Report func([]Pod)
@@ -123,6 +134,12 @@ type Registry struct {
 	policyContent *Content
 	policyEnd     time.Time
 	policyErr     error
+	// All of it is written again at policyNext, and policyDelay after that.
+	policyNext  time.Time
+	policyDelay time.Duration
+
+	// looks are what is known of the rules in the pods' network namespaces, by cookie.
+	looks map[uint64]*look
 
 	// faults are those that have been logged and still last.
 	faults map[string]string
@@ -145,6 +162,7 @@ func New(cfg Config) (*Registry, error) {
 		cfg:      cfg,
 		finder:   proc.Finder{Root: cfg.Proc, HostNetns: cfg.HostNetns, NetnsCookie: cfg.NetnsCookie},
 		enrolled: map[uint64]bool{},
+		looks:    map[uint64]*look{},
 		faults:   map[string]string{},
 	}
 	for _, cookie := range cookies {
@@ -289,6 +307,7 @@ func (r *Registry) sync() {
 	if r.stopped == "" && !waiting {
 		r.started = true
 		r.enrol()
+		r.lookForRedirects()
 		r.setPolicy()
 		r.release()
 	}
@@ -330,7 +349,11 @@ func (r *Registry) cluster() policy.Cluster {
 	if r.content == nil {
 		return policy.Cluster{}
 	}
-	return r.content.Cluster
+	cluster := r.content.Cluster
+	if r.cfg.MaxPolicies > 0 {
+		cluster.Share = policy.Share(r.cfg.MaxPolicies, len(r.policyPods))
+	}
+	return cluster
 }
 
 // decide fills r.pods: the attachments in the order of their file names, then
@@ -470,35 +493,48 @@ func (r *Registry) setPolicy() {
 
 	now := r.cfg.Now()
 	ended := !r.policyEnd.IsZero() && !now.Before(r.policyEnd)
-	if r.compiler != nil && !ended && r.content == r.policyContent && reflect.DeepEqual(taking, r.policyPods) {
+	whole := r.compiler == nil || r.policyErr != nil && !now.Before(r.policyNext)
+	if !whole && !ended && r.content == r.policyContent && reflect.DeepEqual(taking, r.policyPods) {
 		return
 	}
-	r.policyErr = r.writePolicy(taking, now)
-	if retry := now.Add(policyRetry); r.policyErr != nil && (r.policyEnd.IsZero() || retry.Before(r.policyEnd)) {
-		r.policyEnd = retry
+	err := r.writePolicy(taking, now, whole)
+	switch {
+	case err != nil && whole && isFull(err):
+		r.policyDelay = min(max(2*r.policyDelay, policyRetry), maxPolicyRetry)
+	case err != nil && (whole || r.policyErr == nil):
+		r.policyDelay = policyRetry
+	}
+	if err != nil && (whole || r.policyErr == nil) {
+		r.policyNext = now.Add(r.policyDelay)
+	}
+	// What was missing before a change is missing after it.
+	if whole || err != nil {
+		r.policyErr = err
+	}
+	if r.policyErr == nil {
+		r.policyDelay = 0
 	}
 	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
 }
 
-// writePolicy writes what has changed, and all of it the first time and after an error.
-func (r *Registry) writePolicy(taking []policy.Pod, now time.Time) error {
-	whole := r.compiler == nil || r.policyErr != nil
-	if whole {
+// isFull tells whether an error is the kernel's word for a full map.
+func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) }
+
+// writePolicy writes what has changed, or all of it.
+func (r *Registry) writePolicy(taking []policy.Pod, now time.Time, whole bool) error {
+	if r.compiler == nil {
 		r.compiler = &policy.Compiler{}
 	}
+	r.policyPods, r.policyContent = taking, r.content
 	changed, end := r.compiler.Update(taking, r.cluster(), now)
-	r.policyPods, r.policyContent, r.policyEnd = taking, r.content, end
-	if !whole && len(changed) == 0 {
+	r.policyEnd = end
+	if whole {
+		return r.cfg.Datapath.SetPolicy(r.compiler.Rules())
+	}
+	if len(changed) == 0 {
 		return nil
 	}
-	if !whole {
-		return r.cfg.Datapath.UpdatePolicy(changed)
-	}
-	var rules []policy.Rule
-	for _, pair := range changed {
-		rules = append(rules, pair.Rules...)
-	}
-	return r.cfg.Datapath.SetPolicy(rules)
+	return r.cfg.Datapath.UpdatePolicy(changed)
 }
 
 // release takes out the pods that do not take part any more. Their policy is
@@ -518,6 +554,7 @@ func (r *Registry) release() {
 		r.complain(fmt.Sprint("release ", cookie), "pod not released", err)
 		if err == nil {
 			delete(r.enrolled, cookie)
+			delete(r.looks, cookie)
 		}
 	}
 }

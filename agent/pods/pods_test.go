@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
@@ -32,6 +33,8 @@ type fakeKernel struct {
 	calls []string
 
 	enrolErr, releaseErr, policyErr error
+	// whole counts the calls of SetPolicy, the failed ones, too.
+	whole int
 }
 
 func readCookie(path string) (uint64, error) {
@@ -66,6 +69,11 @@ func (k *fakeKernel) Release(cookie uint64) error {
 func (k *fakeKernel) Enrolled() ([]uint64, error) { return slices.Clone(k.enrolled), nil }
 
 func (k *fakeKernel) SetPolicy(rules []policy.Rule) error {
+	k.whole++
+	return k.write(rules)
+}
+
+func (k *fakeKernel) write(rules []policy.Rule) error {
 	if k.policyErr != nil {
 		return k.policyErr
 	}
@@ -82,7 +90,7 @@ func (k *fakeKernel) UpdatePolicy(changed []policy.PairRules) error {
 	for _, pair := range changed {
 		rules = append(rules, pair.Rules...)
 	}
-	return k.SetPolicy(rules)
+	return k.write(rules)
 }
 
 // fixture is a registry on a fake kernel, with a clock that stands still.
@@ -660,6 +668,47 @@ func TestRunTakesUpChanges(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("Run did not return")
 	}
+}
+
+// A full map: the whole policy is written less and less often, and changes are
+// written all the same.
+func TestPolicyBacksOff(t *testing.T) {
+	f := newFixture(t, nil)
+	f.kernel.policyErr = fmt.Errorf("the map is full: %w", unix.ENOSPC)
+	write(t, f.podsFile, podsYAML("a shortcut=enabled", "b shortcut=enabled"))
+	f.mustPut(t, f.attachment(t, "a", 10))
+	const interval = time.Second
+	poll := func(d time.Duration) {
+		for end := f.now.Add(d); f.now.Before(end); f.now = f.now.Add(interval) {
+			f.Sync()
+		}
+	}
+	poll(10 * time.Minute)
+	// After 0, 5, 15, 35, 75 s, and then every minute.
+	wantDiff(t, "whole policies in ten minutes", 5+8, f.kernel.whole)
+
+	// Some of it fits now: that is written at once, and the rest is not forgotten.
+	f.kernel.policyErr, f.kernel.whole = nil, 0
+	f.mustPut(t, f.attachment(t, "b", 11))
+	wantDiff(t, "calls", []string{"enrol 10", "enrol 11", "policy of 3"}, f.take())
+	wantDiff(t, "whole policies", 0, f.kernel.whole)
+	if err := f.Snapshot().PolicyError; !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("got error %v, want that of what is missing", err)
+	}
+	poll(time.Minute + interval)
+	wantDiff(t, "calls", []string{"policy of 4"}, f.take())
+	if err := f.Snapshot().PolicyError; err != nil {
+		t.Errorf("got error %v, want none", err)
+	}
+	poll(10 * time.Minute)
+	wantDiff(t, "whole policies", 1, f.kernel.whole)
+
+	// Another fault is none that rest mends, and an update that fails is made good as soon.
+	f.kernel.policyErr = errors.New("another")
+	write(t, f.podsFile, podsYAML("a shortcut=enabled", "b"))
+	f.kernel.whole = 0
+	poll(time.Minute)
+	wantDiff(t, "whole policies in a minute", 11, f.kernel.whole)
 }
 
 // TestAlive: a Sync that does not end is seen, also by who does not wait for it.

@@ -21,6 +21,7 @@ type Compiler struct {
 	policies map[*networkingv1.NetworkPolicy]*networkPolicy
 	pods     map[uint64]*pod // those that are opted in
 	grants   map[pair]grant  // of the last Update, without pairs that are refused
+	share    int             // Cluster.Share
 }
 
 type pair struct{ client, server uint64 }
@@ -41,6 +42,8 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 		c.grants = map[pair]grant{}
 	}
 	added, removed := c.parse(cluster.Policies)
+	sameShare := c.share == cluster.Share
+	c.share = cluster.Share
 	before := c.pods
 	c.pods = map[uint64]*pod{}
 	var order []*pod
@@ -53,7 +56,7 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 		}
 		p := before[asked.ID]
 		if p != nil && p.isStill(asked, cluster, now) {
-			p.changed = false
+			p.changed = !sameShare
 			for _, n := range removed {
 				p.drop(n)
 			}
@@ -75,7 +78,7 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 				continue
 			}
 			key := pair{client.ID, server.ID}
-			if next := newGrant(client, server); c.put(key, next) {
+			if next := newGrant(client, server, c.share); c.put(key, next) {
 				changed = append(changed, PairRules{key.client, key.server, next.rules(key)})
 			}
 		}
@@ -101,6 +104,15 @@ func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed 
 		}
 	}
 	return added, removed
+}
+
+// Rules returns all rules, those of the last Update.
+func (c *Compiler) Rules() []Rule {
+	var rules []Rule
+	for key, g := range c.grants {
+		rules = append(rules, g.rules(key)...)
+	}
+	return rules
 }
 
 // put keeps a grant and tells whether it differs from the last one.
@@ -135,22 +147,32 @@ func (c *Compiler) forget(before map[uint64]*pod) (changed []PairRules) {
 	return changed
 }
 
-func newGrant(client, server *pod) grant {
+func newGrant(client, server *pod, share int) grant {
 	ports := server.all
 	for _, left := range restrictions(client, server) {
 		if ports = ports.intersect(left); len(ports) == 0 {
 			return grant{}
 		}
 	}
-	return grant{ports, unrestricted(client, server)}
+	g := grant{ports, unrestricted(client, server)}
+	if share > 0 && g.entries() > share {
+		return grant{}
+	}
+	return g
 }
 
-// rules lists the ports of a grant, or all ports and those that it lacks, whatever is shorter.
+// entries returns how many entries of the policy map the rules of a grant take.
+func (g grant) entries() int {
+	return min(g.ports.entries(), 1+g.ports.complement().entries())
+}
+
+// rules lists the ports of a grant, or all ports and those that it lacks, whatever
+// takes fewer entries.
 func (g grant) rules(key pair) []Rule {
 	var rules []Rule
 	add := func(ports api.PortRange, d Decision) { rules = append(rules, Rule{key.client, key.server, ports, d}) }
 	listed, d := g.ports, Decision{Verdict: g.reason.verdict(), Reason: g.reason}
-	if refused := g.ports.complement(); len(refused) < len(listed) {
+	if refused := g.ports.complement(); 1+refused.entries() < listed.entries() {
 		add(api.PortRange{First: 0, Last: 65535}, d)
 		listed, d = refused, Decision{}
 	}
@@ -167,7 +189,8 @@ type pod struct {
 	paused                   bool
 	namespaceLabels          map[string]string
 	namespaceKnown           bool
-	changed                  bool // since the last Update
+	named                    map[string][]uint16 // its ports by name
+	changed                  bool                // since the last Update
 
 	isolatedBy [directions][]*networkPolicy
 	// allowed are the ports that policies allow between the pods which they isolate
@@ -184,6 +207,10 @@ func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 	}
 	if len(asked.Settings.Ports) > 0 {
 		p.listed = newPortSet(slices.Clone(asked.Settings.Ports))
+	}
+	p.named = map[string][]uint16{}
+	for _, port := range asked.Ports {
+		p.named[port.Name] = append(p.named[port.Name], port.Number)
 	}
 	p.namespaceLabels, p.namespaceKnown = cluster.Namespaces[asked.Namespace]
 	for d := range directions {
@@ -226,14 +253,22 @@ func (p *pod) drop(n *networkPolicy) {
 	}
 }
 
+// maxPairRanges is how many ranges and names of ports all policies together may have
+// for a pair of pods: they are sorted for each.
+const maxPairRanges = 4 * maxPolicyRanges
+
 // allowedWith returns the ports of server that the policies which isolate the pod
-// allow with another; server is one of the two.
-func (p *pod) allowedWith(d direction, other, server *pod) portSet {
+// allow with another; server is one of the two. It returns false if there are too
+// many to look at.
+func (p *pod) allowedWith(d direction, other, server *pod) (portSet, bool) {
 	ports := make([]api.PortRange, 0, 8)
 	for _, n := range p.isolatedBy[d] {
 		if allowed, ok := other.allowed[d][n]; ok {
 			ports = allowed.appendTo(ports, server)
 		}
+		if len(ports) > maxPairRanges {
+			return nil, false
+		}
 	}
-	return newPortSet(ports)
+	return newPortSet(ports), true
 }

@@ -29,14 +29,18 @@ const (
 // networkPolicy is a NetworkPolicy with its selectors and prefixes parsed.
 type networkPolicy struct {
 	namespace, name string
-	// invalid is the field that is not valid, if any. The API server rejects such an
-	// object, but one that an older server has accepted may exist. It isolates
-	// whatever it may be meant for, and allows nothing.
+	// invalid is what is not valid, if anything. The API server rejects such an
+	// object, but one that an older server has accepted may exist, and one may have
+	// more ports than are looked at for each pair of pods. It isolates whatever it may
+	// be meant for, and allows nothing.
 	invalid  string
 	pods     labels.Selector
 	isolates [directions]bool
 	rules    [directions][]rule
 }
+
+// maxPolicyRanges is how many ranges and names of ports a policy may have in a direction.
+const maxPolicyRanges = 1024
 
 // rule allows its ports with its peers, all pods if there are none.
 type rule struct {
@@ -61,7 +65,7 @@ type peer struct {
 func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
 	n := &networkPolicy{namespace: object.Namespace, name: object.Name, pods: labels.Everything()}
 	fail := func(format string, args ...any) *networkPolicy {
-		n.invalid = fmt.Sprintf(format, args...)
+		n.invalid = "its " + fmt.Sprintf(format, args...)
 		n.rules = [directions][]rule{}
 		return n
 	}
@@ -82,25 +86,34 @@ func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
 			n.isolates[egress] = true
 		default:
 			n.isolates = [directions]bool{true, true}
-			return fail("spec.policyTypes[%d]", i)
+			return fail("spec.policyTypes[%d] is not valid", i)
 		}
 	}
 	if err != nil {
-		return fail("spec.podSelector")
+		return fail("spec.podSelector is not valid")
 	}
 	for i, r := range spec.Ingress {
 		parsed, invalid := parseRule(r.From, "from", r.Ports)
 		if invalid != "" {
-			return fail("spec.ingress[%d].%s", i, invalid)
+			return fail("spec.ingress[%d].%s is not valid", i, invalid)
 		}
 		n.rules[ingress] = append(n.rules[ingress], parsed)
 	}
 	for i, r := range spec.Egress {
 		parsed, invalid := parseRule(r.To, "to", r.Ports)
 		if invalid != "" {
-			return fail("spec.egress[%d].%s", i, invalid)
+			return fail("spec.egress[%d].%s is not valid", i, invalid)
 		}
 		n.rules[egress] = append(n.rules[egress], parsed)
+	}
+	for d, field := range []string{"ingress", "egress"} {
+		ranges := 0
+		for _, r := range n.rules[d] {
+			ranges += len(r.ports.ranges) + len(r.ports.names)
+		}
+		if ranges > maxPolicyRanges {
+			return fail("spec.%s has %d ports and ranges, at most %d are looked at: join neighbours by endPort", field, ranges, maxPolicyRanges)
+		}
 	}
 	return n
 }
@@ -122,8 +135,11 @@ func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []net
 		if !ok {
 			return rule{}, fmt.Sprintf("ports[%d]", i)
 		}
-		r.ports = r.ports.union(parsed)
+		r.ports = r.ports.add(parsed)
 	}
+	r.ports.ranges = newPortSet(r.ports.ranges)
+	slices.Sort(r.ports.names)
+	r.ports.names = slices.Compact(r.ports.names)
 	return r, ""
 }
 
@@ -181,16 +197,17 @@ func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok boo
 	return rulePorts{}, false
 }
 
-func (p rulePorts) union(other rulePorts) rulePorts {
-	return rulePorts{slices.Concat(p.ranges, other.ranges), slices.Concat(p.names, other.names)}
+// add appends to the slices of p.
+func (p rulePorts) add(other rulePorts) rulePorts {
+	return rulePorts{append(p.ranges, other.ranges...), append(p.names, other.names...)}
 }
 
 // appendTo appends the ports of a server to ranges; a name may be that of several.
 func (p rulePorts) appendTo(ranges []api.PortRange, server *pod) []api.PortRange {
 	ranges = append(ranges, p.ranges...)
-	for _, port := range server.Ports {
-		if slices.Contains(p.names, port.Name) {
-			ranges = append(ranges, api.PortRange{First: port.Number, Last: port.Number})
+	for _, name := range p.names {
+		for _, number := range server.named[name] {
+			ranges = append(ranges, api.PortRange{First: number, Last: number})
 		}
 	}
 	return ranges
@@ -206,7 +223,7 @@ func (n *networkPolicy) selects(p *pod) bool {
 func (n *networkPolicy) allows(d direction, other *pod) (ports rulePorts) {
 	for _, r := range n.rules[d] {
 		if len(r.peers) == 0 || slices.ContainsFunc(r.peers, func(p peer) bool { return p.matches(n.namespace, other) }) {
-			ports = ports.union(r.ports)
+			ports = ports.add(r.ports)
 		}
 	}
 	return ports
@@ -237,7 +254,7 @@ func names(policies []*networkPolicy) string {
 	for _, n := range sorted[:min(most, len(sorted))] {
 		text := n.namespace + "/" + n.name
 		if n.invalid != "" {
-			text += " (its " + n.invalid + " is not valid)"
+			text += " (" + n.invalid + ")"
 		}
 		texts = append(texts, text)
 	}

@@ -8,6 +8,8 @@ package policy
 import (
 	"fmt"
 	"iter"
+	"slices"
+	"strings"
 	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -46,6 +48,8 @@ const (
 	EgressPolicy
 	ClientPaused
 	ServerPaused
+	TooManyRanges
+	PortRedirected
 	reasonMax
 )
 
@@ -76,6 +80,10 @@ func (r Reason) String() string {
 		return "client paused by " + api.AnnotationPausedUntil
 	case ServerPaused:
 		return "server paused by " + api.AnnotationPausedUntil
+	case TooManyRanges:
+		return "the ports that may be shortcut are too many ranges"
+	case PortRedirected:
+		return "the server's pod redirects ports by NAT, so that rules for ports cannot be kept"
 	}
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
 }
@@ -103,6 +111,9 @@ type Pod struct {
 	// Bandwidth is the name of the annotation that limits the pod's bandwidth, if
 	// there is one.
 	Bandwidth string
+	// Redirects is set if the pod's network namespace gives connections another port:
+	// that of the server's socket may then not be the one that a rule is about.
+	Redirects bool
 }
 
 // NamedPort is a container port with a name.
@@ -117,6 +128,22 @@ type Cluster struct {
 	// Namespaces are the labels of namespaces by name.
 	Namespaces map[string]map[string]string
 	Policies   []*networkingv1.NetworkPolicy
+	// Share is how many entries of the policy map an ordered pair of pods may have;
+	// 0 for any number.
+	Share int
+}
+
+// Share returns the share of a pair in a policy map with a number of entries, where a
+// number of pods take part. A pod is in two pairs with each other, so that none has
+// more than half of the map. The number counts as the next power of two, so that
+// a pod that comes seldom changes it.
+func Share(entries, pods int) int {
+	const most = 2048 // as many as 64 ranges in an annotation may take
+	n := 1
+	for n < pods {
+		n *= 2
+	}
+	return min(max(entries/4/n, 1), most)
 }
 
 // Decision is a verdict, its reason, and what refuses, in words for users.
@@ -166,6 +193,9 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 			return Decision{Refuse, reason, culprit(reason, from, to)}
 		}
 	}
+	if g := newGrant(from, to, cluster.Share); len(g.ports) == 0 {
+		return Decision{Refuse, TooManyRanges, culprit(TooManyRanges, from, to)}
+	}
 	reason := unrestricted(from, to)
 	return Decision{reason.verdict(), reason, ""}
 }
@@ -174,16 +204,32 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 // A port is refused for the first reason that does not leave it.
 func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 	return func(yield func(Reason, portSet) bool) {
+		// specific is whether a rule is about some ports and not about others.
+		specific := func(ports portSet) bool { return server.Redirects && len(ports) > 0 && !ports.isAll() }
+		isolated := func(reason Reason, d direction, by, other *pod) bool {
+			if len(by.isolatedBy[d]) == 0 {
+				return true
+			}
+			ports, ok := by.allowedWith(d, other, server)
+			switch {
+			case !ok:
+				return yield(TooManyRanges, nil)
+			case specific(ports):
+				return yield(PortRedirected, nil)
+			}
+			return yield(reason, ports)
+		}
 		_ = (client.Settings.Enabled || yield(ClientNotOptedIn, nil)) &&
 			(server.Settings.Enabled || yield(ServerNotOptedIn, nil)) &&
+			(!specific(server.listed) && !specific(server.notExcluded) || yield(PortRedirected, nil)) &&
 			yield(PortNotListed, server.listed) &&
 			yield(PortExcluded, server.notExcluded) &&
 			(client.Bandwidth == "" || yield(ClientBandwidth, nil)) &&
 			(server.Bandwidth == "" || yield(ServerBandwidth, nil)) &&
 			// NetworkPolicy never stands between a pod and itself.
 			client.ID != server.ID &&
-			(len(server.isolatedBy[ingress]) == 0 || yield(IngressPolicy, server.allowedWith(ingress, client, server))) &&
-			(len(client.isolatedBy[egress]) == 0 || yield(EgressPolicy, client.allowedWith(egress, server, server)))
+			isolated(IngressPolicy, ingress, server, client) &&
+			isolated(EgressPolicy, egress, client, server)
 	}
 }
 
@@ -209,6 +255,28 @@ func culprit(reason Reason, client, server *pod) string {
 		return names(server.isolatedBy[ingress])
 	case EgressPolicy:
 		return names(client.isolatedBy[egress])
+	case PortRedirected:
+		return strings.Join(portSources(client, server), ", ")
+	case TooManyRanges:
+		return "join neighbours to ranges in " + strings.Join(portSources(client, server), ", ") + ", or raise --max-policies"
 	}
 	return ""
+}
+
+// portSources names what the ports of a pair come from.
+func portSources(client, server *pod) (sources []string) {
+	for name, ranges := range map[string][]api.PortRange{
+		api.AnnotationPorts: server.Settings.Ports, api.AnnotationExcludePorts: server.Settings.ExcludePorts,
+	} {
+		if len(ranges) > 0 {
+			sources = append(sources, fmt.Sprintf("%s of pod %s/%s", name, server.Namespace, server.Name))
+		}
+	}
+	slices.Sort(sources)
+	for _, policies := range [][]*networkPolicy{server.isolatedBy[ingress], client.isolatedBy[egress]} {
+		if client.ID != server.ID && len(policies) > 0 {
+			sources = append(sources, names(policies))
+		}
+	}
+	return sources
 }

@@ -4,6 +4,7 @@ package policy
 
 import (
 	"cmp"
+	"math/bits"
 	"slices"
 
 	"github.com/podshunt/podshunt/api"
@@ -54,6 +55,21 @@ func (s portSet) intersect(other portSet) portSet {
 		}
 	}
 	return both
+}
+
+// entries returns how many entries of the policy map the ranges take: prefixes.
+func (s portSet) entries() int {
+	n := 0
+	for _, r := range s {
+		for next, end := uint32(r.First), uint32(r.Last)+1; next < end; n++ {
+			size := min(16, bits.TrailingZeros32(next|1<<16))
+			for next+1<<size > end {
+				size--
+			}
+			next += 1 << size
+		}
+	}
+	return n
 }
 
 func (s portSet) complement() portSet {
