@@ -70,10 +70,10 @@ func canDestroy(t testing.TB) bool {
 // or without an agent, whatever the addresses. Their programs still read all that
 // was sent, in order, then the error. Others lose no byte.
 func TestForce(t *testing.T) {
-	for _, running := range []bool{true, false} {
-		for _, family := range []string{"IPv4", "IPv6", "IPv4 by an IPv6 socket", "loopback"} {
-			t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
-		}
+	t.Logf("the kernel resets sockets when it is asked to: %v", canDestroy(t))
+	for i, family := range []string{"IPv4", "IPv6", "IPv4 by an IPv6 socket", "loopback"} {
+		running := i%2 == 0
+		t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
 	}
 }
 
