@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -71,9 +72,32 @@ func canDestroy(t testing.TB) bool {
 // was sent, in order, then the error. Others lose no byte.
 func TestForce(t *testing.T) {
 	t.Logf("the kernel resets sockets when it is asked to: %v", canDestroy(t))
-	for i, family := range []string{"IPv4", "IPv6", "IPv4 by an IPv6 socket", "loopback"} {
+	for i, family := range []string{"IPv4 by an IPv6 socket", "IPv6", "loopback", "IPv4"} {
 		running := i%2 == 0
 		t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
+	}
+}
+
+// mustFindByProcess takes the attachments away. Nothing tells then where the pods
+// are, unless a process runs in them.
+func mustFindByProcess(t *testing.T, a *agent, unload func(...string) (string, error), pods ...*sandbox.Pod) {
+	t.Helper()
+	if err := os.RemoveAll(a.AttachmentsDir); err != nil {
+		t.Fatal(err)
+	}
+	out, err := unload("--force")
+	if err == nil || !strings.Contains(err.Error(), "they were not reset: the network namespace with cookie ") || strings.Contains(out, "reset, as") {
+		t.Errorf("got error %v and\n%s\nwant one that says that the pods are not found", err, out)
+	}
+	for _, pod := range pods {
+		process := exec.Command("sleep", "600")
+		if err := pod.Do(process.Start); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = process.Process.Kill() // its end is all that is wanted
+			_ = process.Wait()
+		})
 	}
 }
 
@@ -130,6 +154,9 @@ func testForce(t *testing.T, family string, running bool) {
 	write("by TCP ")
 	good.mustPing(t)
 
+	if family == "IPv4" && canDestroy(t) {
+		mustFindByProcess(t, a, unload, client, web)
+	}
 	out, err = unload("--force")
 	if !canDestroy(t) {
 		if err == nil || !strings.Contains(err.Error(), "CONFIG_INET_DIAG_DESTROY") || !strings.Contains(out, bad.client.LocalAddr().String()) {
