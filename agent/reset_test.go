@@ -101,6 +101,29 @@ func mustFindByProcess(t *testing.T, a *agent, unload func(...string) (string, e
 	}
 }
 
+// mustSeparate keeps what the pods send from each other until the returned
+// function is called.
+func mustSeparate(t *testing.T, a, b *sandbox.Pod) (arrive func()) {
+	t.Helper()
+	var undo []func()
+	for _, pair := range [][2]*sandbox.Pod{{a, b}, {b, a}} {
+		route := &netlink.Route{Dst: &net.IPNet{IP: pair[1].IPv4.AsSlice(), Mask: net.CIDRMask(32, 32)}, Type: unix.RTN_BLACKHOLE}
+		if err := pair[0].Do(func() error { return netlink.RouteAdd(route) }); err != nil {
+			t.Fatal(err)
+		}
+		undo = append(undo, func() {
+			if err := pair[0].Do(func() error { return netlink.RouteDel(route) }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return func() {
+		for _, f := range undo {
+			f()
+		}
+	}
+}
+
 func testForce(t *testing.T, family string, running bool) {
 	a := mustAgent(t)
 	const on = "podshunt.io/shortcut: enabled"
@@ -126,12 +149,17 @@ func testForce(t *testing.T, family string, running bool) {
 	if !running {
 		a.stop()
 	}
-	// Unread both ways, so that both ends have something to lose. What is sent while
-	// nothing is redirected any more has to stay behind it.
+	// Unread both ways, so that both ends have something to lose; in one case one way.
+	// What is sent while nothing is redirected any more has to stay behind it.
+	separated := family == "IPv4" && canDestroy(t)
+	senders := []net.Conn{bad.client, bad.server}
+	if separated {
+		senders = senders[:1]
+	}
 	var sent [2]bytes.Buffer
 	write := func(text string) {
 		t.Helper()
-		for i, from := range []net.Conn{bad.client, bad.server} {
+		for i, from := range senders {
 			if _, err := fmt.Fprint(io.MultiWriter(from, &sent[i]), text); err != nil {
 				t.Fatal(err)
 			}
@@ -154,10 +182,18 @@ func testForce(t *testing.T, family string, running bool) {
 	write("by TCP ")
 	good.mustPing(t)
 
-	if family == "IPv4" && canDestroy(t) {
+	if separated {
 		mustFindByProcess(t, a, unload, client, web)
+		// The client does not get the reset: its end stays, and so does the pair.
+		arrive := mustSeparate(t, client, web)
+		out, err = unload("--force")
+		arrive()
+		if _, err := bad.client.Write([]byte("x")); err != nil {
+			t.Errorf("write to a connection whose other end is reset: %v", err)
+		}
+	} else {
+		out, err = unload("--force")
 	}
-	out, err = unload("--force")
 	if !canDestroy(t) {
 		if err == nil || !strings.Contains(err.Error(), "CONFIG_INET_DIAG_DESTROY") || !strings.Contains(out, bad.client.LocalAddr().String()) {
 			t.Errorf("got error %v and\n%s\nwant one that says that this kernel cannot reset", err, out)
