@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -70,9 +71,55 @@ func canDestroy(t testing.TB) bool {
 // or without an agent, whatever the addresses. Their programs still read all that
 // was sent, in order, then the error. Others lose no byte.
 func TestForce(t *testing.T) {
-	for _, running := range []bool{true, false} {
-		for _, family := range []string{"IPv4", "IPv6", "IPv4 by an IPv6 socket", "loopback"} {
-			t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
+	t.Logf("the kernel resets sockets when it is asked to: %v", canDestroy(t))
+	for i, family := range []string{"IPv4 by an IPv6 socket", "IPv6", "loopback", "IPv4"} {
+		running := i%2 == 0
+		t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
+	}
+}
+
+// mustFindByProcess takes the attachments away. Nothing tells then where the pods
+// are, unless a process runs in them.
+func mustFindByProcess(t *testing.T, a *agent, unload func(...string) (string, error), pods ...*sandbox.Pod) {
+	t.Helper()
+	if err := os.RemoveAll(a.AttachmentsDir); err != nil {
+		t.Fatal(err)
+	}
+	out, err := unload("--force")
+	if err == nil || !strings.Contains(err.Error(), "they were not reset: the network namespace with cookie ") || strings.Contains(out, "reset, as") {
+		t.Errorf("got error %v and\n%s\nwant one that says that the pods are not found", err, out)
+	}
+	for _, pod := range pods {
+		process := exec.Command("sleep", "600")
+		if err := pod.Do(process.Start); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = process.Process.Kill() // its end is all that is wanted
+			_ = process.Wait()
+		})
+	}
+}
+
+// mustSeparate keeps what the pods send from each other until the returned
+// function is called.
+func mustSeparate(t *testing.T, a, b *sandbox.Pod) (arrive func()) {
+	t.Helper()
+	var undo []func()
+	for _, pair := range [][2]*sandbox.Pod{{a, b}, {b, a}} {
+		route := &netlink.Route{Dst: &net.IPNet{IP: pair[1].IPv4.AsSlice(), Mask: net.CIDRMask(32, 32)}, Type: unix.RTN_BLACKHOLE}
+		if err := pair[0].Do(func() error { return netlink.RouteAdd(route) }); err != nil {
+			t.Fatal(err)
+		}
+		undo = append(undo, func() {
+			if err := pair[0].Do(func() error { return netlink.RouteDel(route) }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return func() {
+		for _, f := range undo {
+			f()
 		}
 	}
 }
@@ -102,12 +149,17 @@ func testForce(t *testing.T, family string, running bool) {
 	if !running {
 		a.stop()
 	}
-	// Unread both ways, so that both ends have something to lose. What is sent while
-	// nothing is redirected any more has to stay behind it.
+	// Unread both ways, so that both ends have something to lose; in one case one way.
+	// What is sent while nothing is redirected any more has to stay behind it.
+	separated := family == "IPv4" && canDestroy(t)
+	senders := []net.Conn{bad.client, bad.server}
+	if separated {
+		senders = senders[:1]
+	}
 	var sent [2]bytes.Buffer
 	write := func(text string) {
 		t.Helper()
-		for i, from := range []net.Conn{bad.client, bad.server} {
+		for i, from := range senders {
 			if _, err := fmt.Fprint(io.MultiWriter(from, &sent[i]), text); err != nil {
 				t.Fatal(err)
 			}
@@ -130,7 +182,18 @@ func testForce(t *testing.T, family string, running bool) {
 	write("by TCP ")
 	good.mustPing(t)
 
-	out, err = unload("--force")
+	if separated {
+		mustFindByProcess(t, a, unload, client, web)
+		// The client does not get the reset: its end stays, and so does the pair.
+		arrive := mustSeparate(t, client, web)
+		out, err = unload("--force")
+		arrive()
+		if _, err := bad.client.Write([]byte("x")); err != nil {
+			t.Errorf("write to a connection whose other end is reset: %v", err)
+		}
+	} else {
+		out, err = unload("--force")
+	}
 	if !canDestroy(t) {
 		if err == nil || !strings.Contains(err.Error(), "CONFIG_INET_DIAG_DESTROY") || !strings.Contains(out, bad.client.LocalAddr().String()) {
 			t.Errorf("got error %v and\n%s\nwant one that says that this kernel cannot reset", err, out)

@@ -199,6 +199,43 @@ func TestDeletedLink(t *testing.T) {
 	}
 }
 
+// TestDetachedTrack: pins whose pairing was detached, as by an unload of a former
+// build that was killed, are taken over and pair again; an unload ends as ever.
+func TestDetachedTrack(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	for _, open := range []bool{true, false} {
+		old, oldS := connect(t, pods[0].Netns, l, "tcp4", address)
+		pingPong(t, old, oldS, 10, 100)
+		objects := mustObjects(t, n.cfg.PinDir)
+		n.mustClose(t)
+		track, err := link.LoadPinnedLink(filepath.Join(n.cfg.PinDir, "link_track"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(track.Detach(), track.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if !open {
+			n.mustUnloadPins(t)
+			objects.waitGone(t)
+			pingPong(t, old, oldS, 10, 100)
+			n.mustOpen(t)
+			return
+		}
+		plain, plainS := connect(t, pods[0].Netns, l, "tcp4", address)
+		pingPong(t, plain, plainS, 10, 100)
+		n.mustOpen(t)
+		before := n.counts(t)
+		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		pingPong(t, c, s, 10, 100)
+		n.mustCount(t, before, paired())
+		pingPong(t, old, oldS, 10, 100)
+	}
+}
+
 // TestConfigChanges: what the next process may change of what it takes over,
 // and what not.
 func TestConfigChanges(t *testing.T) {

@@ -10,8 +10,8 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestPairsFull)$'
-	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestPairsFull|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestNoReads|TestUnreadMemory|TestLimitGrows|TestRestedReader|TestPodBudget|TestUserTimeout|TestRefresh|TestForgottenConnections|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
+	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'
 )
