@@ -49,13 +49,19 @@ func (r *rawSocket) mustClose(tb testing.TB) {
 func mustRawListen(tb testing.TB, in *sandbox.Netns, address netip.Addr) (*rawSocket, netip.AddrPort) {
 	tb.Helper()
 	l := mustSocket(tb, in, unix.AF_INET, 0)
+	l.mustListenOn(tb, netip.AddrPortFrom(address, 0))
+	return l, l.mustAddress(tb)
+}
+
+func (r *rawSocket) mustListenOn(tb testing.TB, address netip.AddrPort) {
+	tb.Helper()
 	if err := errors.Join(
-		unix.Bind(l.fd, &unix.SockaddrInet4{Addr: address.As4()}),
-		unix.Listen(l.fd, 100),
+		unix.SetsockoptInt(r.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+		unix.Bind(r.fd, &unix.SockaddrInet4{Addr: address.Addr().As4(), Port: int(address.Port())}),
+		unix.Listen(r.fd, 100),
 	); err != nil {
 		tb.Fatal(err)
 	}
-	return l, l.mustAddress(tb)
 }
 
 func (r *rawSocket) mustAddress(tb testing.TB) netip.AddrPort {

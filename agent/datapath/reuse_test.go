@@ -5,6 +5,7 @@ package datapath_test
 import (
 	"errors"
 	"io"
+	"net/netip"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -30,9 +31,7 @@ func TestReusedSocket(t *testing.T) {
 	// listen makes the socket a listener, then disconnects it once more and connects
 	// it: no byte may wait for that.
 	listen := func(t *testing.T, used *rawSocket, own, outside *sandbox.Pod) (s, peer io.ReadWriter) {
-		if err := errors.Join(unix.Bind(used.fd, &unix.SockaddrInet4{Addr: own.IPv4.As4()}), unix.Listen(used.fd, 10)); err != nil {
-			t.Fatal(err)
-		}
+		used.mustListenOn(t, netip.AddrPortFrom(own.IPv4, 0))
 		c := mustSocket(t, outside.Netns, unix.AF_INET, 0)
 		c.mustConnect(t, used.mustAddress(t))
 		pingPong(t, c, used.mustAccept(t), 5, 100)

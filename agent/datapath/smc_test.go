@@ -122,12 +122,7 @@ func TestKernelSockets(t *testing.T) {
 			pods, cookies := n.mustEnrol(t, "client", "server")
 			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 			l := mustSocket(t, pods[1].Netns, tc.server, 0)
-			if err := errors.Join(
-				unix.Bind(l.fd, &unix.SockaddrInet4{Addr: pods[1].IPv4.As4()}),
-				unix.Listen(l.fd, 10),
-			); err != nil {
-				t.Fatal(err)
-			}
+			l.mustListenOn(t, netip.AddrPortFrom(pods[1].IPv4, 0))
 			address := l.mustAddress(t)
 			sockets := tcpSockets(t)
 			const connections = 20
