@@ -145,7 +145,7 @@ func (r *lateReader) byFIONREAD(p []byte) error {
 	return nil
 }
 
-// byLowat is told when all of it is there.
+// byLowat is told when so much is there. It may be told too early.
 func (r *lateReader) byLowat(p []byte) error {
 	for got := 0; got < len(p); {
 		want := min(len(p)-got, 20_000)
@@ -156,10 +156,10 @@ func (r *lateReader) byLowat(p []byte) error {
 			return fmt.Errorf("%w: %w", err, errStalls)
 		}
 		n, _, err := unix.Recvfrom(r.s.fd, p[got:got+want], 0)
-		if n != want {
-			return fmt.Errorf("ready for %d bytes, but recv gives %d (%w)", want, n, err)
+		if n <= 0 && !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("recv gives %d (%w)", n, err)
 		}
-		got += n
+		got += max(n, 0)
 	}
 	return unix.SetsockoptInt(r.s.fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1)
 }
