@@ -258,7 +258,7 @@ func TestLate(t *testing.T) {
 				for i := range sizes {
 					sizes[i] = 1 + i*i%smallBody
 				}
-				sizes = append(sizes, 5000, 300_000, 20, 300_000, 10_000)
+				sizes = append(sizes, 20_000, 300_000, 20, 300_000, 5000)
 				for connection := range 3 {
 					c, s := rawPair(t, pods[0], l, address)
 					r := mustLateReader(t, s)

@@ -10,6 +10,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/bpf"
@@ -201,4 +203,96 @@ func TestSharesAreSettled(t *testing.T) {
 	put(bpf.ShortcutShare{Flows: 8})
 	sweep(bpf.ShortcutShare{Flows: 8})
 	sweep(right)
+}
+
+// TestLearnedShare: a pod with many ports that are misfits is not remembered for
+// more than its share, and what is known of others stays, also when the agent is
+// started again.
+func TestLearnedShare(t *testing.T) {
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "hostile", "other")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	control := n.mustPinned(t, bpf.ShortcutMapControl)
+	const share, ports = 4, 10
+	limit := func(change bool) {
+		t.Helper()
+		var settings bpf.ShortcutSettings
+		if err := control.Lookup(uint32(0), &settings); err != nil {
+			t.Fatal(err)
+		}
+		if want := n.mustPinned(t, bpf.ShortcutMapLearned).MaxEntries() / 2; settings.LearnedShare != want {
+			t.Errorf("got a share of %d entries, want half of the map, %d", settings.LearnedShare, want)
+		}
+		if !change {
+			return
+		}
+		settings.LearnedShare = share
+		if err := control.Put(uint32(0), settings); err != nil {
+			t.Fatal(err)
+		}
+	}
+	limit(true)
+	// use makes a server use a call that is not served.
+	use := func(server int) {
+		t.Helper()
+		l, address := mustRawListen(t, pods[server].Netns, pods[server].IPv4)
+		c, s := rawPair(t, pods[0], l, address)
+		mustWrite(t, c, "x")
+		if err := s.wait(unix.POLLIN); err != nil {
+			t.Fatal(err)
+		}
+		if got, _, err := unix.Recvfrom(s.fd, make([]byte, 1), unix.MSG_WAITALL); got != 1 {
+			t.Fatalf("recv gives %d (%v), want 1", got, err)
+		}
+		n.mustEnd(t, c, s)
+	}
+	check := func(when string, want map[uint64]int) {
+		t.Helper()
+		got := map[uint64]int{}
+		for _, m := range n.misfits(t) {
+			got[m.Netns]++
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("ports remembered %s (-want +got):\n%s", when, diff)
+		}
+		for _, netns := range cookies {
+			if got := n.mustShare(t, netns).Learned; int(got) != want[netns] {
+				t.Errorf("%s: pod %d is said to have %d entries, want %d", when, netns, got, want[netns])
+			}
+		}
+	}
+	use(2)
+	for range ports {
+		use(1)
+	}
+	use(2)
+	want := map[uint64]int{cookies[1]: share, cookies[2]: 2}
+	check("at the end", want)
+
+	if err := n.Datapath.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.mustOpen(t)
+	limit(true)
+	for range 3 {
+		if err := n.Sweep(time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("after a take-over", want)
+	use(1)
+	check("after one more port", want)
+
+	// What is forgotten makes room.
+	if _, err := n.Forget(func(server, _ uint64, _ uint16) bool { return server == cookies[1] }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := n.Sweep(time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	use(1)
+	want[cookies[1]] = 1
+	check("after they were forgotten", want)
 }
