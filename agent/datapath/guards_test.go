@@ -272,7 +272,7 @@ func TestGuardsComeAndGo(t *testing.T) {
 		for _, guard := range want {
 			wantPrograms = append(wantPrograms, map[string][]string{
 				datapath.GuardFlags:  {"flags_of_recv", "flags_of_send"},
-				datapath.GuardSplice: {"splice_begins", "splice_ends", "splice_refused"},
+				datapath.GuardSplice: {"splice_begins", "splice_ends", "splice_refused", "splice_seen"},
 			}[guard]...)
 		}
 		if diff := cmp.Diff(wantPrograms, programs); diff != "" {

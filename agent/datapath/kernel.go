@@ -34,8 +34,11 @@ func CheckKernel() error {
 			missing = append(missing, what)
 		}
 	}
-	_, err := btf.LoadKernelSpec()
+	types, err := btf.LoadKernelSpec()
 	lacks("BTF (CONFIG_DEBUG_INFO_BTF)", err)
+	if err == nil {
+		lacks("recv's flags where the programs look for them (fourth parameter of tcp_bpf_recvmsg, Linux 5.19)", checkRecvmsg(types))
+	}
 	_, err = NetnsCookie("/proc/self/ns/net")
 	lacks("SO_NETNS_COOKIE (Linux 5.14)", err)
 	lacks("netns cookies for sock_ops programs (Linux 5.15)", loadProbe(ebpf.ProgramSpec{
@@ -60,6 +63,35 @@ func CheckKernel() error {
 		errs = append(errs, err)
 	}
 	return fmt.Errorf("kernel %s refuses the programs: %w", release(), errors.Join(errs...))
+}
+
+// checkRecvmsg returns an error unless the flags of recv are the fourth parameter
+// of tcp_bpf_recvmsg: an observer that takes another one for them counts what is
+// peeked as read (before ec095263a965 there was nonblock). A kernel whose BTF lacks
+// the function cannot attach to it, and needs nothing of it.
+func checkRecvmsg(types *btf.Spec) error {
+	const name, flags = "tcp_bpf_recvmsg", 3
+	found, err := types.AnyTypesByName(name)
+	if errors.Is(err, btf.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for %s in BTF: %w", name, err)
+	}
+	for _, t := range found {
+		f, ok := t.(*btf.Func)
+		if !ok {
+			continue
+		}
+		proto, ok := f.Type.(*btf.FuncProto)
+		if !ok || len(proto.Params) <= flags || proto.Params[flags].Name != "flags" {
+			return fmt.Errorf("%s has the parameters %+v: accepted is one named flags in the fourth place", name, f.Type)
+		}
+		if integer, ok := btf.UnderlyingType(proto.Params[flags].Type).(*btf.Int); !ok || integer.Size != 4 {
+			return fmt.Errorf("%s has flags of type %v: accepted is int", name, proto.Params[flags].Type)
+		}
+	}
+	return nil
 }
 
 // loadProbe loads a program whose only call may be unknown to the kernel.

@@ -13,7 +13,7 @@ mirror=${DEBIAN_MIRROR:-http://deb.debian.org}
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 out=$top/.cache/kernels/$series
 apt=$top/.cache/apt
-modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls"
+modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls smc"
 
 # What this file makes is made anew when it changes.
 [ "$out/base.cpio" -nt "$0" ] && exit 0

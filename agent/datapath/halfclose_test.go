@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath_test
+
+import (
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+)
+
+// TestBlockingHalfClose: a program whose reads sleep sends, shuts down writing and
+// waits for the answer. The peer's acknowledgement of the end wakes the recv, which
+// must go on to wait. A plain close is not counted as a socket that leaves.
+func TestBlockingHalfClose(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	const connections, warm = 20, 5
+	var ends []func() error
+	for i := range connections {
+		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		socket := blocking(t, c)
+		ends = append(ends, onThread(func() error {
+			p := make([]byte, 100)
+			for range warm {
+				if _, err := socket.Write(p); err != nil {
+					return err
+				}
+				if _, err := io.ReadFull(socket, p); err != nil {
+					return err
+				}
+			}
+			if _, err := socket.Write(p); err != nil {
+				return err
+			}
+			if err := closeWrite(socket); err != nil {
+				return err
+			}
+			if _, err := io.ReadFull(socket, p); err != nil {
+				return fmt.Errorf("connection %d: read after shutdown: %w", i, err)
+			}
+			return wantEOF(socket)
+		}), func() error {
+			p := make([]byte, 100)
+			for range warm {
+				if _, err := io.ReadFull(s, p); err != nil {
+					return err
+				}
+				if _, err := s.Write(p); err != nil {
+					return err
+				}
+			}
+			if _, err := io.ReadFull(s, p); err != nil {
+				return err
+			}
+			if err := wantEOF(s); err != nil {
+				return err
+			}
+			// A delayed acknowledgement takes up to 40 ms, or as much as a busy machine makes of it.
+			time.Sleep(200 * time.Millisecond)
+			if _, err := s.Write(p); err != nil {
+				return err
+			}
+			return s.Close()
+		})
+	}
+	if err := together(ends...); err != nil {
+		t.Error(err)
+	}
+	if got := n.counts(t); got["socket_left"] != connections || got["message_shortcut"] < connections*warm {
+		t.Errorf("got %v, want %d sockets that have left, and messages on the shortcut before", got, connections)
+	}
+
+	before := n.counts(t)
+	raw, rawAddress := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	for range connections {
+		c, s := rawPair(t, pods[0], raw, rawAddress)
+		pingPong(t, c, s, 2, 100)
+		if err := unix.SetNonblock(c.fd, false); err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, c, "last")
+		mustRead(t, s, "last")
+		c.mustClose(t)
+		if err := wantEOF(s); err != nil {
+			t.Error(err)
+		}
+		s.mustClose(t)
+	}
+	if got := n.since(t, before); got["socket_left"] != 0 || got["connection_paired"] != connections {
+		t.Errorf("after plain closes: got %v, want %d connections paired and no socket that has left", got, connections)
+	}
+}
