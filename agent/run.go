@@ -112,6 +112,8 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.DurationVar(&cfg.policyLease, "policy-lease", cfg.policyLease,
 		"how long the policy in the kernel is trusted after the agent could last vouch for it; then all goes by TCP; 0 is for ever")
 	flags.Var((*count)(&d.TrialReads), "trial-reads", "`number` of recv calls that a receiver has to make before anything is redirected to it")
+	flags.Var((*count)(&d.TrialDrains), "trial-drains",
+		"`number` of recv calls that find nothing, after one that was not filled, before anything is redirected to a receiver that waits for edges of epoll")
 	flags.Var((*count)(&d.TrialBytes), "trial-bytes",
 		"`bytes` that a receiver has to take by recv of bursts above 4 KiB before such are redirected to it; 0 also lets bursts grow")
 	flags.Var((*count)(&d.MaxPods), "max-pods", "`size` of the map of pods")

@@ -149,7 +149,9 @@ struct receiving {
 	__u32 unserved_flags; /* of recv */
 	__u32 sleeper; /* the last thread that read without MSG_DONTWAIT, or 0 */
 	__u32 reads; /* finished recv calls, here and on earlier connections to the port */
-	__u32 reserved[10];
+	__u32 drains; /* recv calls that found nothing right after one that was not filled: the same */
+	__u32 unfilled; /* the last recv call was not filled */
+	__u32 reserved[8];
 };
 
 struct side {
@@ -228,8 +230,8 @@ struct learned_value {
 	__u32 reads;
 	__u32 proved;
 	__u32 bulk;
+	__u32 drains;
 	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
-	__u32 reserved;
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");
@@ -250,10 +252,12 @@ struct settings {
 	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted, 0 for ever */
 	__u32 trial_reads; /* see on_trial */
 	__u32 trial_bytes;
+	__u32 trial_drains; /* see edge_triggered */
 	__u32 flow_share; /* entries of pairs that one pod may have */
 	__u32 learned_share;
 	__u32 no_mptcp_listeners; /* keep out what they accept: see kernel_socket */
 	__u32 splice_seen; /* a guard disqualifies receivers that use splice: see recount */
+	__u32 reserved;
 };
 
 /* What end_flow is run with. */

@@ -75,8 +75,35 @@ struct sk_psock {
 	struct list_head ingress_msg; /* what was redirected here and is unread */
 };
 
+struct wait_queue_entry {
+	void *private;
+	struct list_head entry;
+};
+
+struct wait_queue_head {
+	struct list_head head;
+};
+
+struct socket_wq {
+	struct wait_queue_head wait;
+};
+
+struct epoll_event {
+	__u32 events;
+};
+
+struct epitem {
+	struct epoll_event event;
+};
+
+struct eppoll_entry {
+	struct epitem *base;
+	struct wait_queue_entry wait;
+};
+
 struct sock {
 	struct sock_common __sk_common;
+	struct socket_wq *sk_wq;
 	struct socket *sk_socket;
 	void *sk_user_data;
 	void *sk_data_ready; /* a function */

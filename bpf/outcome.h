@@ -25,6 +25,7 @@ enum outcome {
 	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
 	OUTCOME_UNSERVED, /* either end was seen to use a call that is not served: enum misfit_reason */
 	OUTCOME_TRIAL, /* the receiver has not yet proved by TCP that it takes such messages by recv */
+	OUTCOME_EDGE, /* the receiver waits for an edge of epoll, and may do so after a recv that was not filled */
 	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */

@@ -37,7 +37,9 @@
 #define BURST_SMALL 4096
 /* What has been proved for a burst of this size is proved for all. */
 #define BURST_WHOLE (64 << 10)
-#define SECOND 1000000000ULL
+#define EPOLLET (1U << 31) /* include/uapi/linux/eventpoll.h */
+/* How many of those who wait for a socket are looked at. */
+#define WAITERS_MAX 4
 
 /* Enrolled pods by netns cookie. Agent: writes. Full: the agent cannot enrol, the pod stays on TCP. */
 struct {
@@ -325,6 +327,50 @@ static __always_inline bool on_trial(struct sending *dir, const struct receiving
 }
 
 /*
+ * TCP bytes behind redirected ones that are unread, as after a spill, are a
+ * second message to epoll, but one edge with the first if nobody has waited in
+ * between. A recv then returns the redirected bytes alone. A program that takes a
+ * recv that was not filled for the last one, as epoll(7) lets it, and waits for the
+ * next edge, waits for ever: nginx, tokio, netty's own epoll. One that was seen to
+ * call recv once more, and to find nothing, always comes to the TCP bytes (Go,
+ * envoy); so does one that waits for levels.
+ */
+static __always_inline bool edge_triggered(const struct pair *pair, __u32 peer)
+{
+	struct sock *sk = (struct sock *)pair->sock[peer];
+	struct list_head *head, *next;
+	struct socket_wq *wq;
+
+	if (bpf_core_read(&wq, sizeof(wq), &sk->sk_wq))
+		return true;
+	head = &wq->wait.head;
+	if (bpf_core_read(&next, sizeof(next), &head->next))
+		return true;
+	for (int i = 0; i < WAITERS_MAX; i++) {
+		struct wait_queue_entry *entry;
+		struct eppoll_entry *waiter;
+		struct epitem *item;
+		void *private;
+		__u32 events;
+
+		if (next == head)
+			return false;
+		entry = (void *)next - bpf_core_field_offset(struct wait_queue_entry, entry);
+		/* Threads that sleep, and poll, have something here; epoll has not. */
+		if (bpf_core_read(&private, sizeof(private), &entry->private))
+			return true;
+		waiter = (void *)entry - bpf_core_field_offset(struct eppoll_entry, wait);
+		if (!private && (bpf_core_read(&item, sizeof(item), &waiter->base) ||
+				 bpf_core_read(&events, sizeof(events), &item->event.events) ||
+				 events & EPOLLET))
+			return true;
+		if (bpf_core_read(&next, sizeof(next), &next->next))
+			return true;
+	}
+	return true;
+}
+
+/*
  * The state machine of one direction. Redirected data is read before TCP data,
  * so the order of bytes rests on one condition: every byte that was ever written
  * to TCP has been read. write_seq cannot move while we hold the sender's lock,
@@ -402,6 +448,9 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_NOT_SEEN;
 	if (trial)
 		return OUTCOME_TRIAL;
+	if (!dir->shortcut && reader->drains < set->trial_drains &&
+	    edge_triggered(pair, peer & 1))
+		return OUTCOME_EDGE;
 	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
 		return OUTCOME_REFRESH;
 	if (write_seq != dir->drained_seq) {
@@ -473,6 +522,7 @@ static __always_inline void learn(const struct pair *pair, __u32 own, const stru
 {
 	const struct sending *dir = &pair->side[own & 1].sending;
 	__u32 reads = pair->side[(own ^ 1) & 1].receiving.reads;
+	__u32 drains = pair->side[(own ^ 1) & 1].receiving.drains;
 	struct learned_value *known;
 
 	known = get_learned(own == SIDE_SERVER ? pair->netns[SIDE_CLIENT] : 0,
@@ -485,6 +535,8 @@ static __always_inline void learn(const struct pair *pair, __u32 own, const stru
 		known->proved = dir->proved;
 	if (known->bulk < dir->bulk)
 		known->bulk = dir->bulk;
+	if (known->drains < drains)
+		known->drains = drains;
 }
 
 /* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
@@ -605,7 +657,28 @@ pass:
  * observe: what the application has read.
  */
 
-static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags)
+/* A recv has found nothing. */
+static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
+{
+	struct receiving *reader;
+	struct member *self;
+	struct pair *pair;
+
+	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	pair = pair_of(self);
+	if (!pair)
+		return;
+	reader = &pair->side[self->side & 1].receiving;
+	if (reader->unfilled && reader->drains < ~0U)
+		reader->drains++;
+	reader->unfilled = false;
+}
+
+static __always_inline void observe_read(struct sock *sk, int bytes, bool unfilled, __u32 flags)
 {
 	struct receiving *reader;
 	struct member *self;
@@ -628,6 +701,7 @@ static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags
 	/* None of these takes bytes from the stream. */
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
 		return;
+	reader->unfilled = unfilled;
 	/* Several threads may read one socket at once, and a guard may find it misfit. */
 	read = __sync_fetch_and_add(&reader->read_bytes, bytes) + bytes;
 	if (reader->reads < ~0U)
@@ -646,8 +720,11 @@ int observe_tracepoint(__u64 *ctx)
 {
 	int bytes = ctx[1];
 
+	/* How much was asked for is not told here. */
 	if (bytes > 0)
-		observe_read((struct sock *)ctx[0], bytes, ctx[2]);
+		observe_read((struct sock *)ctx[0], bytes, true, ctx[2]);
+	else if (bytes == -EAGAIN)
+		observe_nothing((struct sock *)ctx[0], ctx[2]);
 	return 0;
 }
 
@@ -658,8 +735,12 @@ int observe_fexit(__u64 *ctx)
 	/* The number of arguments has changed over time, so the result is asked for (5.17). */
 	__u64 ret = 0;
 
-	if (bpf_get_func_ret(ctx, &ret) == 0 && (int)ret > 0)
-		observe_read((struct sock *)ctx[0], (int)ret, ctx[3]);
+	if (bpf_get_func_ret(ctx, &ret))
+		return 0;
+	if ((int)ret > 0)
+		observe_read((struct sock *)ctx[0], (int)ret, (__u32)ret < ctx[2], ctx[3]);
+	else if ((int)ret == -EAGAIN)
+		observe_nothing((struct sock *)ctx[0], ctx[3]);
 	return 0;
 }
 
@@ -856,6 +937,7 @@ static __always_inline void start_direction(struct pair *pair, __u32 from, __u32
 			     pair->netns[SIDE_SERVER], pair->server_port);
 	if (known) {
 		reader->reads = known->reads;
+		reader->drains = known->drains;
 		dir->proved = known->proved;
 		dir->bulk = known->bulk;
 	}
@@ -1365,6 +1447,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->reads = 0;
 	known->proved = 0;
 	known->bulk = 0;
+	known->drains = 0;
 	known->non_blocking = false;
 	__sync_fetch_and_and(&known->reasons, ~MISFIT_BLOCKING);
 }

@@ -71,8 +71,8 @@ type ShortcutLearnedValue struct {
 	Reads       uint32
 	Proved      uint32
 	Bulk        uint32
+	Drains      uint32
 	NonBlocking uint32
-	Reserved    uint32
 }
 
 type ShortcutMember struct {
@@ -116,36 +116,37 @@ const (
 	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 12
 	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 13
 	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 45
 )
 
 type ShortcutPair struct {
@@ -215,7 +216,9 @@ type ShortcutReceiving struct {
 	UnservedFlags uint32
 	Sleeper       uint32
 	Reads         uint32
-	Reserved      [10]uint32
+	Drains        uint32
+	Unfilled      uint32
+	Reserved      [8]uint32
 }
 
 type ShortcutSending struct {
@@ -261,10 +264,12 @@ type ShortcutSettings struct {
 	LeaseNs          uint64
 	TrialReads       uint32
 	TrialBytes       uint32
+	TrialDrains      uint32
 	FlowShare        uint32
 	LearnedShare     uint32
 	NoMptcpListeners uint32
 	SpliceSeen       uint32
+	Reserved         uint32
 }
 
 type ShortcutShare struct {

@@ -65,6 +65,9 @@ type Config struct {
 	// 4 KiB so many bytes of such. A burst that is larger than any before goes by TCP
 	// in any case, up to 64 KiB; with 0 bytes it does not.
 	TrialReads, TrialBytes uint32
+	// TrialDrains is how often a receiver that waits for edges of epoll has to be seen
+	// to call recv once more after one that was not filled, and to find nothing.
+	TrialDrains uint32
 	// MaxPods, MaxPolicies, MaxFlows and MaxHandshakes are the sizes of the maps.
 	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
 	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
@@ -94,6 +97,7 @@ func DefaultConfig() Config {
 		RefreshInterval: 30 * time.Second,
 		TrialReads:      32,
 		TrialBytes:      256 << 10,
+		TrialDrains:     4,
 
 		MaxPods:       1024,
 		MaxPolicies:   131072,
@@ -461,7 +465,7 @@ func (d *Datapath) attach(dir string) error {
 		s.Budget = d.cfg.Budget
 		s.PodBudget = d.cfg.PodBudget
 		s.RefreshNs = uint64(d.cfg.RefreshInterval)
-		s.TrialReads, s.TrialBytes = d.cfg.TrialReads, d.cfg.TrialBytes
+		s.TrialReads, s.TrialBytes, s.TrialDrains = d.cfg.TrialReads, d.cfg.TrialBytes, d.cfg.TrialDrains
 		s.FlowShare = half(d.objects.Maps[bpf.ShortcutMapPairs].MaxEntries())
 		s.LearnedShare = half(d.objects.Maps[bpf.ShortcutMapLearned].MaxEntries())
 		s.SpliceSeen = number(slices.Contains(d.cfg.Guards, GuardSplice))

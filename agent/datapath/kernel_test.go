@@ -47,7 +47,7 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	n.cfg.Cgroup = s.Cgroup
 	n.cfg.PinDir = filepath.Join(s.BPF, "podshunt")
 	// Tests of other things want the shortcut from the second message on, however long they take.
-	n.cfg.TrialReads, n.cfg.TrialBytes, n.cfg.RefreshInterval = 1, 0, 0
+	n.cfg.TrialReads, n.cfg.TrialBytes, n.cfg.TrialDrains, n.cfg.RefreshInterval = 1, 0, 0, 0
 	if change != nil {
 		change(&n.cfg)
 	}

@@ -28,6 +28,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_NOT_SEEN:         {"message_not_seen", "the receiver has not been seen to read yet"},
 		bpf.ShortcutOutcomeOUTCOME_UNSERVED:         {"message_unserved", "a call was used that the shortcut does not serve"},
 		bpf.ShortcutOutcomeOUTCOME_TRIAL:            {"message_trial", "the receiver has yet to show by TCP that it reads such messages by recv"},
+		bpf.ShortcutOutcomeOUTCOME_EDGE:             {"message_edge", "the receiver waits for edges of epoll, and has yet to show that it reads until nothing is left"},
 		bpf.ShortcutOutcomeOUTCOME_REFRESH:          {"message_refresh", "one message now and then keeps the connection known to the network"},
 		bpf.ShortcutOutcomeOUTCOME_DRAINING:         {"message_draining", "the receiver has TCP bytes to read first"},
 		bpf.ShortcutOutcomeOUTCOME_UNOBSERVED:       {"message_unobserved", "the receiver is inside a read, or reads by splice or another call that is not seen"},
