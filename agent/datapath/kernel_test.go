@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/e2e/sandbox"
@@ -284,7 +285,16 @@ func TestPairing(t *testing.T) {
 			if age := time.Since(got1.Since); age < 0 || age > deadline {
 				t.Errorf("flow is %v old", age)
 			}
-			got1.ID, got1.Since = 0, time.Time{}
+			for end, id := range map[net.Conn]uint64{c: got1.ID, s: got1.ServerID} {
+				control(t, end.(*net.TCPConn), func(fd int) error {
+					cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+					if cookie != id {
+						t.Errorf("got socket cookie %d in the flow, want %d of %s", id, cookie, end.LocalAddr())
+					}
+					return err
+				})
+			}
+			got1.ID, got1.ServerID, got1.Since = 0, 0, time.Time{}
 			if diff := cmp.Diff(wantFlow, got1, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 				t.Errorf("flow (-want +got):\n%s", diff)
 			}
