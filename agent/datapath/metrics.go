@@ -84,6 +84,9 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 			metrics <- prometheus.NewInvalidMetric(c.messages, fmt.Errorf("outcome %q counts something that has no metric", o.Name))
 		}
 	}
+	if err == nil && len(outcomes) == 0 {
+		return // nothing is loaded any more, whatever was counted a moment ago
+	}
 	maps, err := c.countedMaps()
 	if err != nil {
 		metrics <- prometheus.NewInvalidMetric(c.mapEntries, err)

@@ -40,7 +40,7 @@ func (a *asked) Maps() ([]api.MapUsage, error) {
 
 // TestMapsAreCountedSeldom: many askers at once cost as much as one.
 func TestMapsAreCountedSeldom(t *testing.T) {
-	a := &asked{fixed: fixed{maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
+	a := &asked{fixed: fixed{outcomes: []api.Outcome{{Name: "socket_left"}}, maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
 	c := newCollector(a)
 	start := time.Now()
 	var askers sync.WaitGroup
