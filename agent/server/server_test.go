@@ -270,11 +270,7 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 
 // The longest path that api.CheckSocket accepts can be listened on, and connected to.
 func TestLongestSocket(t *testing.T) {
-	dir, err := os.MkdirTemp("", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := t.TempDir()
 	for length := len(dir) + 2; length < 120; length++ {
 		path := dir + "/" + strings.Repeat("s", length-len(dir)-1)
 		l, err := Listen(path)
