@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -15,7 +16,9 @@ import (
 )
 
 // DNAT makes vip, which should lie outside of the pods' subnets, a TCP service
-// address on the node: connections of pods to it go to to.
+// address on the node: connections of pods to it go to to. Of two calls for one
+// vip the later one is for new connections, as when a service gets another
+// endpoint.
 func (s *Sandbox) DNAT(vip, to netip.AddrPort) error {
 	family, destination := unix.NFPROTO_IPV4, &expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4, DestRegister: 1}
 	if vip.Addr().Is6() {
@@ -56,16 +59,23 @@ func matchVIP(vip netip.AddrPort, address, port expr.Any) []expr.Any {
 	}
 }
 
-// addRule appends a rule to the node's NAT chain at hook.
-func (s *Sandbox) addRule(hook *nftables.ChainHook, priority *nftables.ChainPriority, rule []expr.Any) error {
-	// Replies from one pod to another on the same bridge are not routed; they
-	// meet the translation only through these.
+// filterBridge makes what one pod sends to another on the same bridge, which is
+// not routed, meet the rules of the node.
+func (s *Sandbox) filterBridge() error {
 	for _, name := range []string{"net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"} {
 		if err := s.Node.Sysctl(name, "1"); errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("translate addresses on a bridge: %w: is the module br_netfilter loaded?", err)
+			return fmt.Errorf("filter on a bridge: %w: is the module br_netfilter loaded?", err)
 		} else if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// addRule puts a rule at the head of the node's NAT chain at hook.
+func (s *Sandbox) addRule(hook *nftables.ChainHook, priority *nftables.ChainPriority, rule []expr.Any) error {
+	if err := s.filterBridge(); err != nil {
+		return err
 	}
 	return s.Node.Do(func() error {
 		conn, err := nftables.New()
@@ -76,9 +86,57 @@ func (s *Sandbox) addRule(hook *nftables.ChainHook, priority *nftables.ChainPrio
 		chain := conn.AddChain(&nftables.Chain{
 			Name: fmt.Sprintf("hook%d", *hook), Table: table, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: priority,
 		})
-		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
+		conn.InsertRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
 		if err := conn.Flush(); err != nil {
 			return fmt.Errorf("add NAT rule: %w", err)
+		}
+		return nil
+	})
+}
+
+// Stateful makes the node drop TCP from and to the server but for new
+// connections to the server and what belongs to those that the node knows.
+func (s *Sandbox) Stateful(server netip.AddrPort) error {
+	if !server.Addr().Is4() {
+		return fmt.Errorf("stateful rules for %v: accepted are IPv4 addresses", server)
+	}
+	if err := s.filterBridge(); err != nil {
+		return err
+	}
+	return s.Node.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "stateful"})
+		chain := conn.AddChain(&nftables.Chain{
+			Name: "forward", Table: table, Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter,
+		})
+		inState := func(state uint32) []expr.Any {
+			return []expr.Any{
+				&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+				&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(state), Xor: make([]byte, 4)},
+				&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+			}
+		}
+		// at matches the server's address and port at these offsets of both headers.
+		at := func(address, port uint32) []expr.Any {
+			return matchVIP(server,
+				&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: address, Len: 4, DestRegister: 1},
+				&expr.Payload{Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2, DestRegister: 1})
+		}
+		accept, drop := &expr.Verdict{Kind: expr.VerdictAccept}, &expr.Verdict{Kind: expr.VerdictDrop}
+		for _, rule := range [][]expr.Any{
+			append(inState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept),
+			slices.Concat(inState(expr.CtStateBitNEW), at(16, 2), []expr.Any{accept}),
+			append(at(16, 2), drop),
+			append(at(12, 0), drop),
+		} {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
+		}
+		if err := conn.Flush(); err != nil {
+			return fmt.Errorf("add stateful rules: %w", err)
 		}
 		return nil
 	})
