@@ -2,9 +2,37 @@
 
 package datapath
 
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
 // For tests: as Open and OpenPins, with a function that is called between the
 // steps of making the pins and of taking them down. Its error ends what is done.
 var (
 	OpenInSteps     = open
 	OpenPinsInSteps = openPins
 )
+
+// MakeControlsReadOnly makes writes of the controls fail until restore.
+func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
+	tb.Helper()
+	readOnly, err := ebpf.LoadPinnedMap(filepath.Join(d.cfg.PinDir, bpf.ShortcutMapControl), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	writable := d.objects.Maps[bpf.ShortcutMapControl]
+	d.objects.Maps[bpf.ShortcutMapControl] = readOnly
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.objects.Maps[bpf.ShortcutMapControl] = writable
+		readOnly.Close()
+	}
+}

@@ -24,6 +24,9 @@ func TestMain(m *testing.M) {
 	if task := os.Getenv(taskEnv); task != "" {
 		os.Exit(runTask(task))
 	}
+	if address := os.Getenv(receiverEnv); address != "" {
+		os.Exit(runReceiver(address))
+	}
 	os.Exit(sandbox.Main(m.Run))
 }
 

@@ -590,18 +590,7 @@ func mustLimitTCPMemory(t *testing.T, room int) (restore func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stat, err := os.ReadFile("/proc/net/sockstat")
-	if err != nil {
-		t.Fatal(err)
-	}
-	used := 0
-	for line := range strings.Lines(string(stat)) {
-		if _, mem, ok := strings.Cut(line, " mem "); ok && strings.HasPrefix(line, "TCP:") {
-			if used, err = strconv.Atoi(strings.TrimSpace(mem)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	used := tcpMemory(t) / os.Getpagesize()
 	pages := room / os.Getpagesize()
 	limits := fmt.Sprint(used+pages, used+2*pages, used+3*pages)
 	if err := os.WriteFile(path, []byte(limits), 0); err != nil {
@@ -614,6 +603,26 @@ func mustLimitTCPMemory(t *testing.T, room int) (restore func()) {
 	}
 	t.Cleanup(restore)
 	return restore
+}
+
+// tcpMemory returns what TCP accounts for on this machine, in bytes.
+func tcpMemory(tb testing.TB) int {
+	tb.Helper()
+	stat, err := os.ReadFile("/proc/net/sockstat")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for line := range strings.Lines(string(stat)) {
+		if _, mem, ok := strings.Cut(line, " mem "); ok && strings.HasPrefix(line, "TCP:") {
+			pages, err := strconv.Atoi(strings.TrimSpace(mem))
+			if err != nil {
+				tb.Fatal(err)
+			}
+			return pages * os.Getpagesize()
+		}
+	}
+	tb.Fatal("/proc/net/sockstat has no memory of TCP")
+	return 0
 }
 
 // writeUnread writes until half a second passes in which nothing is accepted,
