@@ -10,7 +10,7 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestPairsFull)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestPairsFull|TestUnreadMemory|TestLimitGrows|TestRestedReader|TestPodBudget|TestUserTimeout|TestRefresh|TestForgottenConnections|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
 	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'
