@@ -284,7 +284,7 @@ func TestPairing(t *testing.T) {
 			if age := time.Since(got1.Since); age < 0 || age > deadline {
 				t.Errorf("flow is %v old", age)
 			}
-			got1.ID, got1.Since = 0, time.Time{}
+			got1.ID, got1.ServerID, got1.Since = 0, 0, time.Time{}
 			if diff := cmp.Diff(wantFlow, got1, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 				t.Errorf("flow (-want +got):\n%s", diff)
 			}
