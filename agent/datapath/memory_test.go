@@ -739,7 +739,10 @@ func TestUserTimeout(t *testing.T) {
 			// The one that waits when it happens is told.
 			err := together(
 				func() error { return traffic{seed: 1, bytes: 7 << 20, maxWrite: 64 << 10}.write(c) },
-				func() error { return wantEOF(c) },
+				func() error {
+					_, err := c.Read(make([]byte, 1))
+					return err
+				},
 			)
 			if !errors.Is(err, unix.ETIMEDOUT) {
 				t.Errorf("got %v, want %v", err, unix.ETIMEDOUT)
