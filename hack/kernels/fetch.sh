@@ -3,7 +3,8 @@
 #
 # Fetches the newest Debian cloud kernel of a series (5.10, 6.1, 6.12, 7.3) and
 # makes .cache/kernels/SERIES/{vmlinuz,base.cpio} of it: busybox, the modules that
-# the tests need, and an init that runs one test binary. apt works beside the
+# the tests need, and an init that runs one test binary, on
+# the root file system of /dev/vda if there is one. apt works beside the
 # machine's own, in .cache/apt; nothing is installed but the tools. Ends with 3 if
 # no suite has such a kernel.
 set -euo pipefail
@@ -12,7 +13,7 @@ series=${1:?usage: fetch.sh SERIES, such as 6.1}
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 out=$top/.cache/kernels/$series
 apt=$top/.cache/apt
-# The virtio ones are for guests with a disk: apps.sh.
+# The virtio ones are for a guest with a disk.
 modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls virtio_pci virtio_blk"
 . "$top/hack/kernels/apt.sh"
 
@@ -78,6 +79,15 @@ mount -t tmpfs tmp /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 for module in $modules; do modprobe \$module 2>/dev/null; done
+if [ -b /dev/vda ]; then
+	mkdir /disk
+	mount -t ext4 /dev/vda /disk
+	mount -t tmpfs tmpfs /disk/job
+	cp -a /job/. /disk/job/
+	umount /sys/fs/cgroup /tmp
+	for dir in dev proc sys; do mount -o move /\$dir /disk/\$dir; done
+	exec switch_root /disk /bin/sh /job/begin
+fi
 cd /job
 sh ./run >/dev/ttyS1 2>&1
 echo "exit status \$?" >/dev/ttyS1
