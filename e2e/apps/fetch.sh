@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Puts the programs of `make test-apps` that this machine lacks into a directory,
-# from Debian's archive: fetch.sh DIRECTORY. Does nothing when the directory exists.
+# from Debian's archive: fetch.sh DIRECTORY. Does nothing when the directory has
+# them all.
 #
 # They are unpacked, not installed: no package's script runs, so no service is
 # started or enabled and no user is made, and nothing changes outside of the
@@ -10,20 +11,23 @@
 set -euo pipefail
 
 out=${1:?usage: fetch.sh DIRECTORY}
-packages=(haproxy iperf3 memcached nginx openssh-client openssh-server postgresql redis-server rsync wrk)
+mapfile -t packages < <(grep -v '^#' "$(dirname "$0")/packages")
 
-[ -d "$out" ] && exit 0
 if ! command -v apt-get >/dev/null; then
+	[ -d "$out" ] && exit 0
 	echo "fetch.sh: no apt-get here; make $out, empty, and install the equivalents of Debian's: ${packages[*]}" >&2
 	exit 3
 fi
+[[ -f $out/.packages && $(<"$out/.packages") == "${packages[*]}" ]] && exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/archives/partial" "$work/root"
-apt-get update -q
+apt-get update -q -o DPkg::Lock::Timeout=600
 # apt finds out which packages and libraries are missing here or older than the others want.
-apt-get install -qy --no-install-recommends --download-only \
+apt-get install -qy --no-install-recommends --download-only -o DPkg::Lock::Timeout=600 \
 	-o APT::Sandbox::User=root -o Dir::Cache::archives="$work/archives" "${packages[@]}"
 find "$work/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+echo "${packages[*]}" >"$work/root/.packages"
+rm -rf "$out"
 mkdir -p "$(dirname "$out")"
 mv "$work/root" "$out"

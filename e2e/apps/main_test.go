@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"cmp"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -28,6 +29,11 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if *list {
+		printPrograms()
+		os.Exit(0)
+	}
 	os.Exit(sandbox.Main(func() int {
 		leave, err := prepare()
 		if err != nil {

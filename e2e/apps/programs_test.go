@@ -38,6 +38,8 @@ type program struct {
 	name    string
 	version string
 	run     func(*stage)
+	// stays is why all of it is on TCP with the default settings, where it is so.
+	stays string
 	// toProxy is set where the proxy reads by splice, if it is let: the reasons for
 	// which what is sent to it stays on TCP.
 	toProxy []string
@@ -85,6 +87,16 @@ func programs() []program {
 		{name: "haproxy, TCP", version: haproxy, run: haproxyTCP},
 		{name: "haproxy, TCP, splice", version: haproxy, run: haproxyTCPSplice, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "haproxy, HTTP, splice", version: haproxy, run: haproxyHTTPSplice, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy, TCP, POST", version: haproxy, run: haproxyPosts("mode tcp")},
+		{name: "haproxy, TCP, splice, POST", version: haproxy, run: haproxyPosts("mode tcp", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy, HTTP, POST", version: haproxy, run: haproxyPosts("mode http")},
+		{name: "haproxy, HTTP, splice, POST", version: haproxy, run: haproxyPosts("mode http", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, proxy, buffering, POST", version: nginx, run: nginxPosts("on"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, proxy, no buffering, POST", version: nginx, run: nginxPosts("off"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, PUT of 20 MB", version: nginx, run: nginxPut20, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},
+		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen}},
+		{name: "Go SOCKS proxy, POST", version: runtime.Version(), run: goSocksProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: "blocking"},
 		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3},
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},
@@ -121,12 +133,12 @@ func TestPrograms(t *testing.T) {
 	var hazards []api.Hazard
 
 	t.Run("tcp", func(t *testing.T) {
-		hazards = n.mustStart(t, "refuse", map[string]string{"default/opted-in": optedIn}).Hazards
+		hazards = n.mustStart(t, map[string]string{"default/opted-in": optedIn}, "--kernel-hazards=refuse").Hazards
 		n.mustRefuseFatal(t, hazards)
 		for i, p := range all {
 			t.Run(p.name, func(t *testing.T) {
 				defer func() { rows[i].tcp = result(t) }()
-				s := newStage(t, n, p.namespace())
+				s := newStage(t, n, n.mustCast(t, p.namespace()))
 				if got := s.perform(p); got != (traffic{}) {
 					t.Errorf("got %+v, want nothing of pods that are not opted in", got)
 				}
@@ -145,12 +157,12 @@ func TestPrograms(t *testing.T) {
 				annotations[p.namespace()+"/"+p.pod] = p.annotations
 			}
 		}
-		n.mustStart(t, "accept", annotations)
+		n.mustStart(t, annotations, "--kernel-hazards=accept")
 		for i, p := range all {
 			r := &rows[i]
 			t.Run(p.name, func(t *testing.T) {
 				defer func() { r.shortcut = result(t) }()
-				s := newStage(t, n, p.namespace())
+				s := newStage(t, n, n.mustCast(t, p.namespace()))
 				r.traffic = s.perform(p)
 				if diff := gocmp.Diff(answers[i], s.answers); diff != "" {
 					t.Errorf("answers (-tcp +shortcut):\n%s", diff)

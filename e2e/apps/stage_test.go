@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -23,11 +24,12 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
+// programTimeout is how long one run of a program may take: a connection that stalls fails by it.
+var programTimeout = flag.Duration("program-timeout", 2*time.Minute, "how long one run of a program may take")
+
 const (
-	// programTimeout is how long one run of a program may take: a connection that stalls fails by it.
-	programTimeout = 2 * time.Minute
 	// endTimeout is how long a server may take to end.
-	endTimeout = 10 * time.Second
+	endTimeout = 2 * time.Minute
 	// large is the size of large bodies: more than all buffers of a connection together.
 	large = 16 << 20
 )
@@ -36,30 +38,76 @@ const (
 // where something goes wrong, and undo at the end what they have made.
 type stage struct {
 	testing.TB
-	node                  *node
-	client, proxy, server *sandbox.Pod
-	ctx                   context.Context
+	cast
+	node *node
+	ctx  context.Context
 	// dir is a directory of the account's.
 	dir string
 	// answers are what the program has delivered: the same on TCP and with the shortcut.
 	answers []string
 }
 
-func newStage(t testing.TB, n *node, namespace string) *stage {
+// cast are the pods of a program. What is learned of a pod lasts for several runs.
+type cast struct{ client, proxy, server *sandbox.Pod }
+
+// mustCast makes pods, which end with the test.
+func (n *node) mustCast(t testing.TB, namespace string) (c cast) {
 	t.Helper()
-	s := &stage{TB: t, node: n}
-	for name, pod := range map[string]**sandbox.Pod{"client": &s.client, "proxy": &s.proxy, "server": &s.server} {
+	for name, pod := range map[string]**sandbox.Pod{"client": &c.client, "proxy": &c.proxy, "server": &c.server} {
 		*pod = n.MustAddPod(t, name, sandbox.PodOptions{Namespace: namespace})
-		t.Cleanup(func() { s.check("delete pod", n.DelPod(*pod)) })
+		t.Cleanup(func() {
+			if err := n.DelPod(*pod); err != nil {
+				t.Errorf("delete pod: %v", err)
+			}
+		})
 	}
+	return c
+}
+
+func newStage(t testing.TB, n *node, c cast) *stage {
+	t.Helper()
+	s := &stage{TB: t, node: n, cast: c}
 	s.dir = t.TempDir()
 	// The directory that it is in is root's alone.
 	s.must("open directory", os.Chmod(filepath.Dir(s.dir), 0o711))
 	s.must("give directory", os.Chown(s.dir, accountID, accountID))
-	ctx, cancel := context.WithTimeout(t.Context(), programTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), *programTimeout)
 	t.Cleanup(cancel)
 	s.ctx = ctx
+	s.watch()
 	return s
+}
+
+// watch logs the flows when most of the time is over: with the deadline the
+// connections of a program that stalls end.
+func (s *stage) watch() {
+	over, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-over:
+		case <-time.After(*programTimeout * 3 / 4):
+			s.logFlows()
+		}
+	}()
+	s.Cleanup(func() {
+		close(over)
+		<-ended
+	})
+}
+
+// logFlows logs the table of flows.
+func (s *stage) logFlows() {
+	s.Helper()
+	out, err := exec.Command(s.node.binary, "flows", "--socket="+s.node.AgentSocket).CombinedOutput()
+	s.Logf("flows (%v):\n%s", err, out)
+}
+
+// Fatalf logs the flows as well.
+func (s *stage) Fatalf(format string, args ...any) {
+	s.Helper()
+	s.logFlows()
+	s.TB.Fatalf(format, args...)
 }
 
 func (s *stage) must(what string, err error) {
@@ -170,7 +218,7 @@ func (s *stage) listening(p *sandbox.Pod, port uint16) netip.AddrPort {
 	s.Helper()
 	address := netip.AddrPortFrom(p.IPv4, port)
 	for ; ; time.Sleep(20 * time.Millisecond) {
-		c, err := s.node.Node.Dial("tcp", address.String(), time.Second)
+		c, err := s.node.Node.Dial("tcp", address.String(), *programTimeout)
 		if err == nil {
 			c.Close()
 			return address
@@ -190,7 +238,7 @@ func (s *stage) listen(p *sandbox.Pod, port uint16) (net.Listener, netip.AddrPor
 
 // dial connects from a pod; the connection has the deadline of the run.
 func (s *stage) dial(p *sandbox.Pod, address string) (net.Conn, error) {
-	c, err := p.Dial("tcp", address, programTimeout)
+	c, err := p.Dial("tcp", address, *programTimeout)
 	if err != nil {
 		return nil, err
 	}

@@ -221,7 +221,12 @@ func haproxyHTTPSplice(s *stage) {
 }
 
 func (s *stage) haproxy(options ...string) {
-	origin := s.origin()
+	s.bodies(s.httpClient(s.client), s.haproxyBefore(s.origin(), options...))
+}
+
+// haproxyBefore passes connections or requests on to another address.
+func (s *stage) haproxyBefore(origin netip.AddrPort, options ...string) netip.AddrPort {
+	s.Helper()
 	conf := s.file("haproxy.cfg", strings.NewReader(fmt.Sprintf(`
 global
 	maxconn 100
@@ -235,7 +240,7 @@ listen front
 	bind :%d
 	server origin %s
 `, strings.Join(options, "\n\t"), webPort, origin)))
-	s.bodies(s.httpClient(s.client), s.serve(s.proxy, webPort, syscall.SIGTERM, "haproxy", "-db", "-f", conf))
+	return s.serve(s.proxy, webPort, syscall.SIGTERM, "haproxy", "-db", "-f", conf)
 }
 
 // reverseProxy passes requests on to another address.

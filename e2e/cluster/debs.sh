@@ -19,7 +19,7 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 download() { apt-get download -q -o APT::Sandbox::User=root "${packages[@]}"; }
 if ! download; then # perhaps a machine that has no lists yet
-	apt-get update -q
+	apt-get update -q -o DPkg::Lock::Timeout=600
 	download
 fi
 for deb in *.deb; do

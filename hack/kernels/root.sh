@@ -33,7 +33,7 @@ deb $security bookworm-security main
 SOURCES
 # What is no longer wanted would be unpacked too.
 rm -f "$apt"/cache/archives/*.deb
-apt-get install -qy --no-install-recommends --download-only "${base[@]}" "${packages[@]}"
+apt-get install -qqy --no-install-recommends --download-only "${base[@]}" "${packages[@]}"
 
 work=$(mktemp -d -p "$cache")
 trap 'rm -rf "$work"' EXIT

@@ -4,9 +4,10 @@
 # Runs a static test binary under a kernel that fetch.sh has fetched, in QEMU
 # without KVM: run.sh SERIES BINARY [ARGUMENT]... The CNI plugins of bin/ are in
 # the guest's PODSHUNT_BIN. With VM_DISK, which root.sh makes, the guest runs on that
-# file system; the file is not written to, so that several guests may share it. Ends
-# with the binary's exit status, or 125 if the guest did not come to an end in
-# VM_TIMEOUT seconds (default 1800).
+# file system; the file is not written to, so that several guests may share it. What
+# the binary prints is in VM_OUTPUT, if that is set, while it runs. Ends with the
+# binary's exit status, or 125 if the guest did not come to an end in VM_TIMEOUT
+# seconds (default 1800).
 set -euo pipefail
 
 series=${1:?usage: run.sh SERIES BINARY [ARGUMENT]...}
@@ -17,6 +18,7 @@ kernel=$top/.cache/kernels/$series
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+output=${VM_OUTPUT:-$work/output}
 mkdir -p "$work/root/job/bin"
 cp "$binary" "$work/root/job/test"
 cp "$top"/bin/{bridge,host-local,portmap,podshunt,podshunt-agent} "$work/root/job/bin/"
@@ -52,9 +54,9 @@ cat "$kernel/base.cpio" "$work/job.cpio" >"$work/initrd"
 timeout --foreground "${VM_TIMEOUT:-1800}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
 	-smp 2 -m "${VM_MEMORY:-2048}" "${disk[@]}" -nographic -no-reboot -nodefaults -display none \
 	-kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 panic=-1 quiet" \
-	-serial "file:$work/console" -serial "file:$work/output" </dev/null || true
-tr -d '\r' <"$work/output" | sed '/^exit status [0-9]*$/d'
-status=$(tr -d '\r' <"$work/output" | sed -n 's/^exit status \([0-9]*\)$/\1/p' | tail -n 1)
+	-serial "file:$work/console" -serial "file:$output" </dev/null || true
+tr -d '\r' <"$output" | sed '/^exit status [0-9]*$/d'
+status=$(tr -d '\r' <"$output" | sed -n 's/^exit status \([0-9]*\)$/\1/p' | tail -n 1)
 if [ -z "$status" ]; then
 	echo "kernels: $series did not come to an end; its console's last lines:" >&2
 	tail -n 20 "$work/console" >&2

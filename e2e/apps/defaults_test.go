@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package apps_test
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	gocmp "github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+var (
+	list = flag.Bool("list", false, "print the names of all programs and end")
+	only = flag.String("programs", "", "regular expression for the names of programs to run (default all)")
+)
+
+// outcome is what TestDefaults has found of a program on a kernel. hack/apps reads it.
+type outcome struct {
+	Program string `json:"program"`
+	Version string `json:"version"`
+	Kernel  string `json:"kernel"`
+	// Works is true when all three runs were as they have to be.
+	Works bool `json:"works"`
+	// First and Again are the runs of pods that take part.
+	First taken `json:"first"`
+	Again taken `json:"again"`
+}
+
+// taken is the way that bytes of one run took.
+type taken struct {
+	// Sent is in bytes of paired connections, Shortcut what of them took the shortcut.
+	Sent     uint64 `json:"sent"`
+	Shortcut uint64 `json:"shortcut"`
+	Paired   uint64 `json:"paired"`
+	// Reasons are why the rest did not, the one of most bytes first, by `podshunt-agent flows` at the end of the run.
+	Reasons []string `json:"reasons,omitempty"`
+	// Counted are the kernel programs' own counters of messages and connections.
+	Counted map[string]uint64 `json:"counted"`
+	Misfits []string          `json:"misfits,omitempty"`
+}
+
+// TestDefaults runs each program on a node whose agent is new and has the default
+// settings: first with its pods opted out, then opted in, when nothing is known of
+// them, and then once more, with what that has taught. All three times the
+// program has to deliver the same.
+//
+// It is for kernels on which pods take part by default.
+func TestDefaults(t *testing.T) {
+	wanted, err := regexp.Compile(*only)
+	if err != nil {
+		t.Fatalf("-programs: %v", err)
+	}
+	ran := false
+	for _, p := range programs() {
+		if wanted.MatchString(p.name) {
+			ran = true
+			t.Run(p.name, func(t *testing.T) { p.defaults(t) })
+		}
+	}
+	if !ran {
+		t.Errorf("no program has a name that matches %q", *only)
+	}
+}
+
+func (p program) defaults(t *testing.T) {
+	o := outcome{Program: p.name, Version: p.version, Kernel: release(t)}
+	defer func() {
+		o.Works = !t.Failed()
+		text, err := json.Marshal(o)
+		if err != nil {
+			t.Error(err)
+		}
+		fmt.Printf("outcome %s\n", text)
+	}()
+	n := mustNode(t)
+	annotations := map[string]string{}
+	for _, pod := range []string{"client", "proxy", "server"} {
+		annotations[p.namespace()+"/"+pod] = optedIn
+	}
+	n.mustStart(t, annotations)
+
+	var answers []string
+	if !t.Run("tcp", func(t *testing.T) {
+		s := newStage(t, n, n.mustCast(t, p.namespace()+"-opted-out"))
+		if got := s.perform(p); got != (traffic{}) {
+			t.Errorf("got %+v, want nothing of pods that are not opted in", got)
+		}
+		answers = s.answers
+	}) {
+		return
+	}
+	pods := n.mustCast(t, p.namespace())
+	for _, pod := range mustShow[api.Status](t, n, "status").Pods {
+		if !pod.Enrolled {
+			t.Fatalf("a pod does not take part: %+v", pod)
+		}
+	}
+	for i, name := range []string{"first", "again"} {
+		t.Run(name, func(t *testing.T) {
+			s := newStage(t, n, pods)
+			before := mustShow[api.Status](t, n, "status")
+			// Of a run that fails, too.
+			defer func() { *[]*taken{&o.First, &o.Again}[i] = s.taken(before) }()
+			p.run(s)
+			if diff := gocmp.Diff(answers, s.answers); diff != "" {
+				s.logFlows()
+				t.Errorf("answers (-tcp +%s):\n%s", name, diff)
+			}
+		})
+	}
+	if !t.Failed() && o.First.Shortcut+o.Again.Shortcut == 0 && p.stays == "" {
+		t.Errorf("got %+v and then %+v, want some bytes by the shortcut", o.First, o.Again)
+	}
+}
+
+// taken is what has been counted since a status.
+func (s *stage) taken(before api.Status) taken {
+	after := mustShow[api.Status](s, s.node, "status")
+	sum := between(before, after)
+	way := taken{Sent: sum.sent, Shortcut: sum.shortcut, Paired: sum.paired, Counted: map[string]uint64{}}
+	for _, o := range after.Outcomes {
+		way.Counted[o.Name] += o.Count
+	}
+	for _, o := range before.Outcomes {
+		way.Counted[o.Name] -= o.Count
+	}
+	for name, count := range way.Counted {
+		if count == 0 {
+			delete(way.Counted, name)
+		}
+	}
+	for _, m := range after.Misfits {
+		way.Misfits = append(way.Misfits, fmt.Sprintf("%+v", m))
+	}
+	bytesBy := map[string]uint64{}
+	for _, f := range mustShow[[]api.Flow](s, s.node, "flows") {
+		if !f.Paired {
+			bytesBy[f.Reason]++
+			continue
+		}
+		for _, d := range []*api.Direction{f.ToServer, f.ToClient} {
+			if d != nil && d.TCPBytes > 0 {
+				bytesBy[strings.TrimSpace(d.Reason+" "+d.Detail)] += d.TCPBytes
+			}
+		}
+	}
+	for reason := range bytesBy {
+		way.Reasons = append(way.Reasons, reason)
+	}
+	slices.SortFunc(way.Reasons, func(a, b string) int {
+		return cmp.Or(cmp.Compare(bytesBy[b], bytesBy[a]), cmp.Compare(a, b))
+	})
+	return way
+}
+
+// release is the kernel's.
+func release(t *testing.T) string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		t.Fatal(err)
+	}
+	return string(bytes.TrimRight(name.Release[:], "\x00"))
+}
+
+// printPrograms is what -list is for.
+func printPrograms() {
+	for _, p := range programs() {
+		fmt.Fprintln(os.Stdout, p.name)
+	}
+}
