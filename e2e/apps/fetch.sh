@@ -7,7 +7,7 @@
 #
 # They are unpacked, not installed: no package's script runs, so no service is
 # started or enabled and no user is made, and nothing changes outside of the
-# directory but apt's lists.
+# directory.
 set -euo pipefail
 
 out=${1:?usage: fetch.sh DIRECTORY}
@@ -21,12 +21,14 @@ fi
 [[ -f $out/.packages && $(<"$out/.packages") == "${packages[*]}" ]] && exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/archives/partial" "$work/root"
-apt-get update -q -o DPkg::Lock::Timeout=600
+# shellcheck source=hack/apt.sh
+. "$(dirname "$0")/../../hack/apt.sh"
+apt_alone "$work/apt"
+mkdir "$work/root"
+apt-get update -q
 # apt finds out which packages and libraries are missing here or older than the others want.
-apt-get install -qy --no-install-recommends --download-only -o DPkg::Lock::Timeout=600 \
-	-o APT::Sandbox::User=root -o Dir::Cache::archives="$work/archives" "${packages[@]}"
-find "$work/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+apt-get install -qy --no-install-recommends --download-only "${packages[@]}"
+find "$work/apt/cache/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
 echo "${packages[*]}" >"$work/root/.packages"
 rm -rf "$out"
 mkdir -p "$(dirname "$out")"

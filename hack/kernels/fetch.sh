@@ -15,7 +15,8 @@ out=$top/.cache/kernels/$series
 apt=$top/.cache/apt
 # The virtio ones are for a guest with a disk.
 modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls virtio_pci virtio_blk"
-. "$top/hack/kernels/apt.sh"
+# shellcheck source=hack/apt.sh
+. "$top/hack/apt.sh"
 
 # What this file makes is made anew when it changes.
 [ "$out/base.cpio" -nt "$0" ] && exit 0
@@ -23,7 +24,11 @@ modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_c
 mkdir -p "$apt"
 exec 9>"$apt/lock"
 flock 9
-tools
+for tool in qemu-system-x86_64 busybox depmod cpio xz mke2fs; do
+	command -v "$tool" >/dev/null && continue
+	apt_install qemu-system-x86 busybox-static kmod cpio xz-utils e2fsprogs
+	break
+done
 
 main=$(archive)
 security=$(archive -security)

@@ -4,7 +4,8 @@
 # Makes .cache/kernels/root.ext4, the disk of guests that run real programs: a
 # Debian 12 with the packages of e2e/apps/packages. They are unpacked, not
 # installed: no package's script runs, and what the programs need of those is made
-# here. Nothing on this machine changes but for the tools that are missing.
+# here. Nothing on this machine changes. It needs the
+# tools that fetch.sh installs.
 set -euo pipefail
 
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
@@ -13,15 +14,15 @@ apt=$top/.cache/apt/root
 # A root file system's own, which no package depends on.
 base=(base-files base-passwd bash coreutils dash debianutils diffutils findutils grep gzip hostname libc-bin mawk mount
 	ncurses-base passwd perl-base procps sed tar util-linux)
-. "$top/hack/kernels/apt.sh"
+# shellcheck source=hack/apt.sh
+. "$top/hack/apt.sh"
 
 mkdir -p "$cache" "$apt"
 exec 9>"$apt/lock"
 flock 9
 # The disk is made anew when what it is made by changes.
-made_by=$(cat "$0" "$top/hack/kernels/apt.sh" "$top/e2e/apps/packages" | sha256sum | cut -d' ' -f1)
+made_by=$(cat "$0" "$top/hack/apt.sh" "$top/e2e/apps/packages" | sha256sum | cut -d' ' -f1)
 [[ -f $cache/root.ext4 && $(cat "$cache/root.made-by" 2>/dev/null) == "$made_by" ]] && exit 0
-tools
 
 mapfile -t packages < <(grep -v '^#' "$top/e2e/apps/packages")
 main=$(archive)

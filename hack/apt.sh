@@ -1,9 +1,24 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# To be sourced: apt on the side, for suites that the machine itself does not use.
-# Sources, lists and state are in a directory of their own, so that nothing of the
-# machine changes. Where the archive is, the machine's own sources say.
+# To be sourced: apt beside whatever else uses apt on the machine, and for suites
+# that the machine itself does not use. Lists and archives are in directories of
+# their own. Where Debian's archive is, the machine's own sources say.
+
+# apt_alone makes apt-get, apt-cache and so on keep their lists and archives in a
+# directory, for the machine's packages and sources. The machine's own are locked
+# while another apt is at work, and apt waits for no lock but dpkg's.
+apt_alone() {
+	mkdir -p "$1"/{lists,cache/archives}/partial
+	cat >"$1/conf" <<-CONF
+		${APT_CONFIG:+#include "$APT_CONFIG";}
+		Dir::State::lists "$1/lists";
+		Dir::Cache "$1/cache";
+		APT::Sandbox::User "root";
+		DPkg::Lock::Timeout "600";
+	CONF
+	export APT_CONFIG=$1/conf
+}
 
 # archive prints where the machine gets Debian's archive from, or with "-security"
 # its security updates. Works behind a mirror of any name and path, as long as the
@@ -34,7 +49,7 @@ archive() {
 # sources that are its standard input; nothing counts as installed.
 apt_beside() {
 	local dir=$1
-	mkdir -p "$dir"/{lists/partial,cache/archives/partial}
+	apt_alone "$dir"
 	: >"$dir/status"
 	cat >"$dir/sources.new"
 	# Lists of other sources are as good as none.
@@ -42,33 +57,28 @@ apt_beside() {
 		rm -f "$dir"/lists/*_*
 		mv "$dir/sources.new" "$dir/sources"
 	fi
-	cat >"$dir/conf" <<CONF
-Dir::State "$dir";
-Dir::State::status "$dir/status";
-Dir::Cache "$dir/cache";
-Dir::Etc::sourcelist "$dir/sources";
-Dir::Etc::sourceparts "-";
-APT::Sandbox::User "root";
-APT::Get::Assume-Yes "true";
-DPkg::Lock::Timeout "600";
-Acquire::Languages "none";
-Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
-Acquire::IndexTargets::deb::DEP-11-icons-small::DefaultEnabled "false";
-Acquire::IndexTargets::deb::DEP-11-icons::DefaultEnabled "false";
-CONF
-	export APT_CONFIG=$dir/conf
+	cat >>"$dir/conf" <<-CONF
+		Dir::State "$dir";
+		Dir::State::lists "$dir/lists";
+		Dir::State::status "$dir/status";
+		Dir::Etc::sourcelist "$dir/sources";
+		Dir::Etc::sourceparts "-";
+		Acquire::Languages "none";
+		Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
+		Acquire::IndexTargets::deb::DEP-11-icons-small::DefaultEnabled "false";
+		Acquire::IndexTargets::deb::DEP-11-icons::DefaultEnabled "false";
+	CONF
 	# A suite that is gone must not hide the others. Lists of an hour ago may name files that are replaced.
 	find "$dir/lists" -maxdepth 1 -name '*_InRelease' -mmin -60 | grep -q . || apt-get update -q || true
 }
 
-# tools installs what is missing of the tools for kernels and their guests.
-tools() {
-	local tool
-	for tool in qemu-system-x86_64 busybox depmod cpio xz mke2fs; do
-		command -v "$tool" >/dev/null && continue
-		apt-get update -q -o DPkg::Lock::Timeout=600
-		DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends -o DPkg::Lock::Timeout=600 \
-			qemu-system-x86 busybox-static kmod cpio xz-utils e2fsprogs
-		return
-	done
-}
+# apt_install installs packages of the machine's own sources.
+apt_install() (
+	sudo=()
+	((EUID == 0)) || sudo=(sudo)
+	dir=$(mktemp -d)
+	trap '"${sudo[@]}" rm -rf "$dir"' EXIT
+	apt_alone "$dir"
+	"${sudo[@]}" env APT_CONFIG="$APT_CONFIG" apt-get update -q
+	"${sudo[@]}" env APT_CONFIG="$APT_CONFIG" DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"
+)
