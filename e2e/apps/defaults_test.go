@@ -3,7 +3,6 @@
 package apps_test
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"flag"
@@ -25,7 +24,7 @@ var (
 	only = flag.String("programs", "", "regular expression for the names of programs to run (default all)")
 )
 
-// outcome is what TestDefaults has found of a program on a kernel. hack/apps reads it.
+// outcome is what TestDefaults has found of a program on a kernel. hack/programs reads it.
 type outcome struct {
 	Program string `json:"program"`
 	Version string `json:"version"`
@@ -46,8 +45,14 @@ type taken struct {
 	// Reasons are why the rest did not, the one of most bytes first, by `podshunt-agent flows` at the end of the run.
 	Reasons []string `json:"reasons,omitempty"`
 	// Counted are the kernel programs' own counters of messages and connections.
-	Counted map[string]uint64 `json:"counted"`
-	Misfits []string          `json:"misfits,omitempty"`
+	Counted map[string]counted `json:"counted"`
+	// Misfits are the ports that are known not to fit, with the calls.
+	Misfits []string `json:"misfits,omitempty"`
+}
+
+type counted struct {
+	Count uint64 `json:"count"`
+	Bytes uint64 `json:"bytes,omitempty"`
 }
 
 // TestDefaults runs each program on a node whose agent is new and has the default
@@ -74,7 +79,7 @@ func TestDefaults(t *testing.T) {
 }
 
 func (p program) defaults(t *testing.T) {
-	o := outcome{Program: p.name, Version: p.version, Kernel: release(t)}
+	o := outcome{Program: p.name, Version: p.version, Kernel: kernel(t)}
 	defer func() {
 		o.Works = !t.Failed()
 		text, err := json.Marshal(o)
@@ -128,20 +133,14 @@ func (p program) defaults(t *testing.T) {
 func (s *stage) taken(before api.Status) taken {
 	after := mustShow[api.Status](s, s.node, "status")
 	sum := between(before, after)
-	way := taken{Sent: sum.sent, Shortcut: sum.shortcut, Paired: sum.paired, Counted: map[string]uint64{}}
-	for _, o := range after.Outcomes {
-		way.Counted[o.Name] += o.Count
-	}
-	for _, o := range before.Outcomes {
-		way.Counted[o.Name] -= o.Count
-	}
-	for name, count := range way.Counted {
-		if count == 0 {
-			delete(way.Counted, name)
+	way := taken{Sent: sum.sent, Shortcut: sum.shortcut, Paired: sum.paired, Counted: map[string]counted{}}
+	for i, o := range after.Outcomes { // in a fixed order
+		if c := (counted{o.Count - before.Outcomes[i].Count, o.Bytes - before.Outcomes[i].Bytes}); c != (counted{}) {
+			way.Counted[o.Name] = c
 		}
 	}
 	for _, m := range after.Misfits {
-		way.Misfits = append(way.Misfits, fmt.Sprintf("%+v", m))
+		way.Misfits = append(way.Misfits, fmt.Sprintf("%s:%d %s", m.Pod.Name, m.Port, strings.Join(m.Reasons, ", ")))
 	}
 	bytesBy := map[string]uint64{}
 	for _, f := range mustShow[[]api.Flow](s, s.node, "flows") {
@@ -164,13 +163,20 @@ func (s *stage) taken(before api.Status) taken {
 	return way
 }
 
-// release is the kernel's.
-func release(t *testing.T) string {
+// debian matches the version of Debian's kernels, which their release does not tell.
+var debian = regexp.MustCompile(`Debian ([0-9.]+)`)
+
+// kernel is the running kernel's version.
+func kernel(t *testing.T) string {
+	t.Helper()
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		t.Fatal(err)
 	}
-	return string(bytes.TrimRight(name.Release[:], "\x00"))
+	if match := debian.FindStringSubmatch(unix.ByteSliceToString(name.Version[:])); match != nil {
+		return match[1]
+	}
+	return unix.ByteSliceToString(name.Release[:])
 }
 
 // printPrograms is what -list is for.

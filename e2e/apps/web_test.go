@@ -232,9 +232,9 @@ global
 	maxconn 100
 	nbthread 2
 defaults
-	timeout connect 10s
-	timeout client 1m
-	timeout server 1m
+	timeout connect 1h
+	timeout client 1h
+	timeout server 1h
 	%s
 listen front
 	bind :%d
