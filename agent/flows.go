@@ -24,14 +24,15 @@ type view struct {
 	byCookie  map[uint64]*pods.Pod
 	byAddress map[netip.Addr]*pods.Pod
 	cluster   policy.Cluster
-	misfits   map[place]datapath.Misfit
+	misfits   map[question]datapath.Misfit
 	now       time.Time
 	// decisions are those that have been asked for: many connections are between
 	// the same two pods, and to find out reads all policies of their namespaces.
 	decisions map[question]policy.Decision
 }
 
-// question is about the connections between two network namespaces.
+// question is about the connections between two network namespaces. Of a misfit
+// that the server has caused, client is 0.
 type question struct {
 	client, server uint64
 	port           uint16
@@ -40,7 +41,7 @@ type question struct {
 func newView(attachments []pods.Pod, cluster policy.Cluster, now time.Time) *view {
 	v := &view{
 		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
-		misfits: map[place]datapath.Misfit{}, now: now, decisions: map[question]policy.Decision{},
+		misfits: map[question]datapath.Misfit{}, now: now, decisions: map[question]policy.Decision{},
 	}
 	for _, a := range attachments {
 		if a.NetnsCookie == 0 {
@@ -84,9 +85,11 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if decision.Verdict != policy.Allow {
 		return decision.String()
 	}
-	m, ok := v.misfits[place{server.NetnsCookie, port}]
+	m, ok := v.misfits[question{0, server.NetnsCookie, port}]
 	if !ok {
-		return ""
+		if m, ok = v.misfits[question{client.NetnsCookie, server.NetnsCookie, port}]; !ok {
+			return ""
+		}
 	}
 	return fmt.Sprintf("a connection to this server port used %s, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again",
 		strings.Join(m.Reasons, ", "))
@@ -96,6 +99,9 @@ func (v *view) describeMisfit(m datapath.Misfit) api.Misfit {
 	described := api.Misfit{Port: m.Port, Reasons: m.Reasons, Since: m.Since}
 	if p := v.byCookie[m.Netns]; p != nil {
 		described.Pod = p.Pod
+	}
+	if p := v.byCookie[m.Client]; p != nil {
+		described.Client = &p.Pod
 	}
 	return described
 }

@@ -17,13 +17,13 @@ import (
 
 // newMetrics returns the metrics of an agent. fixed is the part of its status
 // that does not change.
-func newMetrics(d *datapath.Datapath, fixed api.Status, snapshot func() pods.Snapshot, unloaded func() bool) *prometheus.Registry {
+func newMetrics(d *datapath.Datapath, fixed api.Status, snapshot func() pods.Snapshot, unloaded func() bool, lease func() *api.Lease) *prometheus.Registry {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		datapath.NewCollector(d),
-		newStatusCollector(fixed, snapshot, unloaded),
+		newStatusCollector(fixed, snapshot, unloaded, lease),
 	)
 	return registry
 }
@@ -34,28 +34,30 @@ type statusCollector struct {
 	fixed    api.Status
 	snapshot func() pods.Snapshot
 	unloaded func() bool
+	lease    func() *api.Lease
 
-	info, pods, hazard, accepted, sourceError, policyError, isUnloaded *prometheus.Desc
+	info, pods, hazard, accepted, sourceError, policyError, isUnloaded, leaseLeft *prometheus.Desc
 }
 
-func newStatusCollector(fixed api.Status, snapshot func() pods.Snapshot, unloaded func() bool) *statusCollector {
+func newStatusCollector(fixed api.Status, snapshot func() pods.Snapshot, unloaded func() bool, lease func() *api.Lease) *statusCollector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc("podshunt_"+name, help, labels, nil)
 	}
 	return &statusCollector{
-		fixed: fixed, snapshot: snapshot, unloaded: unloaded,
+		fixed: fixed, snapshot: snapshot, unloaded: unloaded, lease: lease,
 		info:        desc("build_info", "Always 1: what runs here.", "version", "go_version", "kernel", "observer"),
 		pods:        desc("pods", "Pods of this node that the agent knows, by what becomes of their connections.", "state"),
 		hazard:      desc("kernel_hazard", "Whether this kernel was found to serve shortcut sockets differently from TCP.", "hazard", "fatal"),
 		accepted:    desc("kernel_hazards_accepted", "Whether fatal hazards are accepted (--kernel-hazards=accept)."),
 		sourceError: desc("source_error", "Whether what pods ask for cannot be read at present: the last good content stays in force."),
 		policyError: desc("policy_error", "Whether the policy map of the kernel is not complete: what is missing stays on TCP."),
+		leaseLeft:   desc("policy_lease_seconds", "How long the policy in the kernel is still trusted; below 0 all connections go by TCP. None if it is trusted for ever."),
 		isUnloaded:  desc("unloaded", "Whether podshunt was unloaded: nothing is shortcut until the agent is started again."),
 	}
 }
 
 func (c *statusCollector) Describe(descs chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.info, c.pods, c.hazard, c.accepted, c.sourceError, c.policyError, c.isUnloaded} {
+	for _, d := range []*prometheus.Desc{c.info, c.pods, c.hazard, c.accepted, c.sourceError, c.policyError, c.isUnloaded, c.leaseLeft} {
 		descs <- d
 	}
 }
@@ -80,6 +82,9 @@ func (c *statusCollector) Collect(metrics chan<- prometheus.Metric) {
 	gauge(c.sourceError, number(snapshot.SourceError != nil))
 	gauge(c.policyError, number(snapshot.PolicyError != nil))
 	gauge(c.isUnloaded, number(c.unloaded()))
+	if l := c.lease(); l != nil {
+		gauge(c.leaseLeft, time.Until(l.Until).Seconds())
+	}
 }
 
 // countPods counts each pod once, however many interfaces it has.

@@ -26,7 +26,7 @@ func TestStatusMetrics(t *testing.T) {
 	c := newStatusCollector(api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "fexit",
 		Hazards: []api.Hazard{{Name: "splice", Present: true, Fatal: true}, {Name: "waitall"}},
-	}, func() pods.Snapshot { return snapshot }, func() bool { return false })
+	}, func() pods.Snapshot { return snapshot }, func() bool { return false }, func() *api.Lease { return nil })
 	registry := prometheus.NewPedanticRegistry()
 	if err := registry.Register(c); err != nil {
 		t.Fatal(err)
@@ -95,7 +95,7 @@ func TestMeasure(t *testing.T) {
 func TestMetricNames(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(newStatusCollector(api.Status{Hazards: []api.Hazard{{Name: "splice"}}},
-		func() pods.Snapshot { return pods.Snapshot{} }, func() bool { return false }))
+		func() pods.Snapshot { return pods.Snapshot{} }, func() bool { return false }, func() *api.Lease { return &api.Lease{} }))
 	if _, err := measure(attachments{}, registry).Put(api.Attachment{}); err != nil {
 		t.Error(err)
 	}

@@ -26,6 +26,7 @@ type node struct {
 	log      *slog.Logger
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
+	lease    *lease
 	unloaded atomic.Bool
 	listing  sync.Mutex // held while sockets are listed, so that many askers cost no more than one
 }
@@ -63,6 +64,7 @@ func (n *node) Status() (api.Status, error) {
 		status.CNI = &state
 	}
 	status.Guards = n.datapath.Guards()
+	status.Lease = n.lease.state()
 	misfits, err1 := n.datapath.Misfits()
 	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	for _, m := range misfits {
@@ -85,8 +87,8 @@ func (n *node) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
 	if req.Pod != "" && len(cookies) == 0 {
 		return api.ForgetResult{}, fmt.Errorf("pod %s: not on this node; `podshunt-agent status` lists those that are", req.Pod)
 	}
-	forgotten, err := n.datapath.Forget(func(netns uint64, port uint16) bool {
-		return (req.Pod == "" || cookies[netns]) && (req.Port == 0 || req.Port == port)
+	forgotten, err := n.datapath.Forget(func(server, client uint64, port uint16) bool {
+		return (req.Pod == "" || cookies[server] || cookies[client]) && (req.Port == 0 || req.Port == port)
 	})
 	return api.ForgetResult{Forgotten: forgotten}, err
 }
@@ -103,7 +105,7 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 		return nil, err
 	}
 	for _, m := range misfits {
-		v.misfits[place{m.Netns, m.Port}] = m
+		v.misfits[question{m.Client, m.Netns, m.Port}] = m
 	}
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()

@@ -53,6 +53,7 @@ type config struct {
 	logLevel  slog.Level
 	// metricsAddress is where probes and metrics are served; empty: nowhere.
 	metricsAddress string
+	policyLease    time.Duration
 	datapath       datapath.Config
 	cni            cniconf.Config // no ConfDir: nothing is installed
 }
@@ -66,6 +67,8 @@ func defaults() config {
 		logFormat: "auto",
 		logLevel:  slog.LevelInfo,
 		datapath:  datapath.DefaultConfig(),
+
+		policyLease: 5 * time.Minute,
 	}
 }
 
@@ -94,7 +97,16 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
-	flags.Var((*count)(&d.Budget), "budget", "`bytes` a receiver may leave unread before its sender is put on TCP")
+	flags.Var((*count)(&d.Budget), "budget",
+		"`bytes` the receiver of one direction may leave unread before its sender is put on TCP; each message counts 1024 more")
+	flags.Uint64Var(&d.PodBudget, "pod-budget", d.PodBudget, "the same for all receivers of a pod together, in `bytes`")
+	flags.DurationVar(&d.RefreshInterval, "refresh-interval", d.RefreshInterval,
+		"how long a direction may do without TCP, so that conntrack and the like do not forget its connection; 0 is for ever")
+	flags.DurationVar(&cfg.policyLease, "policy-lease", cfg.policyLease,
+		"how long the policy in the kernel is trusted after the agent could last vouch for it; then all goes by TCP; 0 is for ever")
+	flags.Var((*count)(&d.TrialReads), "trial-reads", "`number` of recv calls that a receiver has to make before anything is redirected to it")
+	flags.Var((*count)(&d.TrialBytes), "trial-bytes",
+		"`bytes` that a receiver has to take by recv of bursts above 4 KiB before such are redirected to it; 0 also lets bursts grow")
 	flags.Var((*count)(&d.MaxPods), "max-pods", "`size` of the map of pods")
 	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
 	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
@@ -146,6 +158,9 @@ func (c config) validate() error {
 		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
 			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --socket and --run-dir: %w", err))
 		}
+	}
+	if c.policyLease != 0 && c.policyLease < time.Second {
+		errs = append(errs, fmt.Errorf("--policy-lease=%v: accepted are 0, which is for ever, and 1s and above", c.policyLease))
 	}
 	return errors.Join(append(errs, c.datapath.Validate())...)
 }
@@ -256,6 +271,10 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	registry.Sync()
 	n := newNode(registry, d, cfg, examination, log)
+	n.lease = &lease{datapath: d, length: cfg.policyLease, log: log, vouch: func(now time.Time) error {
+		registry.Snapshot() // an agent that hangs vouches for nothing
+		return src.vouch(now)
+	}}
 	if cfg.cni.ConfDir != "" {
 		cfg.cni.Log = log
 		n.keeper = cniconf.New(cfg.cni)
@@ -271,7 +290,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		log.Error("no pod takes part", "reason", examination.Refusal)
 	}
 
-	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load)
+	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load, n.lease.state)
 	group, ctx := errgroup.WithContext(ctx)
 	if cfg.metricsAddress != "" {
 		health, err := net.Listen("tcp", cfg.metricsAddress)
@@ -284,6 +303,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	group.Go(func() error { return registry.Run(ctx) })
 	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	group.Go(func() error { return n.lease.run(ctx) })
 	if n.keeper != nil {
 		group.Go(func() error { return n.keeper.Run(ctx) })
 	}
@@ -297,11 +317,12 @@ type source struct {
 	pods.Source
 	run    func(context.Context) error
 	report func([]pods.Pod) // nil if nobody is told
+	vouch  func(now time.Time) error
 }
 
 func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 	if cfg.podsFile != "" {
-		return source{Source: pods.NewFile(cfg.podsFile), run: func(context.Context) error { return nil }}, nil
+		return source{Source: pods.NewFile(cfg.podsFile), run: func(context.Context) error { return nil }, vouch: func(time.Time) error { return nil }}, nil
 	}
 	cluster, err := kube.Open(kube.Config{
 		Kubeconfig:              cfg.kubeconfig,
@@ -315,7 +336,7 @@ func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 	if err != nil {
 		return source{}, err
 	}
-	return source{cluster, cluster.Run, cluster.Report}, nil
+	return source{cluster, cluster.Run, cluster.Report, cluster.Vouch}, nil
 }
 
 // sweep deletes what handshakes that never ended have left, until ctx ends.

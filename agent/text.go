@@ -28,6 +28,18 @@ func (t table) row(cells ...string) {
 	fmt.Fprintln(t, strings.ReplaceAll(strings.Join(cells, "\t"), "\n", "; "))
 }
 
+func leaseText(l api.Lease, now time.Time) string {
+	left := l.Until.Sub(now).Round(time.Second)
+	text := fmt.Sprintf("ends in %s unless it is renewed", left)
+	if left <= 0 {
+		text = fmt.Sprintf("ended %s ago: all connections go by TCP", -left)
+	}
+	if l.Error != "" {
+		text += "; not renewed: " + l.Error
+	}
+	return text
+}
+
 func writeStatus(w io.Writer, s api.Status) error {
 	t := newTable(w)
 	state := "running"
@@ -49,6 +61,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 	if s.PolicyError != "" {
 		t.row("policy", s.PolicyError)
 	}
+	if s.Lease != nil {
+		t.row("policy lease", leaseText(*s.Lease, time.Now()))
+	}
 	t.row()
 	t.row("HAZARD", "PRESENT", "DETAIL")
 	for _, h := range s.Hazards {
@@ -68,10 +83,14 @@ func writeStatus(w io.Writer, s api.Status) error {
 	}
 	if len(s.Misfits) > 0 {
 		t.row()
-		t.row("NOT PAIRED", "SERVER PORT", "USED", "SINCE")
+		t.row("NOT PAIRED", "SERVER PORT", "FROM", "USED", "SINCE")
 	}
 	for _, m := range s.Misfits {
-		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), strings.Join(m.Reasons, ", "), m.Since.Format(time.DateTime))
+		from := "everywhere"
+		if m.Client != nil {
+			from = podText(*m.Client)
+		}
+		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, strings.Join(m.Reasons, ", "), m.Since.Format(time.DateTime))
 	}
 	t.row()
 	t.row("MAP", "ENTRIES", "MAX")

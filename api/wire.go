@@ -96,11 +96,21 @@ type Status struct {
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
 	PolicyError string `json:"policyError,omitempty"`
+	// Lease is until when the policy is trusted; nil is for ever.
+	Lease *Lease `json:"lease,omitempty"`
 	// CNI is the state of the plugin's installation; nil if the agent was told not to install it.
 	CNI  *CNIStatus `json:"cni,omitempty"`
 	Maps []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
+}
+
+// Lease is how long the policy in the kernel is trusted. After that all connections
+// go by TCP.
+type Lease struct {
+	Until time.Time `json:"until"`
+	// Error is why it is not renewed at present.
+	Error string `json:"error,omitempty"`
 }
 
 // CNIStatus tells whether the runtime runs the plugin for new pods.
@@ -149,7 +159,10 @@ type Examination struct {
 // does not serve.
 type Misfit struct {
 	// Pod is the zero PodRef for a pod that has gone.
-	Pod     PodRef    `json:"pod"`
+	Pod PodRef `json:"pod"`
+	// Client is the pod whose connections alone are concerned, as it was the one that
+	// used it; nil if it was the server.
+	Client  *PodRef   `json:"client,omitempty"`
 	Port    uint16    `json:"port"`
 	Reasons []string  `json:"reasons"`
 	Since   time.Time `json:"since"`

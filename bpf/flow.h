@@ -76,10 +76,16 @@ enum verdict {
 	VERDICT_HOLD, /* pair new connections, but keep them on TCP */
 };
 
+enum sending_flag {
+	SENDING_SPILLED = 1, /* it has met its limit, and the receiver has not read everything since */
+	SENDING_LEARNED = 2, /* what the receiver has proved is remembered for the port */
+};
+
 /*
- * One direction, written only by deliver under the sending socket's lock. TCP
- * bytes are told from write_seq, so that bytes which reach TCP without passing
- * deliver count as well.
+ * One direction, written only by deliver under the sending socket's lock, but
+ * for charge. TCP bytes are told from write_seq, so that bytes which reach TCP
+ * without passing deliver count as well. A position is a number of bytes since
+ * the start, on either way.
  */
 struct sending {
 	__u64 shortcut_bytes;
@@ -96,8 +102,21 @@ struct sending {
 	__u8 shortcut; /* how the last message went */
 	__u8 leave; /* the sending socket should leave the SOCKHASH */
 	__u8 peer_leave; /* its peer should */
-	__u8 reserved;
-	__u64 redirect_end; /* bytes written when the last redirect ended, on either way */
+	__u8 flags; /* enum sending_flag */
+	__u64 redirect_end; /* position behind the last redirected byte */
+
+	__u64 last_tcp_ns; /* CLOCK_MONOTONIC, when TCP last took a message */
+	__u64 mark; /* position up to which queued_before counts */
+	__u64 charge; /* redirect_end << 32 | bytes counted in the receiving pod's entry of charges */
+	__u32 queued_before; /* messages redirected up to mark, unless all up to it has been read */
+	__u32 queued_since; /* and behind it */
+	__u32 limit; /* bytes that may be unread, each message counting MESSAGE_COST more */
+	__u32 missed; /* bytes that were read and not counted: see recount */
+	__u32 burst; /* bytes since the sender has last read something */
+	__u32 proved; /* the largest burst that the receiver has taken by recv */
+	__u32 bulk; /* bytes that it has taken so of bursts above BURST_SMALL */
+	__u32 answered; /* low word of the sender's own read_bytes, at the last message */
+	__u32 reserved[2];
 };
 
 enum read_state { READ_SEEN = 1, READ_UNSERVED = 2 };
@@ -113,7 +132,8 @@ enum misfit_reason {
 	MISFIT_ULP = 64, /* kTLS or another upper layer protocol */
 	MISFIT_ZEROCOPY = 128, /* SO_ZEROCOPY */
 	MISFIT_MPTCP_LISTENER = 256,
-	MISFIT_REASONS = 9,
+	MISFIT_BLOCKING = 512, /* a server's socket in blocking mode */
+	MISFIT_REASONS = 10,
 };
 
 /* One receiver, written by the receive observer and by the guards. */
@@ -122,7 +142,8 @@ struct receiving {
 	enum read_state state;
 	__u32 unserved_flags; /* of recv */
 	__u32 sleeper; /* the last thread that read without MSG_DONTWAIT, or 0 */
-	__u32 reserved[11];
+	__u32 reads; /* finished recv calls, here and on earlier connections to the port */
+	__u32 reserved[10];
 };
 
 struct side {
@@ -149,9 +170,8 @@ struct pair {
 	__u16 client_port;
 	__u16 dialled_port;
 	__u16 server_port;
-	__u16 reserved;
-	__u32 misfit; /* enum misfit_reason, what has been remembered of this flow */
-	__u32 reserved2;
+	__u16 port_in_doubt; /* the server's pod has redirected dialled_port to server_port */
+	__u32 misfit[SIDE_MAX]; /* enum misfit_reason, what has been remembered of what the side did */
 	__u32 client_seq;
 	__u32 server_seq;
 
@@ -160,9 +180,9 @@ struct pair {
 
 _Static_assert(sizeof(struct client_key) == 32, "no padding in keys");
 _Static_assert(sizeof(struct handshake_key) == 32, "no padding in keys");
-_Static_assert(sizeof(struct sending) == 64, "a cache line");
+_Static_assert(sizeof(struct sending) == 2 * 64, "two cache lines");
 _Static_assert(sizeof(struct receiving) == 64, "a cache line");
-_Static_assert(sizeof(struct pair) == 8 + 64 + 64 + 4 * 64, "whole cache lines behind the state");
+_Static_assert(sizeof(struct pair) == 8 + 64 + 64 + 6 * 64, "whole cache lines behind the state");
 
 /*
  * Key of the policy, a longest-prefix match: the client's and the server's
@@ -184,27 +204,53 @@ struct policy {
 	__u32 reason; /* opaque here */
 };
 
-/* The memory of what connections to a server port have used: new ones are not paired. */
-struct misfit_key {
-	__u64 netns; /* of the server */
+/*
+ * What is known of the programs at the ends of a server port: of the server
+ * (client is 0), and of the connections that one pod makes to it.
+ */
+struct learned_key {
+	__u64 server; /* netns */
+	__u64 client;
 	__u32 port;
 	__u32 reserved;
 };
 
-struct misfit {
-	__u64 since_ns; /* CLOCK_MONOTONIC */
-	__u32 reasons; /* enum misfit_reason */
-	__u32 reserved;
+struct learned_value {
+	__u64 since_ns; /* CLOCK_MONOTONIC, of the first reason */
+	__u32 reasons; /* enum misfit_reason: new connections are not paired */
+	/* What the program has proved as a receiver: flow.h, struct sending and receiving. */
+	__u32 reads;
+	__u32 proved;
+	__u32 bulk;
 };
 
-_Static_assert(sizeof(struct misfit_key) == 16, "no padding in keys");
+_Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");
+
+/* What a pod has of the maps that connections fill. */
+struct share {
+	__u32 flows;
+	__u32 learned;
+};
 
 struct settings {
 	__u32 generation; /* of the policy: raised after every change of it */
 	__u32 redirect; /* 0 sends every message by TCP */
-	__u64 budget; /* bytes a receiver may leave unread */
+	__u32 budget; /* bytes: the highest limit of a direction */
 	__u32 sleepers; /* let sockets take part whose reads may sleep: see should_leave */
+	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, as for limit */
+	__u64 refresh_ns; /* how long a direction does without TCP, 0 for ever */
+	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted, 0 for ever */
+	__u32 trial_reads; /* see on_trial */
+	__u32 trial_bytes;
+	__u32 flow_share; /* entries of pairs that one pod may have */
+	__u32 learned_share;
 	__u32 no_mptcp_listeners; /* keep out what they accept: see kernel_socket */
+	__u32 splice_seen; /* a guard disqualifies receivers that use splice: see recount */
+};
+
+/* What end_flow is run with. */
+struct flow_id {
+	__u64 id;
 };
 
 struct count {

@@ -27,42 +27,36 @@
 
 /*
  * The task is inside a call that its guard refuses: only programs that cannot
- * refuse may ask for the storage of a socket. Guards: write, read; each has a map
- * of its own. Goes with the task.
+ * refuse may ask for the storage of a socket. The mark is the address of what the
+ * call is about, so that one that was left (the kernel may not run splice_ends)
+ * means no other file. Guards: write, read; each has a map of its own. Goes with
+ * the task.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, __u32);
+	__type(value, __u64);
 } marks SEC(".maps");
 
-static __always_inline __u32 *get_mark(__u64 flags)
+static __always_inline void set_mark(__u64 of)
 {
-	return bpf_task_storage_get(&marks, bpf_get_current_task_btf(), NULL, flags);
-}
-
-static __always_inline void set_mark(void)
-{
-	__u32 *mark = get_mark(BPF_LOCAL_STORAGE_GET_F_CREATE);
+	__u64 *mark = bpf_task_storage_get(&marks, bpf_get_current_task_btf(), NULL,
+					   BPF_LOCAL_STORAGE_GET_F_CREATE);
 
 	if (mark)
-		*mark = true;
+		*mark = of;
 }
 
-static __always_inline void clear_mark(void)
+/* Tells whether the mark was set, and clears it. */
+static __always_inline bool take_mark(__u64 of)
 {
-	__u32 *mark = get_mark(0);
+	__u64 *mark = bpf_task_storage_get(&marks, bpf_get_current_task_btf(), NULL, 0);
 
-	if (mark)
-		*mark = false;
-}
-
-static __always_inline bool marked(void)
-{
-	__u32 *mark = get_mark(0);
-
-	return mark && *mark;
+	if (!mark || *mark != of)
+		return false;
+	*mark = 0;
+	return true;
 }
 
 static __always_inline struct pair *find_pair(struct sock *sk, __u32 *side)
@@ -75,7 +69,7 @@ static __always_inline struct pair *find_pair(struct sock *sk, __u32 *side)
 	if (!self)
 		return NULL;
 	*side = self->side & 1;
-	return bpf_map_lookup_elem(&pairs, &self->pair);
+	return pair_of(self);
 }
 
 static __always_inline bool left(const struct pair *pair, __u32 side)
@@ -84,10 +78,19 @@ static __always_inline bool left(const struct pair *pair, __u32 side)
 }
 
 /*
- * splice: redirected bytes are not seen by it. So it fails from the first call
- * on, in the way of files that cannot be spliced, and programs read and write
- * instead.
+ * splice: redirected bytes are not seen by it. While some are unread it fails, in
+ * the way of files that cannot be spliced, and programs read and write instead.
+ * From the first call on everything goes by TCP, where splice is served.
  */
+
+static __always_inline bool redirected(const struct pair *pair, __u32 side)
+{
+	const struct sending *toward = &pair->side[side ^ 1].sending;
+
+	return *(volatile __u32 *)&toward->busy ||
+	       *(volatile __u64 *)&toward->redirect_end >
+		       pair->side[side].receiving.read_bytes + toward->missed;
+}
 
 SEC("fentry/do_splice")
 int splice_begins(__u64 *ctx)
@@ -101,8 +104,10 @@ int splice_begins(__u64 *ctx)
 	pair = find_pair(socket->sk, &side);
 	if (!pair || left(pair, side))
 		return 0;
-	disqualify(pair, side, MISFIT_SPLICE);
-	set_mark();
+	/* A full barrier: either deliver sees that, or we see it at work. */
+	disqualify(pair, side, side, MISFIT_SPLICE);
+	if (redirected(pair, side))
+		set_mark(ctx[0]);
 	return 0;
 }
 
@@ -110,7 +115,7 @@ SEC("fexit/do_splice")
 int splice_ends(__u64 *ctx)
 {
 	if (bpf_sock_from_file((struct file *)ctx[0]))
-		clear_mark();
+		take_mark(ctx[0]);
 	return 0;
 }
 
@@ -122,7 +127,20 @@ int splice_refused(__u64 *ctx)
 
 	if (!(ctx[1] & MAY_READ) || (file->f_inode->i_mode & S_IFMT) != S_IFSOCK)
 		return 0;
-	return marked() ? -EINVAL : 0;
+	return take_mark(ctx[0]) ? -EINVAL : 0;
+}
+
+/* sendfile from a socket to a pipe comes here without do_splice. It is too late to refuse. */
+SEC("fentry/tcp_splice_read")
+int splice_seen(__u64 *ctx)
+{
+	struct pair *pair;
+	__u32 side;
+
+	pair = find_pair(((struct socket *)ctx[0])->sk, &side);
+	if (pair && !left(pair, side))
+		disqualify(pair, side, side, MISFIT_SPLICE);
+	return 0;
 }
 
 /*
@@ -147,18 +165,15 @@ int ulp_begins(__u64 *ctx)
 	pair = find_pair(((struct socket *)ctx[0])->sk, &side);
 	if (!pair || left(pair, side))
 		return 0;
-	remember(pair, MISFIT_ULP);
-	set_mark();
+	remember(pair, side, MISFIT_ULP);
+	set_mark(ctx[0]);
 	return 0;
 }
 
 SEC("fmod_ret/security_socket_setsockopt")
 int ulp_refused(__u64 *ctx)
 {
-	if (!sets_ulp(ctx) || !marked())
-		return 0;
-	clear_mark();
-	return -ENOENT;
+	return sets_ulp(ctx) && take_mark(ctx[0]) ? -ENOENT : 0;
 }
 
 /* fionread: for kernels that do not count redirected bytes. */
@@ -172,7 +187,7 @@ int fionread_seen(__u64 *ctx)
 		return 0;
 	pair = find_pair((struct sock *)ctx[0], &side);
 	if (pair)
-		disqualify(pair, side, MISFIT_FIONREAD);
+		disqualify(pair, side, side, MISFIT_FIONREAD);
 	return 0;
 }
 
@@ -204,7 +219,7 @@ int flags_of_send(__u64 *ctx)
 		return 0;
 	pair = find_pair((struct sock *)ctx[0], &side);
 	if (pair)
-		disqualify(pair, side ^ 1, MISFIT_OOB);
+		disqualify(pair, side ^ 1, side, MISFIT_OOB);
 	return 0;
 }
 

@@ -16,16 +16,19 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	GuardMapControl        = "control"
+	GuardMapLearned        = "learned"
 	GuardMapMarks          = "marks"
 	GuardMapMembers        = "members"
-	GuardMapMisfits        = "misfits"
 	GuardMapPairs          = "pairs"
+	GuardMapShares         = "shares"
 	GuardProgFionreadSeen  = "fionread_seen"
 	GuardProgFlagsOfRecv   = "flags_of_recv"
 	GuardProgFlagsOfSend   = "flags_of_send"
 	GuardProgSpliceBegins  = "splice_begins"
 	GuardProgSpliceEnds    = "splice_ends"
 	GuardProgSpliceRefused = "splice_refused"
+	GuardProgSpliceSeen    = "splice_seen"
 	GuardProgUlpBegins     = "ulp_begins"
 	GuardProgUlpRefused    = "ulp_refused"
 )
@@ -78,6 +81,7 @@ type GuardProgramSpecs struct {
 	SpliceBegins  *ebpf.ProgramSpec `ebpf:"splice_begins"`
 	SpliceEnds    *ebpf.ProgramSpec `ebpf:"splice_ends"`
 	SpliceRefused *ebpf.ProgramSpec `ebpf:"splice_refused"`
+	SpliceSeen    *ebpf.ProgramSpec `ebpf:"splice_seen"`
 	UlpBegins     *ebpf.ProgramSpec `ebpf:"ulp_begins"`
 	UlpRefused    *ebpf.ProgramSpec `ebpf:"ulp_refused"`
 }
@@ -86,10 +90,12 @@ type GuardProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardMapSpecs struct {
+	Control *ebpf.MapSpec `ebpf:"control"`
+	Learned *ebpf.MapSpec `ebpf:"learned"`
 	Marks   *ebpf.MapSpec `ebpf:"marks"`
 	Members *ebpf.MapSpec `ebpf:"members"`
-	Misfits *ebpf.MapSpec `ebpf:"misfits"`
 	Pairs   *ebpf.MapSpec `ebpf:"pairs"`
+	Shares  *ebpf.MapSpec `ebpf:"shares"`
 }
 
 // GuardVariableSpecs contains global variables before they are loaded into the kernel.
@@ -118,18 +124,22 @@ func (o *GuardObjects) Close() error {
 //
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardMaps struct {
+	Control *ebpf.Map `ebpf:"control"`
+	Learned *ebpf.Map `ebpf:"learned"`
 	Marks   *ebpf.Map `ebpf:"marks"`
 	Members *ebpf.Map `ebpf:"members"`
-	Misfits *ebpf.Map `ebpf:"misfits"`
 	Pairs   *ebpf.Map `ebpf:"pairs"`
+	Shares  *ebpf.Map `ebpf:"shares"`
 }
 
 func (m *GuardMaps) Close() error {
 	return _GuardClose(
+		m.Control,
+		m.Learned,
 		m.Marks,
 		m.Members,
-		m.Misfits,
 		m.Pairs,
+		m.Shares,
 	)
 }
 
@@ -149,6 +159,7 @@ type GuardPrograms struct {
 	SpliceBegins  *ebpf.Program `ebpf:"splice_begins"`
 	SpliceEnds    *ebpf.Program `ebpf:"splice_ends"`
 	SpliceRefused *ebpf.Program `ebpf:"splice_refused"`
+	SpliceSeen    *ebpf.Program `ebpf:"splice_seen"`
 	UlpBegins     *ebpf.Program `ebpf:"ulp_begins"`
 	UlpRefused    *ebpf.Program `ebpf:"ulp_refused"`
 }
@@ -161,6 +172,7 @@ func (p *GuardPrograms) Close() error {
 		p.SpliceBegins,
 		p.SpliceEnds,
 		p.SpliceRefused,
+		p.SpliceSeen,
 		p.UlpBegins,
 		p.UlpRefused,
 	)

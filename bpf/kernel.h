@@ -17,8 +17,13 @@ typedef struct {
 	__s64 counter;
 } atomic64_t;
 
+struct netns_ipv4 {
+	int sysctl_tcp_rmem[3];
+};
+
 struct net {
 	__u64 net_cookie;
+	struct netns_ipv4 ipv4;
 };
 
 typedef struct {
@@ -61,15 +66,27 @@ struct msghdr {
 
 enum sock_flags { SOCK_ZEROCOPY };
 
+struct list_head {
+	struct list_head *next;
+};
+
+struct sk_psock {
+	struct list_head ingress_msg; /* what was redirected here and is unread */
+};
+
 struct sock {
 	struct sock_common __sk_common;
 	struct socket *sk_socket;
+	void *sk_user_data;
+	void *sk_data_ready; /* a function */
+	int sk_rcvbuf;
 	int sk_rcvlowat;
 	int sk_wmem_queued;
 	int sk_sndbuf;
 	int sk_err;
 	__u8 sk_shutdown;
 	__u8 sk_kern_sock : 1;
+	__u8 sk_userlocks : 4;
 };
 
 struct inet_sock {
@@ -87,6 +104,7 @@ struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 copied_seq;
 	__u32 write_seq;
+	__u32 snd_wnd; /* what the receiver has room for */
 	_Bool is_mptcp;
 };
 

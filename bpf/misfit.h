@@ -15,7 +15,8 @@
 
 /* Defaults; the loader raises or lowers them. */
 #define PAIRS_MAX 32768
-#define MISFIT_MAX 4096
+#define PODS_MAX 1024
+#define LEARNED_MAX 16384
 
 /*
  * Flags of recv that redirected data is served with as TCP data is: MSG_PEEK,
@@ -26,7 +27,23 @@
 #define MSG_PEEK 0x2
 #define MSG_DONTWAIT 0x40
 #define MSG_WAITALL 0x100
+#define MSG_ERRQUEUE 0x2000
 #define RECV_SERVED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
+
+/* One entry, read for every message. Agent: writes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} control SEC(".maps");
+
+static __always_inline struct settings *get_settings(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&control, &zero);
+}
 
 /*
  * Flows by the client's socket cookie. track: creates, and deletes when both
@@ -48,54 +65,99 @@ struct {
 } members SEC(".maps");
 
 /*
- * Server ports whose connections are not paired any more. All programs: write.
- * track: reads. The agent deletes on command, and what is of pods that are gone.
- * Full: the least recently used goes, and is learned again.
+ * What is known of server ports. All programs: write. track: reads. The agent
+ * deletes on command, and what is of pods that are gone. Full: the least recently
+ * used goes, and is learned again.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MISFIT_MAX);
-	__type(key, struct misfit_key);
-	__type(value, struct misfit);
-} misfits SEC(".maps");
+	__uint(max_entries, LEARNED_MAX);
+	__type(key, struct learned_key);
+	__type(value, struct learned_value);
+} learned SEC(".maps");
 
-static __always_inline bool is_misfit(__u64 server_netns, __u32 server_port)
+/*
+ * Shares of enrolled pods by netns cookie. Agent: creates and deletes with the
+ * pod, and corrects what is lost when a program's callbacks are. Programs: write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u64);
+	__type(value, struct share);
+} shares SEC(".maps");
+
+static __always_inline struct learned_value *find_learned(__u64 client, __u64 server, __u32 port)
 {
-	struct misfit_key key = { .netns = server_netns, .port = server_port };
+	struct learned_key key = { .server = server, .client = client, .port = port };
 
-	return bpf_map_lookup_elem(&misfits, &key) != NULL;
+	return bpf_map_lookup_elem(&learned, &key);
 }
 
-/* Keeps the connections to come of a server port from being paired. */
-static __always_inline void remember_port(__u64 server_netns, __u32 server_port,
+static __always_inline bool is_misfit(__u64 client, __u64 server, __u32 port)
+{
+	struct learned_value *of_server = find_learned(0, server, port);
+	struct learned_value *of_client = find_learned(client, server, port);
+
+	return (of_server && of_server->reasons) || (of_client && of_client->reasons);
+}
+
+/*
+ * Returns the entry, made anew if need be. A pod that has its share of the map
+ * gets no more: what it does not remember harms its own connections alone.
+ */
+static __always_inline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
+						   __u32 limit)
+{
+	struct learned_key key = { .server = server, .client = client, .port = port };
+	struct learned_value *known = bpf_map_lookup_elem(&learned, &key);
+	__u64 owner = client ? client : server;
+	struct learned_value blank = {};
+	struct share *share;
+
+	if (known)
+		return known;
+	share = bpf_map_lookup_elem(&shares, &owner);
+	if (!share || share->learned >= limit)
+		return NULL;
+	if (!bpf_map_update_elem(&learned, &key, &blank, BPF_NOEXIST))
+		__sync_fetch_and_add(&share->learned, 1);
+	return bpf_map_lookup_elem(&learned, &key);
+}
+
+/* Keeps the connections to come from being paired: all to the port, or with a client its own. */
+static __always_inline void remember_port(__u64 client, __u64 server, __u32 port,
 					  enum misfit_reason reason)
 {
-	struct misfit_key key = { .netns = server_netns, .port = server_port };
-	struct misfit first = { .reasons = reason };
-	struct misfit *known;
+	struct settings *set = get_settings();
+	struct learned_value *known;
 
-	first.since_ns = bpf_ktime_get_ns();
-	if (!bpf_map_update_elem(&misfits, &key, &first, BPF_NOEXIST))
+	if (!set)
 		return;
-	known = bpf_map_lookup_elem(&misfits, &key);
-	if (known)
-		__sync_fetch_and_or(&known->reasons, reason);
+	known = get_learned(client, server, port, set->learned_share);
+	if (!known)
+		return;
+	if (!__sync_fetch_and_or(&known->reasons, reason))
+		known->since_ns = bpf_ktime_get_ns();
 }
 
-/* The same for the server port of a flow. */
-static __always_inline void remember(struct pair *pair, enum misfit_reason reason)
+/* The same for what a side of a flow did. */
+static __always_inline void remember(struct pair *pair, __u32 side, enum misfit_reason reason)
 {
-	if (pair->misfit & reason)
+	side &= 1;
+	if (pair->misfit[side] & reason)
 		return;
-	__sync_fetch_and_or(&pair->misfit, reason);
-	remember_port(pair->netns[SIDE_SERVER], pair->server_port, reason);
+	__sync_fetch_and_or(&pair->misfit[side], reason);
+	remember_port(side == SIDE_CLIENT ? pair->netns[SIDE_CLIENT] : 0, pair->netns[SIDE_SERVER],
+		      pair->server_port, reason);
 }
 
-/* Puts the direction towards a side on TCP for the life of the connection. */
-static __always_inline void disqualify(struct pair *pair, __u32 side, enum misfit_reason reason)
+/* Puts the direction towards a receiver on TCP for the life of the connection, for what the doer did. */
+static __always_inline void disqualify(struct pair *pair, __u32 receiver, __u32 doer,
+				       enum misfit_reason reason)
 {
-	__sync_fetch_and_or(&pair->side[side & 1].receiving.state, READ_UNSERVED);
-	remember(pair, reason);
+	__sync_fetch_and_or(&pair->side[receiver & 1].receiving.state, READ_UNSERVED);
+	remember(pair, doer, reason);
 }
 
 /* Flags of a recv that are not served. */
@@ -103,11 +165,19 @@ static __always_inline void disqualify_flags(struct pair *pair, __u32 side, __u3
 {
 	pair->side[side & 1].receiving.unserved_flags |= flags;
 	if (flags & MSG_WAITALL)
-		disqualify(pair, side, MISFIT_WAITALL);
+		disqualify(pair, side, side, MISFIT_WAITALL);
 	if (flags & MSG_OOB)
-		disqualify(pair, side, MISFIT_OOB);
+		disqualify(pair, side, side, MISFIT_OOB);
 	if (flags & ~(MSG_WAITALL | MSG_OOB))
-		disqualify(pair, side, MISFIT_RECV_FLAGS);
+		disqualify(pair, side, side, MISFIT_RECV_FLAGS);
+}
+
+/* What a socket's storage leads to, or NULL: a record of a pair may be used again for another. */
+static __always_inline struct pair *pair_of(const struct member *self)
+{
+	struct pair *pair = bpf_map_lookup_elem(&pairs, &self->pair);
+
+	return pair && pair->state >> PAIR_STATE_BITS == self->pair ? pair : NULL;
 }
 
 #endif

@@ -16,6 +16,7 @@ enum outcome {
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
 	OUTCOME_LEFT, /* either socket has left, or is about to (flow.h, struct sending) */
+	OUTCOME_STALE, /* the agent has not vouched for the policy for too long */
 	OUTCOME_NOT_ALLOWED, /* policy */
 	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
 	OUTCOME_ULP, /* kTLS or another upper layer protocol on either socket */
@@ -23,15 +24,22 @@ enum outcome {
 	OUTCOME_LOWAT, /* the receiver has SO_RCVLOWAT above 1 */
 	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
 	OUTCOME_UNSERVED, /* either end was seen to use a call that is not served: enum misfit_reason */
+	OUTCOME_TRIAL, /* the receiver has not yet proved by TCP that it takes such messages by recv */
+	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
 	OUTCOME_BUDGET, /* spill: the receiver has left too much unread */
+	OUTCOME_RECEIVE_BUFFER, /* spill: TCP's bytes would find no room in the receive buffer */
+	OUTCOME_POD_BUDGET, /* spill: all receivers of the pod together have left too much unread */
 	OUTCOME_MEMORY, /* the node's TCP uses more memory than the first value of tcp_mem */
 	OUTCOME_REDIRECT_REFUSED, /* the kernel did not take the redirect: the peer is closing */
 	/* Connections, in number. */
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
+	OUTCOME_PAIRING_STALE, /* as OUTCOME_STALE */
 	OUTCOME_MISFIT, /* the server port is known for what is not served, or for an MPTCP listener */
+	OUTCOME_SHARE, /* one of the pods has its share of pairs */
+	OUTCOME_KERNEL_SOCKET, /* either end is a socket of the kernel's own, such as AF_SMC's */
 	OUTCOME_MPTCP,
 	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
@@ -44,6 +52,7 @@ enum outcome {
 	OUTCOME_NO_MEMORY, /* socket storage or psock could not be allocated */
 	OUTCOME_UNMATCHED, /* a client announced itself, but the sequence numbers differ */
 	OUTCOME_CLIENT_CLOSED, /* the client's socket closed before the server's joined */
+	OUTCOME_REUSED, /* a socket has left because it connects or listens once more */
 	OUTCOME_SOCKET_LEFT, /* a socket has left the SOCKHASH and goes on as a plain one */
 	OUTCOME_MAX,
 };

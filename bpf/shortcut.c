@@ -18,15 +18,26 @@
 #define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
 #define SOCK_NOSPACE (1UL << 2) /* include/linux/net.h */
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
+#define SOCK_RCVBUF_LOCK 2
 #define TCP_ESTABLISHED 1 /* enum in include/net/tcp_states.h */
 #define TCP_SYN_RECV 3
+#define TCP_FIN_WAIT1 4
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 
 /* Defaults; the loader raises or lowers them. */
-#define PODS_MAX 1024
 #define POLICY_MAX 131072
 #define HANDSHAKES_MAX 16384
+
+/* What a redirected message takes of the kernel beside its bytes: struct sk_msg, a slab object of 1 KiB. */
+#define MESSAGE_COST 1024
+/* The first limit of a direction: TCP's receive buffer starts with as much (tcp_rmem). */
+#define LIMIT_START (128 << 10)
+/* A burst up to here counts as small. HAProxy splices from 4 KiB on. */
+#define BURST_SMALL 4096
+/* What has been proved for a burst of this size is proved for all. */
+#define BURST_WHOLE (64 << 10)
+#define SECOND 1000000000ULL
 
 /* Enrolled pods by netns cookie. Agent: writes. Full: the agent cannot enrol, the pod stays on TCP. */
 struct {
@@ -45,13 +56,17 @@ struct {
 	__type(value, struct policy);
 } policies SEC(".maps");
 
-/* One entry, read for every message. Agent: writes. */
+/*
+ * What all receivers of a pod have left unread, in bytes as for struct sending's
+ * limit, by netns cookie. Agent: creates and deletes with the pod. deliver adds,
+ * observe and track subtract. No entry: TCP.
+ */
 struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct settings);
-} control SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u64);
+	__type(value, __s64);
+} charges SEC(".maps");
 
 /*
  * A SYN reached a listener of an enrolled pod. track: writes, reads, deletes
@@ -104,13 +119,6 @@ static __always_inline void count(enum outcome outcome, __u64 bytes)
 		count->number++;
 		count->bytes += bytes;
 	}
-}
-
-static __always_inline struct settings *get_settings(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&control, &zero);
 }
 
 static __always_inline void look_up_policy(__u64 client, __u64 server, __u16 port,
@@ -184,6 +192,137 @@ static __always_inline bool short_of_memory(const struct tcp_sock *tp)
 	       bpf_core_read(&low, sizeof(low), prot->sysctl_mem) || allocated > low;
 }
 
+/* The verdict on both ports, if the pod's own NAT makes two of them. */
+static __always_inline void ask_policy(const struct pair *pair, struct policy *policy)
+{
+	__u64 client = pair->netns[SIDE_CLIENT], server = pair->netns[SIDE_SERVER];
+
+	if (pair->port_in_doubt) {
+		look_up_policy(client, server, pair->dialled_port, policy);
+		if (policy->verdict != VERDICT_ALLOW)
+			return;
+		policy->verdict = VERDICT_REFUSE;
+	}
+	look_up_policy(client, server, pair->server_port, policy);
+}
+
+/*
+ * Reads that observe has missed (the kernel does not run it on a CPU where another
+ * thread was preempted in it) look like unread bytes for ever. They are found when
+ * TCP's bytes have all been copied, as the caller knows, and the queue of
+ * redirected messages is empty. A recv that holds bytes and waits for more does not
+ * exist in non-blocking mode; bytes that splice has taken are known by its guard.
+ * A read that ended just now is counted after us: choose sees then that more is
+ * read than was sent.
+ */
+static __always_inline bool recount(const struct pair *pair, __u32 peer, const struct settings *set)
+{
+	struct sock *sk = (struct sock *)pair->sock[peer];
+	struct socket *socket;
+	struct list_head *next;
+	struct sk_psock *psock;
+	struct file *file;
+	unsigned int flags;
+	void *user_data;
+	__s64 cookie;
+
+	if (!set->splice_seen || bpf_core_read(&socket, sizeof(socket), &sk->sk_socket) ||
+	    bpf_core_read(&file, sizeof(file), &socket->file) ||
+	    bpf_core_read(&flags, sizeof(flags), &file->f_flags) || !(flags & O_NONBLOCK))
+		return false;
+	if (bpf_core_read(&user_data, sizeof(user_data), &sk->sk_user_data))
+		return false;
+	/* The lowest bits are flags (SK_USER_DATA_PTRMASK). */
+	psock = (struct sk_psock *)((__u64)user_data & ~7ULL);
+	if (!psock || bpf_core_read(&next, sizeof(next), &psock->ingress_msg.next) ||
+	    (void *)next != (void *)&psock->ingress_msg)
+		return false;
+	return !bpf_core_read(&cookie, sizeof(cookie), &sk->__sk_common.skc_cookie.counter) &&
+	       (__u64)cookie == pair->cookie[peer];
+}
+
+/*
+ * Redirected bytes count in the receive buffer (bpf_tcp_ingress), and a segment
+ * that finds no room there is dropped and sent again later and later. So what is
+ * redirected leaves room for all that the sender may send by TCP, a quarter of it
+ * more for what the kernel keeps with the bytes. A buffer that the application has
+ * not fixed grows up to tcp_rmem (tcp_clamp_window).
+ */
+static __always_inline bool has_room(const struct pair *pair, __u32 peer, const struct tcp_sock *own,
+				     __s64 bytes)
+{
+	struct sock *sk = (struct sock *)pair->sock[peer];
+	__s64 window = own->snd_wnd;
+	struct net *net;
+	int room, highest;
+
+	bytes += window + window / 4;
+	if (bpf_core_read(&room, sizeof(room), &sk->sk_rcvbuf))
+		return false;
+	if (bytes <= room)
+		return true;
+	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
+		return false;
+	if (bpf_core_read(&net, sizeof(net), &sk->__sk_common.skc_net.net) ||
+	    bpf_core_read(&highest, sizeof(highest), &net->ipv4.sysctl_tcp_rmem[2]))
+		return false;
+	return bytes <= highest;
+}
+
+/*
+ * Messages in the queue: at most those that were sent since a mark whose bytes
+ * have all been read. Reads are seen in bytes, and several may take one message.
+ */
+static __always_inline void count_queued(struct sending *dir, __u64 end, __u64 read)
+{
+	if (read >= end) {
+		dir->queued_before = 0;
+		dir->queued_since = 0;
+	} else if (read >= dir->mark) {
+		dir->queued_before = dir->queued_since;
+		dir->queued_since = 0;
+		dir->mark = end;
+	}
+}
+
+/*
+ * A program may use splice, FIONREAD and the like on a connection that it has only
+ * read by recv so far: HAProxy splices the first body that is large enough, nginx
+ * asks FIONREAD after a recv that has filled its buffer. Nothing can help it once
+ * redirected bytes are unread. So whatever is larger than all that it has taken by
+ * recv goes by TCP first, where such calls are served and seen. A burst is what is
+ * sent without an answer: to a reader, ten messages in a row are one large one.
+ */
+static __always_inline bool on_trial(struct sending *dir, const struct receiving *answers,
+				     const struct receiving *reader, const struct settings *set,
+				     __s64 unread, __u32 size)
+{
+	__u32 done = unread < dir->burst ? dir->burst - (__u32)(unread > 0 ? unread : 0) : 0;
+
+	if (reader->reads >= set->trial_reads &&
+	    (!set->trial_bytes || (dir->bulk >= set->trial_bytes && dir->proved >= BURST_WHOLE)))
+		return false;
+	if (done > dir->proved) {
+		dir->proved = done;
+		dir->flags &= ~SENDING_LEARNED;
+	}
+	if ((__u32)answers->read_bytes != dir->answered || done >= BURST_WHOLE) {
+		dir->answered = answers->read_bytes;
+		if (done > BURST_SMALL && dir->bulk < set->trial_bytes) {
+			dir->bulk += done;
+			dir->flags &= ~SENDING_LEARNED;
+		}
+		dir->burst -= done;
+	}
+	dir->burst += size;
+	if (reader->reads < set->trial_reads)
+		return true;
+	if (!set->trial_bytes)
+		return false;
+	return dir->burst > dir->proved ||
+	       (dir->burst > BURST_SMALL && dir->bulk < set->trial_bytes);
+}
+
 /*
  * The state machine of one direction. Redirected data is read before TCP data,
  * so the order of bytes rests on one condition: every byte that was ever written
@@ -197,16 +336,35 @@ static __always_inline bool short_of_memory(const struct tcp_sock *tp)
  * neither would one that takes bytes by splice.
  */
 static __always_inline enum outcome choose(struct pair *pair, __u32 own, const struct settings *set,
-					   const struct tcp_sock *tp, __u32 size)
+					   const struct tcp_sock *tp, __u32 size, __u64 now,
+					   __s64 **charged, __u32 *held)
 {
-	__u32 peer = own ^ 1;
+	__u32 peer = own ^ 1, write_seq = tp->write_seq;
+	__u32 generation = *(volatile __u32 *)&set->generation;
 	struct sending *dir = &pair->side[own & 1].sending;
 	const struct receiving *reader = &pair->side[peer & 1].receiving;
-	__u32 write_seq = tp->write_seq;
-	__s64 unread;
+	__s64 unread, cost;
+	__u64 end, read;
+	__u32 limit;
+	bool trial;
 
 	dir->tcp_bytes += write_seq - dir->last_seq;
 	dir->last_seq = write_seq;
+	end = dir->shortcut_bytes + dir->tcp_bytes;
+	read = *(volatile __u64 *)&reader->read_bytes + dir->missed;
+	if (read > end) { /* recount was wrong */
+		dir->missed -= read - end < dir->missed ? read - end : dir->missed;
+		read = end;
+	}
+	unread = end - read;
+	count_queued(dir, end, read);
+	/* A reader that has read everything may leave more unread the next time, as on TCP. */
+	if (!unread && dir->flags & SENDING_SPILLED) {
+		dir->flags &= ~SENDING_SPILLED;
+		if (dir->limit < set->budget)
+			dir->limit *= 2;
+	}
+	trial = on_trial(dir, &pair->side[own & 1].receiving, reader, set, unread, size);
 
 	if (!(pair->state & PAIR_SERVER_JOINED))
 		return OUTCOME_PEER_MISSING;
@@ -216,12 +374,13 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_LEFT;
 	if (!set->redirect)
 		return OUTCOME_SWITCHED_OFF;
-	if (dir->generation != set->generation) {
+	if (set->lease_ns && now > set->lease_ns)
+		return OUTCOME_STALE;
+	if (dir->generation != generation) {
 		struct policy policy = {};
 
-		dir->generation = set->generation;
-		look_up_policy(pair->netns[SIDE_CLIENT], pair->netns[SIDE_SERVER],
-			       pair->server_port, &policy);
+		ask_policy(pair, &policy);
+		dir->generation = generation;
 		dir->verdict = policy.verdict;
 		dir->policy_reason = policy.reason;
 	}
@@ -240,19 +399,91 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_LEFT;
 	if (!(reader->state & READ_SEEN))
 		return OUTCOME_NOT_SEEN;
+	if (trial)
+		return OUTCOME_TRIAL;
+	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
+		return OUTCOME_REFRESH;
 	if (write_seq != dir->drained_seq) {
 		if (!peer_drained(pair, peer & 1, write_seq))
 			return OUTCOME_DRAINING;
 		dir->drained_seq = write_seq;
 	}
-	unread = dir->shortcut_bytes + dir->tcp_bytes - reader->read_bytes;
-	if (!dir->shortcut && unread > 0)
+	limit = dir->limit < set->budget ? dir->limit : set->budget;
+	cost = unread + size +
+	       MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
+	if (unread && (!dir->shortcut || cost > limit) && recount(pair, peer & 1, set)) {
+		dir->missed += unread;
+		unread = 0;
+		count_queued(dir, end, end);
+		cost = size + MESSAGE_COST;
+	}
+	if (!dir->shortcut && unread)
 		return OUTCOME_UNOBSERVED;
-	if (unread + size > (__s64)set->budget)
+	if (cost > limit) {
+		dir->flags |= SENDING_SPILLED;
 		return OUTCOME_BUDGET;
+	}
+	if (!has_room(pair, peer & 1, tp, unread + size))
+		return OUTCOME_RECEIVE_BUFFER;
+	*held = cost;
+	*charged = bpf_map_lookup_elem(&charges, &pair->netns[peer & 1]);
+	if (!*charged || **charged + cost - (__u32)dir->charge > (__s64)set->pod_budget)
+		return OUTCOME_POD_BUDGET;
 	if (short_of_memory(tp))
 		return OUTCOME_MEMORY;
 	return peer_obstacle(pair, peer & 1);
+}
+
+/*
+ * The pod's charge of a direction is what was unread when the last message was
+ * redirected, until all of it has been read. The high word of charge says what
+ * that was, so that a message that comes meanwhile is not taken back with it.
+ */
+static __always_inline void charge(struct sending *dir, __s64 *charged, __u32 cost)
+{
+	__u64 old = __sync_lock_test_and_set(&dir->charge, dir->redirect_end << 32 | cost);
+
+	if (charged)
+		__sync_fetch_and_add(charged, (__s64)cost - (__u32)old);
+}
+
+/* Takes back what the direction towards a receiver is charged with, if it is still the same. */
+static __always_inline void uncharge(struct pair *pair, __u32 receiver, __u64 charge)
+{
+	struct sending *dir = &pair->side[(receiver ^ 1) & 1].sending;
+	__s64 *charged;
+
+	if (!(__u32)charge ||
+	    __sync_val_compare_and_swap(&dir->charge, charge, charge & ~0xffffffffULL) != charge)
+		return;
+	charged = bpf_map_lookup_elem(&charges, &pair->netns[receiver & 1]);
+	if (charged)
+		__sync_fetch_and_add(charged, -(__s64)(__u32)charge);
+}
+
+/* A receiver is closed: nothing is read any more. */
+static __always_inline void uncharge_all(struct pair *pair, __u32 receiver)
+{
+	uncharge(pair, receiver, pair->side[(receiver ^ 1) & 1].sending.charge);
+}
+
+/* What the receiver of a direction has proved shortens the trial of later connections to the port. */
+static __always_inline void learn(const struct pair *pair, __u32 own, const struct settings *set)
+{
+	const struct sending *dir = &pair->side[own & 1].sending;
+	__u32 reads = pair->side[(own ^ 1) & 1].receiving.reads;
+	struct learned_value *known;
+
+	known = get_learned(own == SIDE_SERVER ? pair->netns[SIDE_CLIENT] : 0,
+			    pair->netns[SIDE_SERVER], pair->server_port, set->learned_share);
+	if (!known)
+		return;
+	if (known->reads < reads)
+		known->reads = reads;
+	if (known->proved < dir->proved)
+		known->proved = dir->proved;
+	if (known->bulk < dir->bulk)
+		known->bulk = dir->bulk;
 }
 
 /* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
@@ -280,17 +511,18 @@ static __always_inline bool should_leave(const struct side *own, const struct se
 }
 
 /* Options that may be set at any time, and are looked at with each message. */
-static __always_inline void remember_obstacle(struct pair *pair, enum outcome outcome)
+static __always_inline void remember_obstacle(struct pair *pair, __u32 own, enum outcome outcome,
+					      const struct tcp_sock *tp)
 {
 	switch (outcome) {
 	case OUTCOME_ULP:
-		remember(pair, MISFIT_ULP);
+		remember(pair, tp->inet_conn.icsk_ulp_ops ? own : own ^ 1, MISFIT_ULP);
 		break;
 	case OUTCOME_ZEROCOPY:
-		remember(pair, MISFIT_ZEROCOPY);
+		remember(pair, own, MISFIT_ZEROCOPY);
 		break;
 	case OUTCOME_LOWAT:
-		remember(pair, MISFIT_LOWAT);
+		remember(pair, own ^ 1, MISFIT_LOWAT);
 		break;
 	default:
 		break;
@@ -304,11 +536,13 @@ int deliver(struct sk_msg_md *msg)
 	struct bpf_sock *sk = msg->sk;
 	enum outcome outcome = OUTCOME_UNKNOWN_SOCKET;
 	__u32 size = msg->size;
+	__s64 *charged = NULL;
 	struct sending *dir;
 	struct member *self;
 	struct tcp_sock *tp;
 	struct pair *pair;
-	__u32 own;
+	__u32 own, held = 0;
+	__u64 now;
 
 	if (!sk || !set)
 		goto pass;
@@ -316,7 +550,7 @@ int deliver(struct sk_msg_md *msg)
 	if (!self)
 		goto pass;
 	own = self->side & 1;
-	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	pair = pair_of(self);
 	if (!pair)
 		goto pass;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -324,9 +558,10 @@ int deliver(struct sk_msg_md *msg)
 		goto pass;
 
 	dir = &pair->side[own].sending;
+	now = bpf_ktime_get_coarse_ns();
 	/* A full barrier: either take_out sees us at work, or we see that a socket leaves. */
 	__sync_fetch_and_or(&dir->busy, 1);
-	outcome = choose(pair, own, set, tp, size);
+	outcome = choose(pair, own, set, tp, size, now, &charged, &held);
 	/* SK_DROP here means that the peer has left the SOCKHASH: TCP then answers as always. */
 	if (outcome == OUTCOME_SHORTCUT &&
 	    bpf_msg_redirect_hash(msg, &sockets, &pair->cookie[own ^ 1], BPF_F_INGRESS) != SK_PASS)
@@ -335,17 +570,30 @@ int deliver(struct sk_msg_md *msg)
 	if (outcome == OUTCOME_SHORTCUT) {
 		dir->shortcut_bytes += size;
 		dir->redirect_end = dir->shortcut_bytes + dir->tcp_bytes;
+		dir->queued_since++;
 		dir->switches += !dir->shortcut;
 		dir->shortcut = true;
+		charge(dir, charged, held);
 	} else {
 		dir->reason = outcome;
 		dir->shortcut = false;
-		remember_obstacle(pair, outcome);
+		dir->last_tcp_ns = now;
+		remember_obstacle(pair, own, outcome, tp);
 	}
-	if (!dir->leave)
-		dir->leave = should_leave(&pair->side[own], set, tp);
-	if (!set->sleepers && pair->side[own ^ 1].receiving.sleeper)
+	if (!(dir->flags & SENDING_LEARNED) &&
+	    pair->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {
+		dir->flags |= SENDING_LEARNED;
+		learn(pair, own, set);
+	}
+	if (!dir->leave && should_leave(&pair->side[own], set, tp)) {
+		dir->leave = true;
+		if (!set->sleepers)
+			remember(pair, own, MISFIT_BLOCKING);
+	}
+	if (!set->sleepers && pair->side[own ^ 1].receiving.sleeper) {
 		dir->peer_leave = true;
+		remember(pair, own ^ 1, MISFIT_BLOCKING);
+	}
 	__sync_fetch_and_and(&dir->busy, 0);
 pass:
 	count(outcome, size);
@@ -361,24 +609,34 @@ static __always_inline void observe_read(struct sock *sk, int bytes, __u32 flags
 	struct receiving *reader;
 	struct member *self;
 	struct pair *pair;
+	__u64 charge, read;
+	__u32 side;
 
 	self = bpf_sk_storage_get(&members, sk, NULL, 0);
 	if (!self)
 		return;
-	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	pair = pair_of(self);
 	if (!pair)
 		return;
-	reader = &pair->side[self->side & 1].receiving;
+	side = self->side & 1;
+	reader = &pair->side[side].receiving;
 	if (flags & ~RECV_SERVED)
-		disqualify_flags(pair, self->side, flags & ~RECV_SERVED);
+		disqualify_flags(pair, side, flags & ~RECV_SERVED);
 	if (!(flags & MSG_DONTWAIT))
 		reader->sleeper = (__u32)bpf_get_current_pid_tgid();
-	if (flags & MSG_PEEK)
+	/* None of these takes bytes from the stream. */
+	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
 		return;
 	/* Several threads may read one socket at once, and a guard may find it misfit. */
-	__sync_fetch_and_add(&reader->read_bytes, bytes);
+	read = __sync_fetch_and_add(&reader->read_bytes, bytes) + bytes;
+	if (reader->reads < ~0U)
+		reader->reads++;
 	if (!(reader->state & READ_SEEN))
 		__sync_fetch_and_or(&reader->state, READ_SEEN);
+	charge = *(volatile __u64 *)&pair->side[side ^ 1].sending.charge;
+	if ((__u32)charge &&
+	    (__s32)((__u32)read + pair->side[side ^ 1].sending.missed - (__u32)(charge >> 32)) >= 0)
+		uncharge(pair, side, charge);
 }
 
 /* Kernels from 6.3 on; needs no trampoline. Fires for every socket of the node that receives. */
@@ -471,6 +729,11 @@ static __always_inline bool is_loopback(const __be32 addr[4])
 	return addr[2] == 0 && addr[3] == bpf_htonl(1);
 }
 
+static __always_inline bool same_address(const __be32 a[4], const __be32 b[4])
+{
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
+}
+
 static __always_inline void complete_client_key(struct client_key *key, __u16 port, __u64 netns)
 {
 	key->port = port;
@@ -548,15 +811,74 @@ static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 		count(OUTCOME_HINTS_FULL, 0);
 }
 
-static __always_inline void start_direction(struct sending *dir, __u32 seq,
-					    const struct settings *set, const struct policy *policy)
+static __always_inline void set_verdict(struct sending *dir, const struct policy *policy)
 {
-	dir->last_seq = seq;
-	dir->drained_seq = seq;
-	dir->generation = set->generation;
 	dir->verdict = policy->verdict;
 	dir->policy_reason = policy->reason;
+}
+
+static __always_inline void start_direction(struct pair *pair, __u32 from, __u32 seq,
+					    __u32 generation, const struct policy *policy)
+{
+	struct receiving *reader = &pair->side[from ^ 1].receiving;
+	struct sending *dir = &pair->side[from].sending;
+	const struct learned_value *known;
+
+	dir->last_seq = seq;
+	dir->drained_seq = seq;
+	dir->generation = generation;
+	set_verdict(dir, policy);
 	dir->reason = OUTCOME_NOT_SEEN;
+	dir->last_tcp_ns = pair->since_ns;
+	dir->limit = LIMIT_START;
+	known = find_learned(from == SIDE_SERVER ? pair->netns[SIDE_CLIENT] : 0,
+			     pair->netns[SIDE_SERVER], pair->server_port);
+	if (known) {
+		reader->reads = known->reads;
+		dir->proved = known->proved;
+		dir->bulk = known->bulk;
+	}
+}
+
+static __always_inline bool has_share(__u64 netns, const struct settings *set)
+{
+	struct share *share = bpf_map_lookup_elem(&shares, &netns);
+
+	return share && share->flows < set->flow_share;
+}
+
+static __always_inline void add_share(const struct pair *pair, __u32 flows)
+{
+	__u64 netns = pair->netns[SIDE_CLIENT];
+	struct share *share = bpf_map_lookup_elem(&shares, &netns);
+
+	if (share)
+		__sync_fetch_and_add(&share->flows, flows);
+	if (netns == pair->netns[SIDE_SERVER])
+		return;
+	netns = pair->netns[SIDE_SERVER];
+	share = bpf_map_lookup_elem(&shares, &netns);
+	if (share)
+		__sync_fetch_and_add(&share->flows, flows);
+}
+
+/* Ends a pair whose sockets are both gone, or have never joined. */
+static __always_inline void delete_pair(struct pair *pair, __u64 id)
+{
+	uncharge_all(pair, SIDE_CLIENT);
+	uncharge_all(pair, SIDE_SERVER);
+	add_share(pair, -1);
+	bpf_map_delete_elem(&pairs, &id);
+}
+
+/*
+ * A socket that the kernel has made for itself belongs to whoever did: AF_SMC
+ * takes sk_user_data for its own after accept, and the SOCKHASH's entry with it
+ * (WARN, and an endless loop in newer trees).
+ */
+static __always_inline bool kernel_socket(const struct sock *sk)
+{
+	return BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
 }
 
 static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 netns,
@@ -571,19 +893,28 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	enum outcome outcome;
 	struct tcp_sock *tp;
 	struct pair *pair;
+	__u32 generation;
 
 	if (!set || !sk)
 		return OUTCOME_NO_MEMORY;
+	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
+		return OUTCOME_PAIRING_STALE;
+	/* Before the policy: a change that comes in between is then asked for once more. */
+	generation = *(volatile __u32 *)&set->generation;
 	look_up_policy(netns, hint->server_netns, hint->server_port, &policy);
 	if (policy.verdict == VERDICT_REFUSE)
 		return OUTCOME_POLICY_REFUSED;
-	if (is_misfit(hint->server_netns, hint->server_port))
+	if (is_misfit(netns, hint->server_netns, hint->server_port))
 		return OUTCOME_MISFIT;
+	if (!has_share(netns, set) || !has_share(hint->server_netns, set))
+		return OUTCOME_SHARE;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return OUTCOME_NO_MEMORY;
 	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
 		return OUTCOME_MPTCP;
+	if (kernel_socket(&tp->inet_conn.icsk_inet.sk))
+		return OUTCOME_KERNEL_SOCKET;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return OUTCOME_CLIENT_ULP;
 	if (!set->sleepers && may_sleep(tp))
@@ -609,8 +940,9 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	pair->server_port = hint->server_port;
 	pair->client_seq = ctx->snd_nxt;
 	pair->server_seq = ctx->rcv_nxt;
-	start_direction(&pair->side[SIDE_CLIENT].sending, pair->client_seq, set, &policy);
-	start_direction(&pair->side[SIDE_SERVER].sending, pair->server_seq, set, &policy);
+	start_direction(pair, SIDE_CLIENT, pair->client_seq, generation, &policy);
+	start_direction(pair, SIDE_SERVER, pair->server_seq, generation, &policy);
+	add_share(pair, 1);
 	pair->state = value.pair << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
 
 	outcome = join(ctx, sk, value.pair, SIDE_CLIENT, value.pair);
@@ -625,7 +957,7 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	}
 	return OUTCOME_PAIRED;
 forget:
-	bpf_map_delete_elem(&pairs, &value.pair);
+	delete_pair(pair, value.pair);
 	return outcome;
 }
 
@@ -635,7 +967,7 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	enum outcome outcome;
 	struct client_key key;
-	struct hint *hint;
+	struct hint *hint, copy;
 
 	if (!enrolled(netns))
 		return;
@@ -644,7 +976,9 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	hint = bpf_map_lookup_elem(&hints, &key);
 	if (!hint)
 		return;
-	outcome = pair_client(ctx, netns, &key, hint);
+	/* The map may give the entry to another client at any moment. */
+	copy = *(volatile struct hint *)hint;
+	outcome = pair_client(ctx, netns, &key, &copy);
 	if (outcome == OUTCOME_PAIRED)
 		hint->claimed = true; /* counted when the server joins */
 	else
@@ -653,17 +987,9 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 
 /*
  * The TCP socket of an MPTCP listener is one of the kernel's own, and what it
- * accepts from a plain client inherits that: nothing else tells it from a child
- * of a plain listener. Kernels without fbade4bd08ba take such a socket, once in
- * a SOCKHASH, for an MPTCP one when it is accepted.
- */
-static __always_inline bool kernel_socket(const struct sock *sk)
-{
-	return BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
-}
-
-/*
- * Sees such a child where it is made (inet_csk_clone_lock): accept may run before
+ * accepts from a plain client inherits that. Kernels without fbade4bd08ba take such
+ * a socket, once in a SOCKHASH, for an MPTCP one when it is accepted. This sees the
+ * child where it is made (inet_csk_clone_lock): accept may run before
  * pair_server, and makes it the program's own before it waits for the child's
  * lock (mptcp_stream_accept).
  */
@@ -677,8 +1003,23 @@ int keep_mptcp_out(__u64 *ctx)
 		return 0;
 	netns = sk->__sk_common.skc_net.net->net_cookie;
 	if (enrolled(netns))
-		remember_port(netns, sk->__sk_common.skc_num, MISFIT_MPTCP_LISTENER);
+		remember_port(0, netns, sk->__sk_common.skc_num, MISFIT_MPTCP_LISTENER);
 	return 0;
+}
+
+/*
+ * Tells a child of an MPTCP listener that has become plain TCP
+ * (mptcp_subflow_tcp_fallback gives it back what a plain socket has) from one that
+ * has another owner in the kernel. The client is a plain one.
+ */
+static __always_inline bool owned(const struct tcp_sock *tp, const struct pair *pair)
+{
+	const struct sock *client = (const struct sock *)pair->sock[SIDE_CLIENT];
+	void *plain;
+
+	return kernel_socket(&tp->inet_conn.icsk_inet.sk) &&
+	       (bpf_core_read(&plain, sizeof(plain), &client->sk_data_ready) ||
+		plain != tp->inet_conn.icsk_inet.sk.sk_data_ready);
 }
 
 static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 netns,
@@ -709,7 +1050,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
 	/* Found since then, perhaps by keep_mptcp_out of this very connection. */
-	if (is_misfit(netns, pair->server_port))
+	if (is_misfit(pair->netns[SIDE_CLIENT], netns, pair->server_port))
 		return OUTCOME_MISFIT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
@@ -718,13 +1059,25 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_MPTCP;
 	/* keep_mptcp_out is not run on a CPU that it was interrupted on. */
 	if (set->no_mptcp_listeners && kernel_socket(&tp->inet_conn.icsk_inet.sk)) {
-		remember(pair, MISFIT_MPTCP_LISTENER);
+		remember(pair, SIDE_SERVER, MISFIT_MPTCP_LISTENER);
 		return OUTCOME_MISFIT;
 	}
+	if (owned(tp, pair))
+		return OUTCOME_KERNEL_SOCKET;
 	cookie = bpf_get_socket_cookie(ctx);
 	pair->cookie[SIDE_SERVER] = cookie;
 	pair->sock[SIDE_SERVER] = (__u64)tp;
 	local_address(ctx, pair->server_addr);
+	if (pair->dialled_port != pair->server_port &&
+	    same_address(pair->dialled_addr, pair->server_addr)) {
+		struct policy policy = {};
+
+		/* The pod itself has redirected the port. The client's deliver does not look at these yet. */
+		pair->port_in_doubt = true;
+		ask_policy(pair, &policy);
+		set_verdict(&pair->side[SIDE_CLIENT].sending, &policy);
+		set_verdict(&pair->side[SIDE_SERVER].sending, &policy);
+	}
 	outcome = join(ctx, sk, id, SIDE_SERVER, cookie);
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;
@@ -775,7 +1128,8 @@ static __always_inline void take_out(struct pair *pair, __u32 side)
 	if (pair->state & left)
 		return;
 	__sync_fetch_and_or(&pair->state, leaves);
-	if (toward->busy || toward->redirect_end > pair->side[side].receiving.read_bytes)
+	if (toward->busy ||
+	    toward->redirect_end > pair->side[side].receiving.read_bytes + toward->missed)
 		return;
 	if (__sync_fetch_and_or(&pair->state, left) & left)
 		return;
@@ -803,7 +1157,7 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 	if (!self)
 		return;
 	own = self->side & 1;
-	pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	pair = pair_of(self);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!pair || !tp)
 		return;
@@ -833,7 +1187,7 @@ static __always_inline void withdraw(const struct pair *pair)
 /* The second one of the two sockets to go deletes the pair. */
 static __always_inline void mark_gone(const struct member *self)
 {
-	struct pair *pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	struct pair *pair = pair_of(self);
 	__u64 gone, other, state;
 
 	if (!pair)
@@ -841,11 +1195,12 @@ static __always_inline void mark_gone(const struct member *self)
 	gone = self->side == SIDE_CLIENT ? PAIR_CLIENT_GONE : PAIR_SERVER_GONE;
 	other = self->side == SIDE_CLIENT ? PAIR_SERVER_GONE : PAIR_CLIENT_GONE;
 	state = __sync_fetch_and_or(&pair->state, gone);
+	uncharge_all(pair, self->side);
 	if (!(state & PAIR_SERVER_JOINED))
 		withdraw(pair);
 	else if (!(state & other))
 		return;
-	bpf_map_delete_elem(&pairs, &self->pair);
+	delete_pair(pair, self->pair);
 }
 
 /*
@@ -878,6 +1233,71 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 		leave(sk, bpf_get_socket_cookie(ctx));
 }
 
+/*
+ * A member connects or listens once more. Its first connection has ended in a way
+ * that disconnected does not know, such as a reset after shutdown, and the SOCKHASH
+ * has kept redirected bytes for the next.
+ */
+static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct member *self;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	mark_gone(self);
+	leave(sk, bpf_get_socket_cookie(ctx));
+	count(OUTCOME_REUSED, 0);
+}
+
+/*
+ * The peer acknowledges the end of what a socket sends, and that wakes a recv that
+ * sleeps, which would return EAGAIN. This runs inside shutdown, before the thread
+ * can come to recv.
+ */
+static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct member *self;
+	struct tcp_sock *tp;
+	struct pair *pair;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	if (!self)
+		return;
+	pair = pair_of(self);
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	/* After close, or shutdown of both sides, nobody comes to recv. */
+	if (pair && tp && tp->inet_conn.icsk_inet.sk.sk_shutdown == SEND_SHUTDOWN && may_sleep(tp))
+		take_out(pair, self->side & 1);
+}
+
+/*
+ * Another program listens now, or the same one anew: what the last one has proved
+ * says nothing of it. What it has used and is not served still counts, but for the
+ * mode of its sockets.
+ */
+static __always_inline void on_listen(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct learned_value *known;
+
+	if (!enrolled(netns))
+		return;
+	known = find_learned(0, netns, ctx->local_port);
+	if (!known)
+		return;
+	known->reads = 0;
+	known->proved = 0;
+	known->bulk = 0;
+	__sync_fetch_and_and(&known->reasons, ~MISFIT_BLOCKING);
+}
+
 /* Returns 1 from every path: 0 would be taken for an error of all programs on the cgroup. */
 SEC("sockops")
 int track(struct bpf_sock_ops *ctx)
@@ -888,6 +1308,13 @@ int track(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (!ctx->is_fullsock)
 			on_syn(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_reuse(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		on_reuse(ctx);
+		on_listen(ctx);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		on_active(ctx);
@@ -901,9 +1328,24 @@ int track(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == TCP_CLOSE)
 			on_close(ctx);
+		else if (ctx->args[0] == TCP_ESTABLISHED && ctx->args[1] == TCP_FIN_WAIT1)
+			on_half_close(ctx);
 		break;
 	}
 	return 1;
+}
+
+/* The agent ends a flow whose sockets are gone without our having been told. */
+SEC("syscall")
+int end_flow(struct flow_id *ctx)
+{
+	struct pair *pair;
+	__u64 id = ctx->id;
+
+	pair = bpf_map_lookup_elem(&pairs, &id);
+	if (pair && pair->state >> PAIR_STATE_BITS == id)
+		delete_pair(pair, id);
+	return 0;
 }
 
 char __license[] SEC("license") = "Dual BSD/GPL";

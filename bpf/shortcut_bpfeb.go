@@ -27,6 +27,11 @@ type ShortcutCount struct {
 	Bytes  uint64
 }
 
+type ShortcutFlowId struct {
+	_  structs.HostLayout
+	Id uint64
+}
+
 type ShortcutHandshake struct {
 	_         structs.HostLayout
 	Pair      uint64
@@ -50,24 +55,27 @@ type ShortcutHint struct {
 	Claimed     uint32
 }
 
+type ShortcutLearnedKey struct {
+	_        structs.HostLayout
+	Server   uint64
+	Client   uint64
+	Port     uint32
+	Reserved uint32
+}
+
+type ShortcutLearnedValue struct {
+	_       structs.HostLayout
+	SinceNs uint64
+	Reasons uint32
+	Reads   uint32
+	Proved  uint32
+	Bulk    uint32
+}
+
 type ShortcutMember struct {
 	_        structs.HostLayout
 	Pair     uint64
 	Side     uint32
-	Reserved uint32
-}
-
-type ShortcutMisfit struct {
-	_        structs.HostLayout
-	SinceNs  uint64
-	Reasons  uint32
-	Reserved uint32
-}
-
-type ShortcutMisfitKey struct {
-	_        structs.HostLayout
-	Netns    uint64
-	Port     uint32
 	Reserved uint32
 }
 
@@ -83,7 +91,8 @@ const (
 	ShortcutMisfitReasonMISFIT_ULP            ShortcutMisfitReason = 64
 	ShortcutMisfitReasonMISFIT_ZEROCOPY       ShortcutMisfitReason = 128
 	ShortcutMisfitReasonMISFIT_MPTCP_LISTENER ShortcutMisfitReason = 256
-	ShortcutMisfitReasonMISFIT_REASONS        ShortcutMisfitReason = 9
+	ShortcutMisfitReasonMISFIT_BLOCKING       ShortcutMisfitReason = 512
+	ShortcutMisfitReasonMISFIT_REASONS        ShortcutMisfitReason = 10
 )
 
 type ShortcutOutcome uint32
@@ -95,35 +104,44 @@ const (
 	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 3
 	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 4
 	ShortcutOutcomeOUTCOME_LEFT             ShortcutOutcome = 5
-	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 6
-	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 7
-	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 8
-	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 9
-	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 10
-	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 11
-	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 13
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 6
+	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 7
+	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 8
+	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 9
+	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 10
+	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 11
+	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 12
+	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 14
+	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 43
 )
 
 type ShortcutPair struct {
@@ -139,9 +157,8 @@ type ShortcutPair struct {
 	ClientPort  uint16
 	DialledPort uint16
 	ServerPort  uint16
-	Reserved    uint16
-	Misfit      uint32
-	Reserved2   uint32
+	PortInDoubt uint16
+	Misfit      [2]uint32
 	ClientSeq   uint32
 	ServerSeq   uint32
 	Side        [2]struct {
@@ -193,7 +210,8 @@ type ShortcutReceiving struct {
 	State         ShortcutReadState
 	UnservedFlags uint32
 	Sleeper       uint32
-	Reserved      [11]uint32
+	Reads         uint32
+	Reserved      [10]uint32
 }
 
 type ShortcutSending struct {
@@ -212,17 +230,43 @@ type ShortcutSending struct {
 	Shortcut      uint8
 	Leave         uint8
 	PeerLeave     uint8
-	Reserved      uint8
+	Flags         uint8
 	RedirectEnd   uint64
+	LastTcpNs     uint64
+	Mark          uint64
+	Charge        uint64
+	QueuedBefore  uint32
+	QueuedSince   uint32
+	Limit         uint32
+	Missed        uint32
+	Burst         uint32
+	Proved        uint32
+	Bulk          uint32
+	Answered      uint32
+	Reserved      [2]uint32
 }
 
 type ShortcutSettings struct {
 	_                structs.HostLayout
 	Generation       uint32
 	Redirect         uint32
-	Budget           uint64
+	Budget           uint32
 	Sleepers         uint32
+	PodBudget        uint64
+	RefreshNs        uint64
+	LeaseNs          uint64
+	TrialReads       uint32
+	TrialBytes       uint32
+	FlowShare        uint32
+	LearnedShare     uint32
 	NoMptcpListeners uint32
+	SpliceSeen       uint32
+}
+
+type ShortcutShare struct {
+	_       structs.HostLayout
+	Flows   uint32
+	Learned uint32
 }
 
 type ShortcutVerdict uint32
@@ -237,17 +281,20 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	ShortcutMapCharges            = "charges"
 	ShortcutMapControl            = "control"
 	ShortcutMapHandshakes         = "handshakes"
 	ShortcutMapHints              = "hints"
+	ShortcutMapLearned            = "learned"
 	ShortcutMapMembers            = "members"
-	ShortcutMapMisfits            = "misfits"
 	ShortcutMapOutcomes           = "outcomes"
 	ShortcutMapPairs              = "pairs"
 	ShortcutMapPods               = "pods"
 	ShortcutMapPolicies           = "policies"
+	ShortcutMapShares             = "shares"
 	ShortcutMapSockets            = "sockets"
 	ShortcutProgDeliver           = "deliver"
+	ShortcutProgEndFlow           = "end_flow"
 	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
 	ShortcutProgObserveFexit      = "observe_fexit"
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
@@ -299,6 +346,7 @@ type ShortcutSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutProgramSpecs struct {
 	Deliver           *ebpf.ProgramSpec `ebpf:"deliver"`
+	EndFlow           *ebpf.ProgramSpec `ebpf:"end_flow"`
 	KeepMptcpOut      *ebpf.ProgramSpec `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.ProgramSpec `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.ProgramSpec `ebpf:"observe_tracepoint"`
@@ -309,15 +357,17 @@ type ShortcutProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutMapSpecs struct {
+	Charges    *ebpf.MapSpec `ebpf:"charges"`
 	Control    *ebpf.MapSpec `ebpf:"control"`
 	Handshakes *ebpf.MapSpec `ebpf:"handshakes"`
 	Hints      *ebpf.MapSpec `ebpf:"hints"`
+	Learned    *ebpf.MapSpec `ebpf:"learned"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
-	Misfits    *ebpf.MapSpec `ebpf:"misfits"`
 	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
 	Pairs      *ebpf.MapSpec `ebpf:"pairs"`
 	Pods       *ebpf.MapSpec `ebpf:"pods"`
 	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Shares     *ebpf.MapSpec `ebpf:"shares"`
 	Sockets    *ebpf.MapSpec `ebpf:"sockets"`
 }
 
@@ -349,29 +399,33 @@ func (o *ShortcutObjects) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutMaps struct {
+	Charges    *ebpf.Map `ebpf:"charges"`
 	Control    *ebpf.Map `ebpf:"control"`
 	Handshakes *ebpf.Map `ebpf:"handshakes"`
 	Hints      *ebpf.Map `ebpf:"hints"`
+	Learned    *ebpf.Map `ebpf:"learned"`
 	Members    *ebpf.Map `ebpf:"members"`
-	Misfits    *ebpf.Map `ebpf:"misfits"`
 	Outcomes   *ebpf.Map `ebpf:"outcomes"`
 	Pairs      *ebpf.Map `ebpf:"pairs"`
 	Pods       *ebpf.Map `ebpf:"pods"`
 	Policies   *ebpf.Map `ebpf:"policies"`
+	Shares     *ebpf.Map `ebpf:"shares"`
 	Sockets    *ebpf.Map `ebpf:"sockets"`
 }
 
 func (m *ShortcutMaps) Close() error {
 	return _ShortcutClose(
+		m.Charges,
 		m.Control,
 		m.Handshakes,
 		m.Hints,
+		m.Learned,
 		m.Members,
-		m.Misfits,
 		m.Outcomes,
 		m.Pairs,
 		m.Pods,
 		m.Policies,
+		m.Shares,
 		m.Sockets,
 	)
 }
@@ -389,6 +443,7 @@ type ShortcutVariables struct {
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutPrograms struct {
 	Deliver           *ebpf.Program `ebpf:"deliver"`
+	EndFlow           *ebpf.Program `ebpf:"end_flow"`
 	KeepMptcpOut      *ebpf.Program `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.Program `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.Program `ebpf:"observe_tracepoint"`
@@ -398,6 +453,7 @@ type ShortcutPrograms struct {
 func (p *ShortcutPrograms) Close() error {
 	return _ShortcutClose(
 		p.Deliver,
+		p.EndFlow,
 		p.KeepMptcpOut,
 		p.ObserveFexit,
 		p.ObserveTracepoint,

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -49,9 +50,21 @@ type Config struct {
 	// MountBPFFS mounts a bpffs on the parent of PinDir where there is none. In a
 	// container that mount, and all pins with it, would end with the container.
 	MountBPFFS bool
-	// Budget is how many bytes a receiver may leave unread before a direction
-	// spills to TCP.
+	// Budget is how many bytes the receiver of one direction may leave unread, each
+	// message counting 1024 more, before the direction spills to TCP. A direction
+	// begins with 128 KiB, and has more when its receiver has read that.
 	Budget uint32
+	// PodBudget is the same for all receivers of a pod together.
+	PodBudget uint64
+	// RefreshInterval is how long a direction may do without TCP before one message
+	// goes that way, so that conntrack and the like see that the connection is in
+	// use; 0 is for ever.
+	RefreshInterval time.Duration
+	// TrialReads and TrialBytes are what a receiver has to take by recv from TCP
+	// before anything is redirected to it: so many recv calls, and for bursts above
+	// 4 KiB so many bytes of such. A burst that is larger than any before goes by TCP
+	// in any case, up to 64 KiB; with 0 bytes it does not.
+	TrialReads, TrialBytes uint32
 	// MaxPods, MaxPolicies, MaxFlows and MaxHandshakes are the sizes of the maps.
 	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
 	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
@@ -73,9 +86,15 @@ type Config struct {
 // DefaultConfig returns what the agent runs with unless told otherwise.
 func DefaultConfig() Config {
 	return Config{
-		PinDir:        api.PinDir,
-		MountBPFFS:    true,
-		Budget:        8 << 20, // TCP's own buffers may grow to 4 and 6 MiB by default
+		PinDir:     api.PinDir,
+		MountBPFFS: true,
+		Budget:     1 << 20,
+		PodBudget:  16 << 20,
+
+		RefreshInterval: 30 * time.Second,
+		TrialReads:      32,
+		TrialBytes:      256 << 10,
+
 		MaxPods:       1024,
 		MaxPolicies:   131072,
 		MaxFlows:      32768,
@@ -99,8 +118,17 @@ func (c Config) Validate() error {
 	if !filepath.IsAbs(c.PinDir) {
 		return fmt.Errorf("pin directory %q: accepted is an absolute path in a bpffs such as %s", c.PinDir, api.PinDir)
 	}
-	if c.Budget < 4096 {
-		return fmt.Errorf("budget of %d bytes: accepted are 4096 and above", c.Budget)
+	if c.Budget < 4096 || c.Budget > 1<<30 {
+		return fmt.Errorf("budget of %d bytes: accepted are 4096 to %d", c.Budget, 1<<30)
+	}
+	if c.PodBudget < uint64(c.Budget) || c.PodBudget > 1<<40 {
+		return fmt.Errorf("pod budget of %d bytes: accepted are the budget of a direction, %d, to %d", c.PodBudget, c.Budget, 1<<40)
+	}
+	if c.RefreshInterval < 0 || c.RefreshInterval > 0 && c.RefreshInterval < 100*time.Millisecond {
+		return fmt.Errorf("refresh interval %v: accepted are 0, which is never, and 100ms and above", c.RefreshInterval)
+	}
+	if c.TrialBytes > 1<<30 {
+		return fmt.Errorf("trial of %d bytes: accepted are 0 to %d", c.TrialBytes, 1<<30)
 	}
 	if c.MaxPods == 0 || c.MaxPolicies == 0 || c.MaxFlows == 0 || c.MaxHandshakes == 0 {
 		return errors.New("size of a map is 0: accepted are 1 and above")
@@ -118,10 +146,14 @@ type Datapath struct {
 	links    []link.Link
 	lock     *os.File // the pin directory
 
-	mu       sync.Mutex          // guards what follows, and writes to the policy map
-	policy   map[podPair][]entry // what the policy map has, once it was read
-	guards   map[string]*guard   // attached, by name
-	unloaded bool
+	mu     sync.Mutex          // guards what follows, and writes to the policy map
+	policy map[podPair][]entry // what the policy map has, once it was read
+	// generationDue is set while the policy map may differ from what the generation
+	// in force stands for.
+	generationDue bool
+	drift         map[uint64]bpf.ShortcutShare // of shares, as the last sweep found it
+	guards        map[string]*guard            // attached, by name
+	unloaded      bool
 }
 
 var (
@@ -244,7 +276,13 @@ func (d *Datapath) takeOver() error {
 	if err := d.updateGuards(); err != nil {
 		return err
 	}
-	return d.attach(d.cfg.PinDir)
+	if err := d.attach(d.cfg.PinDir); err != nil {
+		return err
+	}
+	// The process before may have been killed between a change of the policy map and
+	// the raise that makes it known.
+	d.generationDue = true
+	return d.raiseGeneration()
 }
 
 // OpenPins opens what an earlier process has pinned in dir without attaching
@@ -317,6 +355,9 @@ func (c Config) sizes() map[string]uint32 {
 		bpf.ShortcutMapSockets:    cmp.Or(c.MaxSockets, 2*c.MaxFlows),
 		bpf.ShortcutMapHints:      c.MaxHandshakes,
 		bpf.ShortcutMapHandshakes: c.MaxHandshakes,
+		// Those of a pod that has gone stay until its last flow has.
+		bpf.ShortcutMapCharges: 2 * c.MaxPods,
+		bpf.ShortcutMapShares:  2 * c.MaxPods,
 	}
 }
 
@@ -376,7 +417,13 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 func (d *Datapath) attach(dir string) error {
 	if err := d.setControl(func(s *bpf.ShortcutSettings) {
 		s.Redirect = 1
-		s.Budget = uint64(d.cfg.Budget)
+		s.Budget = d.cfg.Budget
+		s.PodBudget = d.cfg.PodBudget
+		s.RefreshNs = uint64(d.cfg.RefreshInterval)
+		s.TrialReads, s.TrialBytes = d.cfg.TrialReads, d.cfg.TrialBytes
+		s.FlowShare = half(d.objects.Maps[bpf.ShortcutMapPairs].MaxEntries())
+		s.LearnedShare = half(d.objects.Maps[bpf.ShortcutMapLearned].MaxEntries())
+		s.SpliceSeen = number(slices.Contains(d.cfg.Guards, GuardSplice))
 		s.Sleepers = number(d.cfg.Sleepers)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 	}); err != nil {
@@ -392,6 +439,9 @@ func (d *Datapath) attach(dir string) error {
 }
 
 func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.NoMPTCPListeners || mptcpUnsafe() }
+
+// half is the most that one pod may have of a map that connections fill.
+func half(entries uint32) uint32 { return max(1, entries/2) }
 
 func number(yes bool) uint32 {
 	if yes {
@@ -411,6 +461,41 @@ func (d *Datapath) setControl(change func(*bpf.ShortcutSettings)) error {
 		return fmt.Errorf("write the controls: %w", err)
 	}
 	return nil
+}
+
+// SetLease says for how long from now on the policy may be trusted: after that
+// every message goes by TCP and no connection is paired, until the next call. 0 is
+// for ever.
+func (d *Datapath) SetLease(lease time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return ErrUnloaded
+	}
+	return d.setControl(func(s *bpf.ShortcutSettings) {
+		s.LeaseNs = 0
+		if lease > 0 {
+			s.LeaseNs = uint64(monotonic() + lease)
+		}
+	})
+}
+
+// Lease returns until when the policy may be trusted, by SetLease of this process or
+// of one before; the zero time is for ever.
+func (d *Datapath) Lease() (time.Time, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return time.Time{}, ErrUnloaded
+	}
+	var s bpf.ShortcutSettings
+	if err := d.objects.Maps[bpf.ShortcutMapControl].Lookup(uint32(0), &s); err != nil {
+		return time.Time{}, fmt.Errorf("read the controls: %w", err)
+	}
+	if s.LeaseNs == 0 {
+		return time.Time{}, nil
+	}
+	return time.Now().Add(time.Duration(s.LeaseNs) - monotonic()), nil
 }
 
 // Close gives up this process's hold of the objects. The pins stay: flows and

@@ -44,7 +44,7 @@ func (d *Datapath) flows() ([]Flow, error) {
 			Server:      address(p.ServerAddr, p.ServerPort),
 			Joined:      p.State&uint64(bpf.ShortcutPairStatePAIR_SERVER_JOINED) != 0,
 			Since:       boot.Add(time.Duration(p.SinceNs)),
-			Misfits:     reasons(p.Misfit),
+			Misfits:     reasons(p.Misfit[client] | p.Misfit[server]),
 			ToServer:    direction(&p, client),
 			ToClient:    direction(&p, server),
 		})
@@ -84,12 +84,13 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 	if !dir.Shortcut {
 		dir.TCPBytes += uint64(s.LastSize) // write_seq counts it with the next message
 	}
+	read := r.ReadBytes + uint64(s.Missed)
 	// A read may be seen before the count of what it read is.
-	if sent := dir.ShortcutBytes + dir.TCPBytes; sent > r.ReadBytes {
-		dir.Unread = sent - r.ReadBytes
+	if sent := dir.ShortcutBytes + dir.TCPBytes; sent > read {
+		dir.Unread = sent - read
 	}
 	// Redirected bytes are read before all TCP bytes that were sent after them.
-	dir.Redirected = s.RedirectEnd > r.ReadBytes && p.State&uint64(receiverGone) == 0
+	dir.Redirected = s.RedirectEnd > read && p.State&uint64(receiverGone) == 0
 	return dir
 }
 
@@ -121,7 +122,7 @@ func (d *Datapath) Maps() ([]api.MapUsage, error) {
 	var usage []api.MapUsage
 	for _, name := range []string{
 		bpf.ShortcutMapPods, bpf.ShortcutMapPolicies, bpf.ShortcutMapPairs,
-		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapMisfits,
+		bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapLearned,
 	} {
 		m := d.objects.Maps[name]
 		n, err := size(m)
@@ -134,8 +135,10 @@ func (d *Datapath) Maps() ([]api.MapUsage, error) {
 }
 
 // Sweep deletes what handshakes older than age have left that never ended, and
-// what is remembered of pods that do not take part any more. Guards go when the
-// last flow has ended.
+// what is remembered of pods that do not take part any more. It ends the flows
+// whose sockets are gone although the programs were not told, as when another
+// program on the cgroup has switched their callbacks off. Guards go when the last
+// flow has ended.
 func (d *Datapath) Sweep(age time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -146,7 +149,9 @@ func (d *Datapath) Sweep(age time.Duration) error {
 	return errors.Join(
 		sweep(d.objects.Maps[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
 		sweep(d.objects.Maps[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
+		d.sweepPairs(limit),
 		d.forgetReleased(),
+		d.settleShares(),
 		d.updateGuards(),
 	)
 }

@@ -205,9 +205,10 @@ func TestConnectionsFull(t *testing.T) {
 		usage  map[string]int
 	}{
 		{
-			"flows", func(c *datapath.Config) { c.MaxFlows = 2 },
+			// Half of the map is the most that one pod may have.
+			"share of flows", func(c *datapath.Config) { c.MaxFlows = 4 },
 			map[string]uint64{
-				"connection_paired": 2, "connection_pairs_full": 3, "message_not_seen": 4, "message_shortcut": 36,
+				"connection_paired": 2, "connection_share": 3, "message_not_seen": 4, "message_shortcut": 36,
 			},
 			map[string]int{"pods": 2, "policies": 4, "pairs": 2, "sockets": 4},
 		},
@@ -247,6 +248,43 @@ func TestConnectionsFull(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPairsFull: two pairs of pods fill the map, each with its share, and the
+// connections of a third stay on TCP until there is room.
+func TestPairsFull(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 4 })
+	var pods []*sandbox.Pod
+	var rules []datapath.Rule
+	for i := range 3 {
+		names := []string{fmt.Sprintf("client%d", i), fmt.Sprintf("server%d", i)}
+		two, cookies := n.mustEnrol(t, names...)
+		pods = append(pods, two...)
+		rules = append(rules, between(datapath.Allow, cookies...)...)
+	}
+	n.mustSetPolicy(t, rules)
+	open := func(i int) []net.Conn {
+		l, address := mustListenOn(t, pods[2*i+1])
+		var conns []net.Conn
+		for range 2 {
+			c, s := connect(t, pods[2*i].Netns, l, "tcp4", address)
+			pingPong(t, c, s, 10, 100)
+			conns = append(conns, c, s)
+		}
+		return conns
+	}
+	first := open(0)
+	open(1)
+	before := n.counts(t)
+	open(2)
+	n.mustCount(t, before, map[string]uint64{"connection_pairs_full": 2})
+	for _, c := range first {
+		c.Close()
+	}
+	n.waitUsage(t, map[string]int{"pods": 6, "policies": 12, "pairs": 2, "sockets": 4})
+	before = n.counts(t)
+	open(2)
+	n.mustCount(t, before, map[string]uint64{"connection_paired": 2, "message_not_seen": 4, "message_shortcut": 36})
 }
 
 // TestHandshakesFull: of more handshakes at once than the maps hold, the oldest

@@ -20,8 +20,8 @@ import (
 // Guards see a call that the kernel does not serve on a shortcut socket before
 // it is served. They need a kernel that allows trampolines.
 const (
-	// GuardSplice lets splice from a socket of a pair fail with EINVAL. It costs
-	// every read and write of a file on the node a few nanoseconds.
+	// GuardSplice puts a direction on TCP when its receiver uses splice, which fails
+	// with EINVAL while redirected bytes are unread. It costs every read and write of a file on the node a few nanoseconds.
 	GuardSplice = "splice"
 	// GuardULP lets TCP_ULP (kTLS) on a socket of a pair fail with ENOENT.
 	GuardULP = "ulp"
@@ -36,7 +36,7 @@ const (
 // are attached.
 func guardPrograms() map[string][]string {
 	return map[string][]string{
-		GuardSplice:   {bpf.GuardProgSpliceRefused, bpf.GuardProgSpliceEnds, bpf.GuardProgSpliceBegins},
+		GuardSplice:   {bpf.GuardProgSpliceRefused, bpf.GuardProgSpliceEnds, bpf.GuardProgSpliceBegins, bpf.GuardProgSpliceSeen},
 		GuardULP:      {bpf.GuardProgUlpRefused, bpf.GuardProgUlpBegins},
 		GuardFIONREAD: {bpf.GuardProgFionreadSeen},
 		GuardFlags:    {bpf.GuardProgFlagsOfRecv, bpf.GuardProgFlagsOfSend},
@@ -96,7 +96,7 @@ func loadGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (*ebp
 		return !slices.Contains(guardPrograms()[name], program)
 	})
 	replacements := map[string]*ebpf.Map{}
-	for _, m := range []string{bpf.GuardMapMembers, bpf.GuardMapPairs, bpf.GuardMapMisfits} {
+	for _, m := range []string{bpf.GuardMapControl, bpf.GuardMapMembers, bpf.GuardMapPairs, bpf.GuardMapLearned, bpf.GuardMapShares} {
 		replacements[m] = shared[m]
 		spec.Maps[m].MaxEntries = shared[m].MaxEntries()
 	}

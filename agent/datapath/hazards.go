@@ -37,6 +37,8 @@ const (
 	probeTimeout = 5 * time.Second
 	// quiet is how long is waited for what a kernel with a hazard does not do.
 	quiet = 250 * time.Millisecond
+	// probeBytes is how much the proof of a guard redirects.
+	probeBytes = 5
 )
 
 // hazard is a way in which a socket of a sockmap may be served differently from
@@ -573,7 +575,9 @@ func proveGuard(name string, cache *btf.Cache) error {
 		defer objects.Close()
 		const id = uint64(1)
 		pairs := objects.Maps[bpf.ShortcutMapPairs]
-		if err := pairs.Put(id, bpf.ShortcutPair{State: id << bpf.ShortcutPairStatePAIR_STATE_BITS}); err != nil {
+		pair := bpf.ShortcutPair{State: id << bpf.ShortcutPairStatePAIR_STATE_BITS}
+		pair.Side[client].Sending.RedirectEnd = probeBytes // as if they were unread
+		if err := pairs.Put(id, pair); err != nil {
 			return fmt.Errorf("make a pair: %w", err)
 		}
 		for side, fd := range []int{client: sender, server: receiver} {
@@ -599,14 +603,14 @@ func proveSplice(sender, receiver int, _ func() (bpf.ShortcutPair, error)) error
 	}
 	defer unix.Close(pipe[0])
 	defer unix.Close(pipe[1])
-	if _, err := unix.Write(sender, make([]byte, 5)); err != nil {
+	if _, err := unix.Write(sender, make([]byte, probeBytes)); err != nil {
 		return err
 	}
-	if n, err := unix.Splice(receiver, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK); !errors.Is(err, unix.EINVAL) {
+	if n, err := unix.Splice(receiver, nil, pipe[1], nil, probeBytes, unix.SPLICE_F_NONBLOCK); !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("splice gives %d (%s), want EINVAL", n, fmt.Sprint(err))
 	}
-	if n, err := unix.Read(receiver, make([]byte, 5)); n != 5 {
-		return fmt.Errorf("read after a splice gives %d (%s), want 5", n, fmt.Sprint(err))
+	if n, err := unix.Read(receiver, make([]byte, probeBytes)); n != probeBytes {
+		return fmt.Errorf("read after a splice gives %d (%s), want %d", n, fmt.Sprint(err), probeBytes)
 	}
 	return nil
 }
@@ -617,7 +621,7 @@ func proveULP(sender, _ int, pair func() (bpf.ShortcutPair, error)) error {
 	}
 	// So it does without a guard where there is no kTLS.
 	noted, err := pair()
-	if err == nil && noted.Misfit != uint32(bpf.ShortcutMisfitReasonMISFIT_ULP) {
+	if err == nil && noted.Misfit[server] != uint32(bpf.ShortcutMisfitReasonMISFIT_ULP) {
 		err = errors.New("TCP_ULP is not seen")
 	}
 	return err
@@ -646,8 +650,8 @@ func wantMisfit(get func() (bpf.ShortcutPair, error), want bpf.ShortcutMisfitRea
 	if err != nil {
 		return fmt.Errorf("read the pair: %w", err)
 	}
-	if pair.Misfit != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSERVED == 0 {
-		return fmt.Errorf("the call is not seen: noted are %v", reasons(pair.Misfit))
+	if noted := pair.Misfit[client] | pair.Misfit[server]; noted != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSERVED == 0 {
+		return fmt.Errorf("the call is not seen: noted are %v", reasons(noted))
 	}
 	return nil
 }

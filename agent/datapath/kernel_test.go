@@ -40,6 +40,8 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	n := &node{Sandbox: s, cfg: datapath.DefaultConfig(), log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
 	n.cfg.Cgroup = s.Cgroup
 	n.cfg.PinDir = filepath.Join(s.BPF, "podshunt")
+	// Tests of other things want the shortcut from the second message on, however long they take.
+	n.cfg.TrialReads, n.cfg.TrialBytes, n.cfg.RefreshInterval = 1, 0, 0
 	if change != nil {
 		change(&n.cfg)
 	}

@@ -17,7 +17,10 @@ import (
 // Misfit is a server port of a pod whose new connections are not paired, because
 // one of them used what the kernel does not serve on a shortcut socket.
 type Misfit struct {
-	Netns   uint64 // cookie of the server's
+	Netns uint64 // cookie of the server's
+	// Client is the cookie of the pod that used it on a connection of its own, whose
+	// connections alone are not paired; 0 if the server used it.
+	Client  uint64
 	Port    uint16
 	Reasons []string
 	Since   time.Time
@@ -27,6 +30,7 @@ type Misfit struct {
 func reasonTexts() [bpf.ShortcutMisfitReasonMISFIT_REASONS]string {
 	return [...]string{
 		"MSG_WAITALL", "MSG_OOB", "other flags of recv", "SO_RCVLOWAT", "FIONREAD", "splice", "TCP_ULP", "SO_ZEROCOPY", "MPTCP listener",
+		"a socket in blocking mode",
 	}
 }
 
@@ -47,27 +51,40 @@ func (d *Datapath) Misfits() ([]Misfit, error) {
 	if d.unloaded {
 		return nil, nil
 	}
-	all, err := entries[bpf.ShortcutMisfitKey, bpf.ShortcutMisfit](d.objects.Maps[bpf.ShortcutMapMisfits])
+	all, err := d.learned()
 	if err != nil {
-		return nil, fmt.Errorf("read the misfits map: %w", err)
+		return nil, err
 	}
 	boot := time.Now().Add(-monotonic())
 	misfits := make([]Misfit, 0, len(all))
 	for key, value := range all {
+		if value.Reasons == 0 {
+			continue
+		}
 		misfits = append(misfits, Misfit{
-			Netns: key.Netns, Port: uint16(key.Port),
+			Netns: key.Server, Client: key.Client, Port: uint16(key.Port),
 			Reasons: reasons(value.Reasons), Since: boot.Add(time.Duration(value.SinceNs)),
 		})
 	}
 	slices.SortFunc(misfits, func(a, b Misfit) int {
-		return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port))
+		return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Client, b.Client))
 	})
 	return misfits, nil
 }
 
-// Forget deletes what forget says yes to, and returns how many that were: new
-// connections to these ports are paired again.
-func (d *Datapath) Forget(forget func(netns uint64, port uint16) bool) (int, error) {
+func (d *Datapath) learned() (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
+	all, err := entries[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue](d.objects.Maps[bpf.ShortcutMapLearned])
+	if err != nil {
+		return nil, fmt.Errorf("read the map of what is learned: %w", err)
+	}
+	return all, nil
+}
+
+// Forget deletes all that is known of the server ports for which forget says yes,
+// and returns how many of them were misfits: their new connections are paired
+// again, and their receivers begin anew to prove themselves. client is 0 for what is
+// known of the server.
+func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
@@ -76,35 +93,37 @@ func (d *Datapath) Forget(forget func(netns uint64, port uint16) bool) (int, err
 	return d.forget(forget)
 }
 
-func (d *Datapath) forget(forget func(netns uint64, port uint16) bool) (int, error) {
-	table := d.objects.Maps[bpf.ShortcutMapMisfits]
-	all, err := entries[bpf.ShortcutMisfitKey, bpf.ShortcutMisfit](table)
+func (d *Datapath) forget(forget func(server, client uint64, port uint16) bool) (int, error) {
+	all, err := d.learned()
 	if err != nil {
-		return 0, fmt.Errorf("read the misfits map: %w", err)
+		return 0, err
 	}
 	forgotten := 0
-	for key := range all {
-		if !forget(key.Netns, uint16(key.Port)) {
+	for key, value := range all {
+		if !forget(key.Server, key.Client, uint16(key.Port)) {
 			continue
 		}
-		err := table.Delete(key)
+		err := d.objects.Maps[bpf.ShortcutMapLearned].Delete(key)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return forgotten, fmt.Errorf("delete from the misfits map: %w", err)
+			return forgotten, fmt.Errorf("delete from the map of what is learned: %w", err)
 		}
-		forgotten++
+		if value.Reasons != 0 {
+			forgotten++
+		}
 	}
 	return forgotten, nil
 }
 
-// forgetReleased deletes what is remembered of pods that do not take part any more.
+// forgetReleased deletes what is known of pods that do not take part any more.
 func (d *Datapath) forgetReleased() error {
 	pods, err := entries[uint64, uint32](d.objects.Maps[bpf.ShortcutMapPods])
 	if err != nil {
 		return fmt.Errorf("read the pods map: %w", err)
 	}
-	_, err = d.forget(func(netns uint64, _ uint16) bool {
-		_, enrolled := pods[netns]
-		return !enrolled
+	_, err = d.forget(func(server, client uint64, _ uint16) bool {
+		_, serverIn := pods[server]
+		_, clientIn := pods[client]
+		return !serverIn || client != 0 && !clientIn
 	})
 	return err
 }

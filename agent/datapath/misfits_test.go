@@ -71,18 +71,20 @@ func TestMisfits(t *testing.T) {
 		use     func(t *testing.T, c, s net.Conn)
 		reason  string
 		outcome string
+		// client is set where the client did it: connections of other pods are paired.
+		client bool
 	}{
-		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unserved"},
-		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unserved"},
-		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat"},
-		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "SO_ZEROCOPY", "message_zerocopy"},
+		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unserved", false},
+		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unserved", false},
+		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat", false},
+		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "SO_ZEROCOPY", "message_zerocopy", false},
 		{"SO_ZEROCOPY of the client", func(t *testing.T, c, _ net.Conn) {
 			setServer(unix.SO_ZEROCOPY, 1)(t, nil, c)
-		}, "SO_ZEROCOPY", "message_zerocopy"},
+		}, "SO_ZEROCOPY", "message_zerocopy", true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server")
+			pods, cookies := n.mustEnrol(t, "client", "server", "neighbour")
 			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			other, otherAddress := mustListenOn(t, pods[1])
@@ -95,6 +97,9 @@ func TestMisfits(t *testing.T) {
 				t.Errorf("got %v, want at least 5 of %s", got, tc.outcome)
 			}
 			want := []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{tc.reason}}}
+			if tc.client {
+				want[0].Client = cookies[0]
+			}
 			check := func(when string) {
 				t.Helper()
 				if diff := cmp.Diff(want, n.misfits(t)); diff != "" {
@@ -116,21 +121,28 @@ func TestMisfits(t *testing.T) {
 			}
 			check("after a take-over")
 			n.closeAll(t, c, s)
-			pair := func(l net.Listener, want map[string]uint64) {
+			pair := func(from *sandbox.Pod, l net.Listener, want map[string]uint64) {
 				t.Helper()
 				before := n.counts(t)
-				c, s := connect(t, pods[0].Netns, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
+				c, s := connect(t, from.Netns, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
 				pingPong(t, c, s, 5, 100)
 				n.mustCount(t, before, want)
 				n.closeAll(t, c, s)
 			}
 			served := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
-			pair(l, map[string]uint64{"connection_misfit": 1})
-			pair(other, served)
+			misfit := map[string]uint64{"connection_misfit": 1}
+			pair(pods[0], l, misfit)
+			pair(pods[0], other, served)
+			// What a client uses is no matter of the others.
+			if tc.client {
+				pair(pods[2], l, served)
+			} else {
+				pair(pods[2], l, misfit)
+			}
 
 			forget := func(netns uint64, port uint16, want int) {
 				t.Helper()
-				got, err := n.Forget(func(n uint64, p uint16) bool { return n == netns && p == port })
+				got, err := n.Forget(func(n, _ uint64, p uint16) bool { return n == netns && p == port })
 				if err != nil || got != want {
 					t.Errorf("got %d forgotten (%v), want %d", got, err, want)
 				}
@@ -139,7 +151,7 @@ func TestMisfits(t *testing.T) {
 			forget(cookies[0], address.Port(), 0)
 			check("after others were forgotten")
 			forget(cookies[1], address.Port(), 1)
-			pair(l, served)
+			pair(pods[0], l, served)
 		})
 	}
 }
@@ -285,7 +297,7 @@ func TestMPTCPListenerRace(t *testing.T) {
 				t.Fatal(err)
 			}
 			c.Close()
-			if _, err := n.Forget(func(uint64, uint16) bool { return true }); err != nil {
+			if _, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -30,6 +30,13 @@ func (d *Datapath) Enrol(netns string) (uint64, error) {
 	if d.unloaded {
 		return 0, ErrUnloaded
 	}
+	// What a pod has left from an earlier part stays: its connections are still there.
+	for name, zero := range map[string]any{bpf.ShortcutMapCharges: int64(0), bpf.ShortcutMapShares: bpf.ShortcutShare{}} {
+		err := d.objects.Maps[name].Update(cookie, zero, ebpf.UpdateNoExist)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err, "pods"))
+		}
+	}
 	if err := d.objects.Maps[bpf.ShortcutMapPods].Put(cookie, uint32(1)); err != nil {
 		return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err, "pods"))
 	}
@@ -138,11 +145,23 @@ func (d *Datapath) writePolicy(want map[podPair][]entry) error {
 			delete(want, pods)
 		}
 	}
-	if len(want) == 0 {
+	var err error
+	if len(want) > 0 {
+		d.generationDue = true
+		err = d.replacePairs(want)
+	}
+	return errors.Join(err, d.raiseGeneration())
+}
+
+// raiseGeneration lets all directions ask the policy map again, if they have not
+// been told of its last change. It stays due until it has succeeded.
+func (d *Datapath) raiseGeneration() error {
+	if !d.generationDue {
 		return nil
 	}
-	err := d.replacePairs(want)
-	return errors.Join(err, d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }))
+	err := d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ })
+	d.generationDue = err != nil
+	return err
 }
 
 // replacePairs takes what goes away first: it may be the room that others lack.

@@ -359,6 +359,24 @@ func TestSleepersKeptOut(t *testing.T) {
 		t.Errorf("got flows %+v, %v; want one whose server has left, with nothing by shortcut to it", flows, err)
 	}
 
+	// The port is known for it: the next connection is not paired, until another
+	// program listens there.
+	if got := n.counts(t); got["connection_paired"] != 1 {
+		t.Errorf("got %v, want one connection paired", got)
+	}
+	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
+	pingPong(t, c, s, 2, 100)
+	if got := n.counts(t); got["connection_misfit"] != 1 || got["connection_paired"] != 1 {
+		t.Errorf("got %v, want connection_misfit 1 and connection_paired still 1", got)
+	}
+	l.Close()
+	l = pods[1].MustListen(t, "tcp4", address.String())
+	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
+	pingPong(t, c, s, 2, 100)
+	if got := n.counts(t); got["connection_misfit"] != 1 || got["connection_paired"] != 2 {
+		t.Errorf("after another listen: got %v, want connection_misfit 1 and connection_paired 2", got)
+	}
+
 	var fd int
 	err = pods[0].Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -371,8 +389,8 @@ func TestSleepersKeptOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if got := n.counts(t); got["connection_blocking_client"] != 1 || got["connection_paired"] != 1 {
-		t.Errorf("got %v, want connection_blocking_client 1 and connection_paired still 1", got)
+	if got := n.counts(t); got["connection_blocking_client"] != 1 || got["connection_paired"] != 2 {
+		t.Errorf("got %v, want connection_blocking_client 1 and connection_paired still 2", got)
 	}
 }
 

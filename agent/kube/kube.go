@@ -307,6 +307,33 @@ func (s *Source) Content() (*pods.Content, error) {
 	return s.content, nil
 }
 
+// outageTrusted is how long what was last known may be relied on while nobody can
+// reach the API server: what enforces NetworkPolicy on the node is as old then.
+const outageTrusted = time.Hour
+
+// Vouch returns why what Content returns must not be relied on, or nil. An API
+// server that cannot be reached is no reason for an hour; one that refuses this
+// agent is, since others are told of changes.
+func (s *Source) Vouch(now time.Time) error {
+	for k, synced := range s.synced {
+		if !synced() {
+			return fmt.Errorf("the API server has not told of the %s yet", kind(k))
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, o := range s.outages {
+		switch {
+		case o.err == nil:
+		case apierrors.IsUnauthorized(o.err), apierrors.IsForbidden(o.err):
+			return fmt.Errorf("refused by the API server since %s: %w", o.since.UTC().Format(time.RFC3339), o.err)
+		case now.Sub(o.since) > outageTrusted:
+			return fmt.Errorf("not up to date since %s: %w", o.since.UTC().Format(time.RFC3339), o.err)
+		}
+	}
+	return nil
+}
+
 // read returns what is in the caches, and takes what is not stale from the last
 // content.
 func (s *Source) read(last *pods.Content) *pods.Content {

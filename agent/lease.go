@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/api"
+)
+
+// lease keeps the policy in the kernel trusted for as long as somebody vouches for
+// it. After an agent has died, or has lost its source for good, connections go back
+// to TCP, where the network enforces what this node does not hear of any more.
+type lease struct {
+	datapath leased
+	length   time.Duration // 0: trusted for ever
+	// vouch returns why the policy must not be relied on.
+	vouch func(now time.Time) error
+	log   *slog.Logger
+
+	mu  sync.Mutex
+	err error // of the last try
+}
+
+// leased is the part of a Datapath that a lease is of.
+type leased interface {
+	SetLease(time.Duration) error
+	Lease() (time.Time, error)
+}
+
+// run renews the lease until ctx ends.
+func (l *lease) run(ctx context.Context) error {
+	if err := l.begin(); err != nil && !errors.Is(err, datapath.ErrUnloaded) {
+		return err
+	}
+	if l.length == 0 {
+		return nil
+	}
+	ticker := time.NewTicker(max(l.length/10, 10*time.Millisecond))
+	defer ticker.Stop()
+	for {
+		l.renew(time.Now())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// begin leaves alone what the agent before has left of its lease, so that agents
+// which start over and over do not make an old policy trusted for ever.
+func (l *lease) begin() error {
+	until, err := l.datapath.Lease()
+	if err == nil && until.IsZero() != (l.length == 0) {
+		err = l.datapath.SetLease(l.length)
+	}
+	return err
+}
+
+func (l *lease) renew(now time.Time) {
+	err := l.vouch(now)
+	if err == nil {
+		err = l.datapath.SetLease(l.length)
+	}
+	if errors.Is(err, datapath.ErrUnloaded) {
+		err = nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil && l.err == nil {
+		l.log.Warn("the policy's lease is not renewed: when it ends, all connections go by TCP", "err", err)
+	}
+	if err == nil && l.err != nil {
+		l.log.Info("the policy's lease is renewed again")
+	}
+	l.err = err
+}
+
+// state is for the status; nil if the policy is trusted for ever.
+func (l *lease) state() *api.Lease {
+	until, err := l.datapath.Lease()
+	if err != nil || until.IsZero() {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	state := &api.Lease{Until: until}
+	if l.err != nil {
+		state.Error = l.err.Error()
+	}
+	return state
+}
