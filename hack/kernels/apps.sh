@@ -42,8 +42,10 @@ series() {
 	fi
 	pattern=$(printf '%s\n' "${wanted[@]}" | sed 's/[][().*+?^$|\\]/\\&/g' | paste -sd '|')
 	VM_DISK=$cache/root.ext4 VM_MEMORY=${VM_MEMORY:-3072} VM_TIMEOUT=${VM_TIMEOUT:-14400} VM_OUTPUT=$dir/output \
-		"$top/hack/kernels/run.sh" "$1" "$results/apps.test" -test.v -test.timeout 5h -test.run '^TestDefaults$' \
-		-program-timeout 4m -programs "^($pattern)\$" || status=$?
+		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=testname --raw-command -- \
+		go tool test2json -p "linux-$1/apps" \
+		"$top/hack/kernels/run.sh" "$1" "$results/apps.test" -test.v=test2json -test.timeout 5h \
+		-test.run '^TestDefaults$' -program-timeout 4m -programs "^($pattern)\$" || status=$?
 	collect "$dir"
 	return "$status"
 }
