@@ -29,6 +29,9 @@ apt-get update -q
 # apt finds out which packages and libraries are missing here or older than the others want.
 apt-get install -qy --no-install-recommends --download-only "${packages[@]}"
 find "$work/apt/cache/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+for dir in bin sbin lib lib64; do # of packages from before /usr was merged
+	[ ! -d "$work/root/$dir" ] || cp -a "$work/root/$dir/." "$work/root/usr/$dir/"
+done
 echo "${packages[*]}" >"$work/root/.packages"
 rm -rf "$out"
 mkdir -p "$(dirname "$out")"
