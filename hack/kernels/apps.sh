@@ -60,6 +60,7 @@ trap 'rm -rf "$build"' EXIT
 key=$(cat "$build"/* "$cache/root.made-by" | sha256sum | cut -c1-16)
 results=$cache/apps/$key
 mkdir -p "$results"
+ln -sfn "$key" "$cache/apps/latest"
 mv "$build/apps.test" "$results/apps.test"
 rm -rf "$build"
 "$results/apps.test" -list >"$results/programs"
