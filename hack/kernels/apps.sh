@@ -45,7 +45,7 @@ series() {
 		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=testname --raw-command -- \
 		go tool test2json -p "linux-$1/apps" \
 		"$top/hack/kernels/run.sh" "$1" "$results/apps.test" -test.v=test2json -test.timeout 5h \
-		-test.run '^TestDefaults$' -program-timeout 4m -programs "^($pattern)\$" || status=$?
+		-test.run '^TestDefaults$' -program-timeout 10m -programs "^($pattern)\$" || status=$?
 	collect "$dir"
 	return "$status"
 }
