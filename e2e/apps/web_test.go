@@ -78,8 +78,13 @@ func (s *stage) put(c *http.Client, address netip.AddrPort, path string, seed in
 
 func (s *stage) request(c *http.Client, method string, address netip.AddrPort, path string, body, want io.Reader) {
 	s.Helper()
+	s.requestURL(c, method, "http://"+address.String(), path, body, want)
+}
+
+func (s *stage) requestURL(c *http.Client, method, server, path string, body, want io.Reader) {
+	s.Helper()
 	what := method + " " + path
-	r, err := http.NewRequestWithContext(s.ctx, method, fmt.Sprintf("http://%s%s", address, path), body)
+	r, err := http.NewRequestWithContext(s.ctx, method, server+path, body)
 	s.must(what, err)
 	answer, err := c.Do(r)
 	s.must(what, err)
