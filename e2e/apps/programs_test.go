@@ -116,7 +116,7 @@ func programs() []program {
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
 		{name: "OpenSSH", version: version("ssh", "-V"), run: openssh},
 		{name: "rsync", version: version("rsync", "--version"), run: rsync},
-	}, databases(), languages(), frontends(), brokers(), halfClosing())
+	}, databases(), languages(), frontends(), brokers(), halfClosing(), encrypted())
 }
 
 var versionPattern = regexp.MustCompile(`[0-9]+(\.[0-9]+)+[^\s,)"]*`)
