@@ -114,6 +114,7 @@ func programs() []program {
 		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, unobserved}},
 		{name: "Go CONNECT proxy", version: runtime.Version(), run: goConnectProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
+		{name: "gRPC, keepalive", version: grpc.Version, run: grpcKeepalive},
 		{name: "OpenSSH", version: version("ssh", "-V"), run: openssh},
 		{name: "rsync", version: version("rsync", "--version"), run: rsync},
 	}, databases(), languages(), frontends(), brokers(), halfClosing(), encrypted())
