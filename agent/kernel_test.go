@@ -52,7 +52,9 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	args := slices.Concat([]string{"run"}, a.source, a.places(), flags)
+	// The shortcut from the second message on, however long a test takes.
+	soon := []string{"--trial-reads=1", "--trial-bytes=0", "--refresh-interval=0"}
+	args := slices.Concat([]string{"run"}, a.source, a.places(), soon, flags)
 	go func() { done <- run(ctx, args, io.Discard, t.Output()) }()
 	stopped := false
 	a.stop = func() {

@@ -420,8 +420,8 @@ POD  ADDRESSES         STATE       REASON
 a/b  10.0.0.1 fd00::1  takes part
 a/c  -                 tcp         first; second
 
-NOT PAIRED  SERVER PORT  USED             SINCE
-a/b         80           splice, MSG_OOB  1970-01-01 00:00:00
+NOT PAIRED  SERVER PORT  FROM        USED             SINCE
+a/b         80           everywhere  splice, MSG_OOB  1970-01-01 00:00:00
 
 MAP   ENTRIES  MAX
 pods  1        1024

@@ -27,7 +27,13 @@ struct hint {
 	__u64 server_netns;
 	__u64 written_ns; /* CLOCK_MONOTONIC */
 	__u32 server_port;
-	__u32 claimed; /* a client of an enrolled pod has picked it up */
+	__u16 claimed; /* a client of an enrolled pod has picked it up: enum claim */
+	__u16 blocking; /* the listener is in blocking mode */
+};
+
+enum claim {
+	CLAIM_PAIR = 1,
+	CLAIM_WATCH, /* not to be paired, but its server's socket may show its mode */
 };
 
 /*
@@ -49,7 +55,7 @@ struct handshake {
 
 /* A socket's way to its pair record. */
 struct member {
-	__u64 pair;
+	__u64 pair; /* 0: a server's socket that is not paired, and watched for its mode */
 	__u32 side;
 	__u32 reserved;
 };
@@ -222,6 +228,8 @@ struct learned_value {
 	__u32 reads;
 	__u32 proved;
 	__u32 bulk;
+	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
+	__u32 reserved;
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");

@@ -35,8 +35,11 @@ struct proto {
 	long *sysctl_mem; /* tcp_mem, pages */
 };
 
+struct sock;
+
 struct sock_common {
 	__u16 skc_num;
+	struct sock *skc_listener; /* of a request_sock */
 	struct proto *skc_prot;
 	possible_net_t skc_net;
 	unsigned long skc_flags;
@@ -51,8 +54,6 @@ struct file {
 	unsigned int f_flags;
 	struct inode *f_inode;
 };
-
-struct sock;
 
 struct socket {
 	unsigned long flags;
@@ -106,6 +107,11 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u32 snd_wnd; /* what the receiver has room for */
 	_Bool is_mptcp;
+};
+
+/* What the context of a sock_ops program is made of. */
+struct bpf_sock_ops_kern {
+	struct sock *sk;
 };
 
 #pragma clang attribute pop

@@ -42,6 +42,7 @@ enum outcome {
 	OUTCOME_KERNEL_SOCKET, /* either end is a socket of the kernel's own, such as AF_SMC's */
 	OUTCOME_MPTCP,
 	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
+	OUTCOME_BLOCKING_SERVER, /* the listener is in blocking mode, and may accept into it */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_HINTS_FULL,
 	OUTCOME_HINT_LOST, /* evicted or replaced before the handshake ended, or none was left (SYN cookies) */

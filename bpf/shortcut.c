@@ -794,6 +794,25 @@ static __always_inline void fill_handshake_key(struct handshake_key *key, __u32 
 	key->reserved = 0;
 }
 
+/*
+ * The context's sock is a request here, which the program is not shown. A listener
+ * in blocking mode is most often one of a program whose reads sleep.
+ */
+static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
+{
+	const struct bpf_sock_ops_kern *kern = (const struct bpf_sock_ops_kern *)ctx;
+	struct sock *request, *listener;
+	struct socket *socket;
+	struct file *file;
+	unsigned int flags;
+
+	return !bpf_core_read(&request, sizeof(request), &kern->sk) &&
+	       !bpf_core_read(&listener, sizeof(listener), &request->__sk_common.skc_listener) &&
+	       !bpf_core_read(&socket, sizeof(socket), &listener->sk_socket) &&
+	       !bpf_core_read(&file, sizeof(file), &socket->file) &&
+	       !bpf_core_read(&flags, sizeof(flags), &file->f_flags) && !(flags & O_NONBLOCK);
+}
+
 /* Before the SYN-ACK is sent: leave a hint for the client. ctx->sk is NULL here. */
 static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 {
@@ -807,6 +826,7 @@ static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 	complete_client_key(&key, remote_port(ctx), hint.server_netns);
 	hint.written_ns = bpf_ktime_get_ns();
 	hint.server_port = ctx->local_port;
+	hint.blocking = blocking_listener(ctx);
 	if (bpf_map_update_elem(&hints, &key, &hint, BPF_ANY))
 		count(OUTCOME_HINTS_FULL, 0);
 }
@@ -919,6 +939,13 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_CLIENT_ULP;
 	if (!set->sleepers && may_sleep(tp))
 		return OUTCOME_SLEEPER;
+	if (!set->sleepers && hint->blocking) {
+		const struct learned_value *known =
+			find_learned(0, hint->server_netns, hint->server_port);
+
+		if (!known || !known->non_blocking)
+			return OUTCOME_BLOCKING_SERVER;
+	}
 
 	value.pair = bpf_get_socket_cookie(ctx);
 	value.written_ns = hint->written_ns;
@@ -979,10 +1006,13 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	/* The map may give the entry to another client at any moment. */
 	copy = *(volatile struct hint *)hint;
 	outcome = pair_client(ctx, netns, &key, &copy);
-	if (outcome == OUTCOME_PAIRED)
-		hint->claimed = true; /* counted when the server joins */
-	else
-		count(outcome, 0);
+	if (outcome == OUTCOME_PAIRED) {
+		hint->claimed = CLAIM_PAIR; /* counted when the server joins */
+		return;
+	}
+	if (outcome == OUTCOME_BLOCKING_SERVER)
+		hint->claimed = CLAIM_WATCH;
+	count(outcome, 0);
 }
 
 /*
@@ -1089,13 +1119,24 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	return OUTCOME_PAIRED;
 }
 
+/* A server's socket that is not paired: on_ack sees its mode when the server has accepted it. */
+static __always_inline void watch(struct bpf_sock_ops *ctx)
+{
+	struct member self = { .side = SIDE_SERVER };
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk && bpf_sk_storage_get(&members, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
 /* The server's handshake is done, before any data of the client is looked at. */
 static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct client_key key;
 	struct hint *hint;
-	bool claimed;
+	__u16 claimed;
 
 	if (!enrolled(netns))
 		return;
@@ -1110,8 +1151,10 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 	/* Another server's SYN from the same client port has replaced ours. */
 	if (hint->server_netns == netns)
 		bpf_map_delete_elem(&hints, &key);
-	if (claimed)
+	if (claimed == CLAIM_PAIR)
 		count(pair_server(ctx, netns, &key), 0);
+	else if (claimed == CLAIM_WATCH)
+		watch(ctx);
 }
 
 /*
@@ -1137,6 +1180,28 @@ static __always_inline void take_out(struct pair *pair, __u32 side)
 	count(OUTCOME_SOCKET_LEFT, 0);
 }
 
+/* What a watched socket shows holds for the port, until somebody listens there anew. */
+static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct settings *set = get_settings();
+	struct learned_value *known;
+	struct tcp_sock *tp;
+
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp || !set || !tp->inet_conn.icsk_inet.sk.sk_socket)
+		return; /* not accepted yet */
+	if (may_sleep(tp)) {
+		remember_port(0, netns, ctx->local_port, MISFIT_BLOCKING);
+	} else {
+		known = get_learned(0, netns, ctx->local_port, set->learned_share);
+		if (known)
+			known->non_blocking = true;
+	}
+	bpf_sk_storage_delete(&members, sk);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
 /*
  * Bytes by TCP were acknowledged. A thread that has filled the send buffer still
  * waits in write for this, and the kernel wakes it only after us: when it comes
@@ -1156,6 +1221,10 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 	self = bpf_sk_storage_get(&members, sk, NULL, 0);
 	if (!self)
 		return;
+	if (!self->pair) {
+		learn_mode(ctx, sk);
+		return;
+	}
 	own = self->side & 1;
 	pair = pair_of(self);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -1295,6 +1364,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->reads = 0;
 	known->proved = 0;
 	known->bulk = 0;
+	known->non_blocking = false;
 	__sync_fetch_and_and(&known->reasons, ~MISFIT_BLOCKING);
 }
 

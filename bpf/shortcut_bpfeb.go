@@ -52,7 +52,8 @@ type ShortcutHint struct {
 	ServerNetns uint64
 	WrittenNs   uint64
 	ServerPort  uint32
-	Claimed     uint32
+	Claimed     uint16
+	Blocking    uint16
 }
 
 type ShortcutLearnedKey struct {
@@ -64,12 +65,14 @@ type ShortcutLearnedKey struct {
 }
 
 type ShortcutLearnedValue struct {
-	_       structs.HostLayout
-	SinceNs uint64
-	Reasons uint32
-	Reads   uint32
-	Proved  uint32
-	Bulk    uint32
+	_           structs.HostLayout
+	SinceNs     uint64
+	Reasons     uint32
+	Reads       uint32
+	Proved      uint32
+	Bulk        uint32
+	NonBlocking uint32
+	Reserved    uint32
 }
 
 type ShortcutMember struct {
@@ -129,19 +132,20 @@ const (
 	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 28
 	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 29
 	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 44
 )
 
 type ShortcutPair struct {

@@ -44,6 +44,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ name, text string } {
 		bpf.ShortcutOutcomeOUTCOME_KERNEL_SOCKET:    {"connection_kernel_socket", ""},
 		bpf.ShortcutOutcomeOUTCOME_MPTCP:            {"connection_mptcp", ""},
 		bpf.ShortcutOutcomeOUTCOME_SLEEPER:          {"connection_blocking_client", ""},
+		bpf.ShortcutOutcomeOUTCOME_BLOCKING_SERVER:  {"connection_blocking_server", ""},
 		bpf.ShortcutOutcomeOUTCOME_CLIENT_ULP:       {"connection_client_ulp", ""},
 		bpf.ShortcutOutcomeOUTCOME_HINTS_FULL:       {"connection_hints_full", ""},
 		bpf.ShortcutOutcomeOUTCOME_HINT_LOST:        {"connection_hint_lost", ""},

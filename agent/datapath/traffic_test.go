@@ -558,7 +558,8 @@ func shortOfMemory(t *testing.T) {
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	n.warmUp(t, c, s)
-	restore := mustLimitTCPMemory(t, 4<<20)
+	// Less than the first limit of a direction.
+	restore := mustLimitTCPMemory(t, 64<<10)
 	before := n.counts(t)
 	accepted := writeUnread(t, c)
 	if got := n.since(t, before); got["message_memory"] == 0 || got["message_budget"] != 0 || got["message_redirect_refused"] != 0 {
