@@ -20,9 +20,6 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// agentTimeout is how long a process of the agent may take.
-const agentTimeout = 2 * time.Minute
-
 // node is a sandbox whose agent is a process.
 type node struct {
 	*sandbox.Sandbox
@@ -70,14 +67,14 @@ func (n *node) mustStart(t *testing.T, annotations map[string]string, flags ...s
 			if err != nil {
 				t.Errorf("agent: %v", err)
 			}
-		case <-time.After(agentTimeout):
+		case <-time.After(*programTimeout):
 			t.Errorf("the agent does not end; kill: %v; %v", cmd.Process.Kill(), <-ended)
 		}
 		if t.Failed() {
 			t.Logf("log of the agent:\n%s", &log)
 		}
 	})
-	for deadline := time.Now().Add(agentTimeout); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(*programTimeout); ; time.Sleep(20 * time.Millisecond) {
 		status, err := show[api.Status](n, "status")
 		if err == nil {
 			return status
