@@ -27,7 +27,7 @@ func halfClosing() []program {
 		{name: "half-close, Python", version: version(python, "--version"), run: halfClosePython, stays: short},
 		{name: "netcat -N", version: version("zcat", "/usr/share/doc/netcat-openbsd/changelog.Debian.gz"), run: netcat, stays: short},
 		{name: "ssh -W", version: version("ssh", "-V"), run: sshForward, stays: short},
-		{name: "HTTP/1.0", version: version("curl", "--version"), run: http10, stays: short},
+		{name: "HTTP 1.0", version: version("curl", "--version"), run: http10, stays: short},
 	}
 }
 
@@ -165,14 +165,13 @@ func netcat(s *stage) {
 		var server errgroup.Group
 		var arrived string
 		server.Go(func() (err error) {
-			arrived, err = s.try(s.server, content(i+1, size), "nc.openbsd", "-N", "-l", "0.0.0.0", fmt.Sprint(port))
+			// A listener ends with what comes in, whatever it still has to send.
+			arrived, err = s.try(s.server, nil, "nc.openbsd", "-N", "-l", "0.0.0.0", fmt.Sprint(port))
 			return err
 		})
 		// It takes one connection only, so nobody can try before whether it listens.
-		var answer string
 		for {
-			var err error
-			answer, err = s.try(s.client, content(i, size), "nc.openbsd", "-N", s.server.IPv4.String(), fmt.Sprint(port))
+			_, err := s.try(s.client, content(i, size), "nc.openbsd", "-N", s.server.IPv4.String(), fmt.Sprint(port))
 			if err == nil {
 				break
 			}
@@ -182,7 +181,6 @@ func netcat(s *stage) {
 		}
 		s.must("serve", server.Wait())
 		s.want("to the listener", strings.NewReader(arrived), content(i, size))
-		s.want("from the listener", strings.NewReader(answer), content(i+1, size))
 	}
 }
 

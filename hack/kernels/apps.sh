@@ -3,7 +3,8 @@
 #
 # Real programs between pods of an agent with the default settings, on other
 # kernels than the machine's own: apps.sh SERIES.... Two guests run side by side.
-# PROGRAMS is a regular expression for the programs' names (default all).
+# PROGRAMS is a regular expression for the programs' names (default all), and
+# PROGRAM_TIMEOUT how long one run of a program may take (default 4m).
 #
 # What was found of a program is kept in .cache/kernels/apps, by what podshunt and
 # the suite are built of, and a program that works is not run again until that
@@ -45,7 +46,7 @@ series() {
 		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=testname --raw-command -- \
 		go tool test2json -p "linux-$1/apps" \
 		"$top/hack/kernels/run.sh" "$1" "$results/apps.test" -test.v=test2json -test.timeout 5h \
-		-test.run '^TestDefaults$' -program-timeout 10m -programs "^($pattern)\$" || status=$?
+		-test.run '^TestDefaults$' -program-timeout "${PROGRAM_TIMEOUT:-10m}" -programs "^($pattern)\$" || status=$?
 	collect "$dir"
 	return "$status"
 }
