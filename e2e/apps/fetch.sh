@@ -18,7 +18,9 @@ if ! command -v apt-get >/dev/null; then
 	echo "fetch.sh: no apt-get here; make $out, empty, and install the equivalents of Debian's: ${packages[*]}" >&2
 	exit 3
 fi
-[[ -f $out/.packages && $(<"$out/.packages") == "${packages[*]}" ]] && exit 0
+# What it is made by.
+made_by=$(cat "$(dirname "$0")"/{fetch.sh,newer.sh,packages} | sha256sum)
+[[ -f $out/.made-by && $(<"$out/.made-by") == "$made_by" ]] && exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # shellcheck source=hack/apt.sh
@@ -32,7 +34,8 @@ find "$work/apt/cache/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" 
 for dir in bin sbin lib lib64; do # of packages from before /usr was merged
 	[ ! -d "$work/root/$dir" ] || cp -a "$work/root/$dir/." "$work/root/usr/$dir/"
 done
-echo "${packages[*]}" >"$work/root/.packages"
+(unset APT_CONFIG && "$(dirname "$0")/newer.sh" "$work/root/opt/newer")
+echo "$made_by" >"$work/root/.made-by"
 rm -rf "$out"
 mkdir -p "$(dirname "$out")"
 mv "$work/root" "$out"

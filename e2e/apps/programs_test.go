@@ -86,6 +86,7 @@ func programs() []program {
 	splice, fionread := []string{"splice"}, asksBeforeReading()
 	exclude := exclude(webPort)
 	nginx, haproxy := version("nginx", "-v"), version("haproxy", "-v")
+	newer := version(append(newerHAProxy(), "-v")...)
 	return slices.Concat([]program{
 		{name: "redis", version: version("redis-server", "--version"), run: redis},
 		{name: "memcached", version: version("memcached", "--version"), run: memcached},
@@ -102,6 +103,8 @@ func programs() []program {
 		{name: "haproxy, TCP, splice, POST", version: haproxy, run: haproxyPosts("mode tcp", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "haproxy, HTTP, POST", version: haproxy, run: haproxyPosts("mode http")},
 		{name: "haproxy, HTTP, splice, POST", version: haproxy, run: haproxyPosts("mode http", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy 3, HTTP, POST", version: newer, run: newerPosts("mode http")},
+		{name: "haproxy 3, HTTP, splice, POST", version: newer, run: newerPosts("mode http", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "nginx, proxy, buffering, POST", version: nginx, run: nginxPosts("on"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "nginx, proxy, no buffering, POST", version: nginx, run: nginxPosts("off"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "nginx, PUT of 20 MB", version: nginx, run: nginxPut20, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},

@@ -4,6 +4,7 @@ package apps_test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -117,6 +118,29 @@ const spliceAll = "option splice-auto\n\toption splice-request\n\toption splice-
 // haproxyPosts passes POST through HAProxy.
 func haproxyPosts(options ...string) func(*stage) {
 	return func(s *stage) { s.posts(s.haproxyBefore(s.posted(), options...)) }
+}
+
+// newerPosts is haproxyPosts by the newer HAProxy.
+func newerPosts(options ...string) func(*stage) {
+	return func(s *stage) { s.posts(s.haproxyBy(newerHAProxy(), s.posted(), options...)) }
+}
+
+// newerHAProxy is the command for what newer.sh has unpacked: in a guest below /,
+// else where the other programs are.
+func newerHAProxy() []string {
+	root, err := filepath.Abs(cmp.Or(os.Getenv("PODSHUNT_APPS"), "../../.cache/apps") + "/opt/newer")
+	if err == nil {
+		_, err = os.Stat(root)
+	}
+	if err != nil {
+		root = "/opt/newer"
+	}
+	// The loader has a name of its own on each architecture.
+	loaders, _ := filepath.Glob(root + "/usr/lib*/*/ld-linux-*.so.*") // the pattern is right
+	if len(loaders) == 0 {
+		return []string{root + "/usr/sbin/haproxy"} // which then says why not
+	}
+	return []string{loaders[0], "--library-path", filepath.Dir(loaders[0]), root + "/usr/sbin/haproxy"}
 }
 
 // nginxPosts passes POST through nginx, which keeps its connections to the origin.

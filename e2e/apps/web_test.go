@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -239,6 +240,12 @@ func (s *stage) haproxy(options ...string) {
 // haproxyBefore passes connections or requests on to another address.
 func (s *stage) haproxyBefore(origin netip.AddrPort, options ...string) netip.AddrPort {
 	s.Helper()
+	return s.haproxyBy([]string{"haproxy"}, origin, options...)
+}
+
+// haproxyBy is haproxyBefore with the command that starts it.
+func (s *stage) haproxyBy(command []string, origin netip.AddrPort, options ...string) netip.AddrPort {
+	s.Helper()
 	conf := s.file("haproxy.cfg", strings.NewReader(fmt.Sprintf(`
 global
 	maxconn 100
@@ -252,7 +259,7 @@ listen front
 	bind :%d
 	server origin %s
 `, strings.Join(options, "\n\t"), webPort, origin)))
-	return s.serve(s.proxy, webPort, syscall.SIGTERM, "haproxy", "-db", "-f", conf)
+	return s.serve(s.proxy, webPort, syscall.SIGTERM, command[0], append(slices.Clone(command[1:]), "-db", "-f", conf)...)
 }
 
 // reverseProxy passes requests on to another address.

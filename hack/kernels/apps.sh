@@ -30,7 +30,6 @@ collect() {
 # series runs the programs that are not known to work on one kernel.
 series() {
 	local dir=$results/$1 name wanted=() pattern status=0
-	"$top/hack/kernels/fetch.sh" "$1"
 	mkdir -p "$dir"
 	collect "$dir" # of a run that was stopped
 	while read -r name; do
@@ -57,6 +56,16 @@ build=$(mktemp -d -p "$cache/apps")
 trap 'rm -rf "$build"' EXIT
 (cd "$top" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$build/" ./plugin ./agent)
 (cd "$top/e2e/apps" && CGO_ENABLED=0 go test -trimpath -buildvcs=false -c -o "$build/apps.test" .)
+fetched=()
+for one in "$@"; do
+	status=0
+	"$top/hack/kernels/fetch.sh" "$one" || status=$?
+	case $status in
+	0) fetched+=("$one") ;;
+	3) echo "== Linux $one is SKIPPED: it cannot be fetched" ;;
+	*) exit "$status" ;;
+	esac
+done
 "$top/hack/kernels/root.sh"
 key=$(cat "$build"/* "$cache/root.made-by" | sha256sum | cut -c1-16)
 results=$cache/apps/$key
@@ -73,7 +82,7 @@ fi
 
 status=0
 running=0
-for one in "$@"; do
+for one in "${fetched[@]}"; do
 	if ((running == 2)); then
 		wait -n || status=1
 		running=1
@@ -86,7 +95,7 @@ while ((running > 0)); do
 	wait -n || status=1
 	running=$((running - 1))
 done
-for one in "$@"; do
+for one in "${fetched[@]}"; do
 	echo "== Linux $one"
 	cat "$results/$one.log"
 done

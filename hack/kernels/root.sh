@@ -21,7 +21,7 @@ mkdir -p "$cache" "$apt"
 exec 9>"$apt/lock"
 flock 9
 # The disk is made anew when what it is made by changes.
-made_by=$(cat "$0" "$top/hack/apt.sh" "$top/e2e/apps/packages" | sha256sum | cut -d' ' -f1)
+made_by=$(cat "$0" "$top/hack/apt.sh" "$top"/e2e/apps/{newer.sh,packages} | sha256sum | cut -d' ' -f1)
 [[ -f $cache/root.ext4 && $(cat "$cache/root.made-by" 2>/dev/null) == "$made_by" ]] && exit 0
 
 mapfile -t packages < <(grep -v '^#' "$top/e2e/apps/packages")
@@ -47,6 +47,7 @@ for deb in "$apt"/cache/archives/*.deb; do
 	dpkg-deb --fsys-tarfile "$deb" | tar -x -p --keep-directory-symlink -C "$root"
 done
 rm -rf "$root"/usr/share/{doc,man,locale,info} "$apt"/cache/archives/*.deb
+(unset APT_CONFIG && "$top/e2e/apps/newer.sh" "$root/opt/newer")
 # What the packages' scripts would do.
 cp "$root/usr/share/base-passwd/passwd.master" "$root/etc/passwd"
 cp "$root/usr/share/base-passwd/group.master" "$root/etc/group"
