@@ -136,22 +136,30 @@ func (r *removal) check() error {
 	return nil
 }
 
-// run asks the agent. Where none runs, it calls first, if given, and takes the pins out itself.
-func (r *removal) run(ctx context.Context, path string, first func() error, stdout io.Writer) error {
+// run asks the agent. Where none runs, it calls first, if given, for what precedes an
+// unload and the remarks on that, and takes the pins out itself.
+func (r *removal) run(ctx context.Context, path string, first func() (remarks []string, err error), stdout io.Writer) error {
 	var result api.UnloadResult
 	query := url.Values{"timeout": {r.timeout.String()}, "force": {strconv.FormatBool(r.force)}}
 	err := ask(ctx, r.socket, http.MethodPost, path+"?"+query.Encode(), r.longest()+askTimeout, &result)
 	if errors.Is(err, errNoAgent) {
+		var remarks []string
 		if first != nil {
-			if err := first(); err != nil {
+			if remarks, err = first(); err != nil {
 				return err
 			}
 		}
 		result, err = r.unloadPins(ctx)
-		if errors.Is(err, fs.ErrNotExist) {
-			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", r.socket, r.pinDir)
+		result.Remarks = remarks
+	}
+	for _, remark := range result.Remarks {
+		if _, err := fmt.Fprintln(stdout, "note:", remark); err != nil {
 			return err
 		}
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", r.socket, r.pinDir)
+		return err
 	}
 	if err != nil {
 		return err

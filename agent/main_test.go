@@ -62,6 +62,7 @@ func TestCommandErrors(t *testing.T) {
 		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
 		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
+		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},
 		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
 		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},
@@ -112,7 +113,7 @@ func TestParseConfig(t *testing.T) {
 	want := defaults()
 	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
 	want.cni = cniconf.Config{
-		ConfDir: "/c", BinDir: "/b", Plugin: "/p",
+		ConfDir: "/c", BinDir: "/b", NodeRoot: "/proc/1/root", Plugin: "/p",
 		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
 	}
 	want.guards["splice"] = "off"

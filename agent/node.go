@@ -151,12 +151,16 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 // Uninstall takes the plugin out of the CNI configuration first, so that no new
 // pod asks for an agent that does nothing any more, and unloads.
 func (n *node) Uninstall(ctx context.Context, force bool) (api.UnloadResult, error) {
+	var remarks []string
 	if n.keeper != nil {
-		if err := n.keeper.Uninstall(); err != nil {
+		var err error
+		if remarks, err = n.keeper.Uninstall(); err != nil {
 			return api.UnloadResult{}, err
 		}
 	}
-	return n.Unload(ctx, force)
+	result, err := n.Unload(ctx, force)
+	result.Remarks = remarks
+	return result, err
 }
 
 // ready returns why the kernel objects are not there. That no pod may take part

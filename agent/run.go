@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -51,8 +52,11 @@ type config struct {
 	judgement
 	logFormat string
 	logLevel  slog.Level
-	// metricsAddress is where probes and metrics are served; empty: nowhere.
+	// metricsAddress is where metrics are served, healthAddress where probes are
+	// answered; empty: nowhere. They are two, so that nobody who asks for metrics
+	// keeps a probe waiting.
 	metricsAddress string
+	healthAddress  string
 	policyLease    time.Duration
 	datapath       datapath.Config
 	cni            cniconf.Config // no ConfDir: nothing is installed
@@ -90,11 +94,13 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
 	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
 	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
-		"TCP `address` such as :19469 for /metrics, /healthz and /readyz (default none)")
+		"TCP `address` such as :19469 for /metrics (default none)")
+	flags.StringVar(&cfg.healthAddress, "health-address", cfg.healthAddress,
+		"TCP `address` such as 127.0.0.1:19470 for /healthz and /readyz, another one than for metrics (default none)")
 	d := &cfg.datapath
 	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
 	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
-		"mount a bpffs for the pin directory where there is none; in a container it would end with it")
+		"mount a bpffs for the pin directory where there is none, on /sys/fs/bpf or an empty directory below it; in a container it would end with it")
 	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
 	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
 	flags.Var((*count)(&d.Budget), "budget",
@@ -127,6 +133,7 @@ func parseConfig(args []string, stderr io.Writer) (config, error) {
 		}
 		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
 	}
+	cfg.cni.NodeRoot = filepath.Join(cfg.proc, "1/root")
 	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
 	return cfg, cfg.validate()
 }
@@ -150,6 +157,10 @@ func (c config) validate() error {
 	}
 	if len(c.socket) > server.MaxSocketPath {
 		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
+	}
+	if c.healthAddress != "" && c.healthAddress == c.metricsAddress {
+		errs = append(errs, fmt.Errorf("--health-address and --metrics-address are both %q: accepted are two different ones, "+
+			"so that nobody who asks for metrics keeps a probe waiting", c.healthAddress))
 	}
 	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
 		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
@@ -272,8 +283,8 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	registry.Sync()
 	n := newNode(registry, d, cfg, examination, log)
 	n.lease = &lease{datapath: d, length: cfg.policyLease, log: log, vouch: func(now time.Time) error {
-		registry.Snapshot() // an agent that hangs vouches for nothing
-		return src.vouch(now)
+		// An agent that hangs vouches for nothing.
+		return cmp.Or(registry.Alive(), src.vouch(now))
 	}}
 	if cfg.cni.ConfDir != "" {
 		cfg.cni.Log = log
@@ -291,13 +302,26 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 
 	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load, n.lease.state)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
-	if cfg.metricsAddress != "" {
-		health, err := net.Listen("tcp", cfg.metricsAddress)
-		if err != nil {
-			return errors.Join(fmt.Errorf("listen for --metrics-address: %w", err), listener.Close())
+	for _, port := range []struct {
+		flag, address string
+		serve         func(net.Listener) error
+	}{
+		{"health-address", cfg.healthAddress, func(l net.Listener) error { return server.ServeHealth(ctx, l, registry.Alive, n.ready, log) }},
+		{"metrics-address", cfg.metricsAddress, func(l net.Listener) error { return server.ServeMetrics(ctx, l, metrics, log) }},
+	} {
+		if port.address == "" {
+			continue
 		}
-		group.Go(func() error { return server.ServeHealth(ctx, health, metrics, n.ready, log) })
+		l, err := net.Listen("tcp", port.address)
+		if err != nil {
+			// What is served already ends with the group.
+			stop()
+			return errors.Join(fmt.Errorf("listen for --%s: %w", port.flag, err), listener.Close(), group.Wait())
+		}
+		group.Go(func() error { return port.serve(l) })
 	}
 	group.Go(func() error { return src.run(ctx) })
 	group.Go(func() error { return registry.Run(ctx) })

@@ -46,9 +46,9 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
 	}
 	if !*allNodes {
-		return r.run(ctx, api.PathUninstall, func() error {
+		return r.run(ctx, api.PathUninstall, func() ([]string, error) {
 			if *confDir == "" {
-				return nil
+				return nil, nil
 			}
 			return cniconf.Uninstall(*confDir, *binDir, r.log)
 		}, stdout)
@@ -98,7 +98,7 @@ func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecR
 // the node's mount namespace.
 func mountCommand(args []string, stdout, stderr io.Writer) error {
 	flags := newFlags("mount-bpffs", stderr)
-	pinDir := flags.String("pin-dir", defaults().datapath.PinDir, "`directory` of the kernel objects; the mount is made on its parent")
+	pinDir := flags.String("pin-dir", defaults().datapath.PinDir, "`directory` of the kernel objects; the mount is made on its parent: /sys/fs/bpf, or an empty directory below it")
 	namespace := flags.String("mount-namespace", "/proc/1/ns/mnt", "mount namespace of the node")
 	if err := parse(flags, args); err != nil {
 		return err

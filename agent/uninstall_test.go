@@ -66,12 +66,23 @@ func TestUninstall(t *testing.T) {
 	if err := os.WriteFile(conflist, []byte(original), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// The agent looks for the plugin that makes the interface before it puts its own beside it.
+	if err := os.WriteFile(filepath.Join(binDir, "bridge"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	plugin, err := filepath.Abs(filepath.Join(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../bin"), api.PluginType))
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := mustFreeAddress(t)
-	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address,
+	// A copy of the list with our entry, as multus makes one.
+	multus := filepath.Join(confDir, "99-multus.conf")
+	if err := os.WriteFile(multus, []byte(`{"type": "multus", "name": "m", "delegates": [{"plugins": [{"type": "podshunt"}]}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	note := fmt.Sprintf("note: %s names podshunt still: if that is its plugin, pods do not start by it once %s is deleted; "+
+		"let the program that wrote it write it again, or take podshunt out of it, before you delete that binary\n", multus, filepath.Join(binDir, "podshunt"))
+	address, health := mustFreeAddress(t), mustFreeAddress(t)
+	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,
 		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir, "--plugin="+plugin)
 	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
 	read := func() string {
@@ -86,7 +97,7 @@ func TestUninstall(t *testing.T) {
 	c := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":0"))
 	c.mustPing(t)
 
-	wantDiff(t, "ready", 200, mustGet(t, address, "/readyz").code)
+	wantDiff(t, "ready", 200, mustGet(t, health, "/readyz").code)
 	metrics := mustGet(t, address, "/metrics").body
 	for _, want := range []string{
 		`podshunt_connections_total{outcome="paired"} 1`, `podshunt_messages_total{outcome="shortcut"} 8`,
@@ -102,15 +113,15 @@ func TestUninstall(t *testing.T) {
 	if err := run(t.Context(), append([]string{"uninstall"}, a.places()[:3]...), &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
-	wantDiff(t, "uninstall", "unloaded: nothing of podshunt is left in the kernel\n", out.String())
+	wantDiff(t, "uninstall", note+"unloaded: nothing of podshunt is left in the kernel\n", out.String())
 	wantDiff(t, "conflist", original, read())
 	if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); !os.IsNotExist(err) {
 		t.Errorf("got %v for the pin directory, want it gone", err)
 	}
 	c.mustPing(t)
 	// The agent stays, and leaves the node alone.
-	wantDiff(t, "alive", 200, mustGet(t, address, "/healthz").code)
-	if got, want := mustGet(t, address, "/readyz"), (response{503, "unloaded: nothing is shortcut until the agent is started again\n"}); got != want {
+	wantDiff(t, "alive", 200, mustGet(t, health, "/healthz").code)
+	if got, want := mustGet(t, health, "/readyz"), (response{503, "unloaded: nothing is shortcut until the agent is started again\n"}); got != want {
 		t.Errorf("ready after uninstall: got %v, want %v", got, want)
 	}
 	if metrics := mustGet(t, address, "/metrics").body; !strings.Contains(metrics, "podshunt_unloaded 1\n") || strings.Contains(metrics, "podshunt_map_entries") {
@@ -127,7 +138,7 @@ func TestUninstall(t *testing.T) {
 	if err := run(t.Context(), args, &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
-	if !strings.HasPrefix(out.String(), "nothing to unload") || strings.Contains(read(), api.PluginType) {
+	if !strings.HasPrefix(out.String(), note+"nothing to unload") || strings.Contains(read(), api.PluginType) {
 		t.Errorf("got %q and conflist %s, want the entry gone", out.String(), read())
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // AnnotationPrefix starts every annotation of podshunt.
@@ -27,6 +28,10 @@ const (
 	// RFC 3339 form.
 	AnnotationPausedUntil = AnnotationPrefix + "paused-until"
 )
+
+// MaxPortRanges is how many ports and ranges an annotation may list. Each takes
+// entries of a map that all pods of the node share, for each client.
+const MaxPortRanges = 64
 
 // PortRange is a range of TCP ports, both ends included; First <= Last, First >= 1.
 type PortRange struct {
@@ -55,7 +60,7 @@ type Settings struct {
 
 // ParseAnnotations reads the annotations of podshunt among those of a pod;
 // others are ignored. It is strict: an unknown name under AnnotationPrefix or a
-// value that is not accepted is an error that lists what is. All faults are
+// value that is not accepted is an error that lists what is. Faults are
 // reported together, and the Settings are zero then, so that a pod whose
 // wishes are unclear stays on TCP.
 func ParseAnnotations(annotations map[string]string) (Settings, error) {
@@ -96,9 +101,12 @@ func ParseAnnotations(annotations map[string]string) (Settings, error) {
 				strings.Join([]string{AnnotationShortcut, AnnotationPorts, AnnotationExcludePorts, AnnotationPausedUntil}, ", "))
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("annotation %s=%q: %w", name, value, err))
+			errs = append(errs, fmt.Errorf("annotation %s=%q: %w", name, Shorten(value, mostOfValue), err))
 			err = nil
 		}
+	}
+	if more := len(errs) - maxFaults; more > 0 {
+		errs = append(errs[:maxFaults], fmt.Errorf("and %d more annotations that are not accepted", more))
 	}
 	if len(errs) > 0 {
 		return Settings{}, errors.Join(errs...)
@@ -106,8 +114,30 @@ func ParseAnnotations(annotations map[string]string) (Settings, error) {
 	return s, nil
 }
 
+// maxFaults is how many faults are reported.
+const maxFaults = 8
+
+// mostOfValue is how many bytes of a value are repeated.
+const mostOfValue = 200
+
+// Shorten cuts what somebody has written, of any length, to what a log, an Event or
+// a table has room for.
+func Shorten(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	end := most
+	for !utf8.RuneStart(text[end]) {
+		end--
+	}
+	return text[:end] + "..."
+}
+
 // parsePorts reads a list such as "6379, 8000-8010".
 func parsePorts(list string) ([]PortRange, error) {
+	if n := strings.Count(list, ",") + 1; n > MaxPortRanges {
+		return nil, fmt.Errorf(`%d ports and ranges: accepted are at most %d; join neighbours to ranges such as "8000-8010"`, n, MaxPortRanges)
+	}
 	var ranges []PortRange
 	for item := range strings.SplitSeq(list, ",") {
 		item = strings.TrimSpace(item)
@@ -118,7 +148,7 @@ func parsePorts(list string) ([]PortRange, error) {
 		lo, err1 := parsePort(first)
 		hi, err2 := parsePort(last)
 		if err1 != nil || err2 != nil || lo > hi {
-			return nil, fmt.Errorf(`%q is not a port or a range: accepted are ports from 1 to 65535 and ranges, separated by commas, such as "6379,8000-8010"`, item)
+			return nil, fmt.Errorf(`%q is not a port or a range: accepted are ports from 1 to 65535 and ranges, separated by commas, such as "6379,8000-8010"`, Shorten(item, mostOfValue))
 		}
 		ranges = append(ranges, PortRange{First: lo, Last: hi})
 	}

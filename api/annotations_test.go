@@ -3,9 +3,11 @@
 package api_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -102,6 +104,37 @@ func TestParseAnnotationsRefusesPorts(t *testing.T) {
 	}
 }
 
+func TestParseAnnotationsLimits(t *testing.T) {
+	list := func(n int) string { return strings.TrimSuffix(strings.Repeat("80,", n), ",") }
+	if got, err := api.ParseAnnotations(map[string]string{api.AnnotationPorts: list(api.MaxPortRanges)}); err != nil || len(got.Ports) != api.MaxPortRanges {
+		t.Errorf("got %d ranges and error %v, want all", len(got.Ports), err)
+	}
+	for _, name := range []string{api.AnnotationPorts, api.AnnotationExcludePorts} {
+		_, err := api.ParseAnnotations(map[string]string{name: list(30_000)})
+		checkError(t, err, []string{name, `80,80..."`, "30000 ports and ranges: accepted are at most 64; join neighbours to ranges"})
+		if n := len(err.Error()); n > 500 {
+			t.Errorf("got an error of %d bytes", n)
+		}
+	}
+
+	// What is of any length, and any number of them.
+	long := strings.Repeat("ü", 100_000)
+	_, err := api.ParseAnnotations(map[string]string{api.AnnotationPorts: long})
+	checkError(t, err, []string{`ü..."`, "accepted are ports"})
+	if n := len(err.Error()); n > 1000 || !utf8.ValidString(err.Error()) {
+		t.Errorf("got an error of %d bytes: %v", n, err)
+	}
+	many := map[string]string{}
+	for i := range 1000 {
+		many[fmt.Sprint("podshunt.io/x", i)] = long
+	}
+	_, err = api.ParseAnnotations(many)
+	checkError(t, err, []string{"podshunt.io/x0=", "and 992 more annotations that are not accepted"})
+	if n := len(err.Error()); n > 5000 {
+		t.Errorf("got an error of %d bytes", n)
+	}
+}
+
 func FuzzParseAnnotations(f *testing.F) {
 	f.Add("podshunt.io/shortcut", "enabled", "80,8000-8010")
 	f.Add("podshunt.io/paused-until", "2026-01-31T18:00:00Z", "1-65535")
@@ -123,6 +156,9 @@ func FuzzParseAnnotations(f *testing.F) {
 				t.Errorf("got range %s from %q", r, ports)
 			}
 			items[i] = r.String()
+		}
+		if len(items) > api.MaxPortRanges {
+			t.Errorf("got %d ranges from %q", len(items), ports)
 		}
 		annotations[api.AnnotationPorts] = strings.Join(items, ",")
 		again, err := api.ParseAnnotations(annotations)

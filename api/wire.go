@@ -265,4 +265,6 @@ type UnloadResult struct {
 	// Left counts sockets of closed connections that have something to read yet, or
 	// may have: what that takes goes from the kernel when their programs close them.
 	Left int `json:"left,omitempty"`
+	// Remarks is what an uninstall leaves for a person to look at, such as files of others that name the plugin still.
+	Remarks []string `json:"remarks,omitempty"`
 }

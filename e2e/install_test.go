@@ -28,6 +28,10 @@ func TestInstall(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The agent looks for the plugin that makes the interface before it puts its own beside it.
+	if err := os.Symlink(filepath.Join(filepath.Dir(n.binary), "bridge"), filepath.Join(binDir, "bridge")); err != nil {
+		t.Fatal(err)
+	}
 	path := filepath.Join(confDir, "10-podshunt.conflist")
 	if err := os.WriteFile(path, list, 0o644); err != nil {
 		t.Fatal(err)

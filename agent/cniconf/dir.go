@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -22,7 +23,11 @@ import (
 // Runtimes look at names that end in .conf, .conflist or .json only.
 const (
 	listExtension = ".conflist"
-	// keptExtension is added to the name of a lone configuration that a list of ours stands for.
+	// madeEnding takes the place of the extension in the name of a list that is made
+	// of a lone configuration: it sorts before any extension, so that runtimes use it.
+	madeEnding = "-" + api.PluginType + listExtension
+	// keptExtension was added by earlier versions to the name of a lone
+	// configuration, for which 10-x.conflist stood then.
 	keptExtension = "." + api.PluginType
 	// tempExtension is added to the name of a file that is being written.
 	tempExtension = keptExtension + "-new"
@@ -37,6 +42,15 @@ type file struct {
 }
 
 func (f file) isList() bool { return filepath.Ext(f.path) == listExtension }
+
+// isMade tells whether the file is a list that is made of a lone configuration,
+// whatever has become of it.
+func (f file) isMade() bool {
+	return strings.HasSuffix(f.path, madeEnding) && bytes.Contains(f.data, []byte(`"`+madeOfKey+`"`))
+}
+
+// madePath returns where the list goes that is made of the lone configuration at path.
+func madePath(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) + madeEnding }
 
 // readDir returns the files that a runtime looks at, in its order.
 func readDir(dir string) ([]file, error) {
@@ -65,7 +79,7 @@ func readDir(dir string) ([]file, error) {
 }
 
 // Uninstall takes podshunt out of every list of the configuration directory, and
-// puts the lone configurations back that its lists stand for. A file that nobody
+// deletes the lists that are made of lone configurations. A file that nobody
 // else has changed is to the byte what it was, with its mode and owner; of one
 // that was changed only our entry goes. It works while a runtime uses the
 // directory, and completes what an earlier call could not; a directory that is
@@ -78,17 +92,37 @@ func readDir(dir string) ([]file, error) {
 // Terminating. Without an agent the binary lets every DEL succeed at once. It
 // may be deleted when the node has no pod left that was started with the entry,
 // for example after it was drained.
-func Uninstall(confDir, binDir string, log *slog.Logger) error {
-	files, err := readDir(confDir)
+//
+// It returns what is left for a person to look at, also with an error: every file
+// below the configuration directory that names podshunt still. That are copies
+// which others have made of our entry (multus has the whole list in its own
+// configuration); the files are theirs, and stay as they are.
+func Uninstall(confDir, binDir string, log *slog.Logger) (remarks []string, err error) {
+	err = uninstall(confDir, binDir, log)
+	remarks, lookErr := mentions(confDir, filepath.Join(binDir, api.PluginType))
+	for _, remark := range remarks {
+		log.Warn("podshunt is named after the uninstall", "remark", remark)
+	}
+	return remarks, errors.Join(err, lookErr)
+}
+
+func uninstall(confDir, binDir string, log *slog.Logger) error {
+	files, err := readRestored(confDir, log)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		return err
 	}
-	errs := []error{takeOut(files, "", log)}
+	var errs []error
 	for _, f := range files {
-		if f.err != nil && bytes.Contains(f.data, []byte(`"`+api.PluginType+`"`)) {
+		switch {
+		case f.isMade() && f.err == nil && len(chained(f.data)) > 0 && madeOfSomething(f):
+			// What others have put into it would go with it.
+			errs = append(errs, cut(f, log))
+		case f.isMade(), f.isList() && holdsOurs(f.data):
+			errs = append(errs, takeOut([]file{f}, "", log))
+		case f.err != nil && bytes.Contains(f.data, []byte(`"`+api.PluginType+`"`)):
 			errs = append(errs, fmt.Errorf("%s names %s but is not valid, take it out by hand: %w", f.path, api.PluginType, f.err))
 		}
 	}
@@ -99,91 +133,157 @@ func Uninstall(confDir, binDir string, log *slog.Logger) error {
 	return errors.Join(errs...)
 }
 
-// takeOut releases every list with an entry of ours but the one at except.
+// mentions returns a remark on every file in or below a directory that names
+// podshunt, and says what it has to do with the plugin's binary.
+func mentions(dir, binary string) ([]string, error) {
+	var remarks []string
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return ignoreMissing(err)
+		}
+		info, err := os.Stat(path) // a link may lead to the file
+		if err != nil || !info.Mode().IsRegular() {
+			return ignoreMissing(err)
+		}
+		data, err := readSome(path)
+		switch {
+		case err != nil:
+			return ignoreMissing(err)
+		case file{path: path, data: data}.isMade():
+			remarks = append(remarks, path+" stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it")
+		case bytes.Contains(data, []byte(api.PluginType)):
+			remarks = append(remarks, fmt.Sprintf("%s names %s still: if that is its plugin, pods do not start by it once %s is deleted; "+
+				"let the program that wrote it write it again, or take %[2]s out of it, before you delete that binary", path, api.PluginType, binary))
+		}
+		return nil
+	})
+	if err = ignoreMissing(err); err != nil {
+		err = fmt.Errorf("look for files that name %s still: %w", api.PluginType, err)
+	}
+	return remarks, err
+}
+
+// mostOfConf is far above the size of any configuration.
+const mostOfConf = 4 << 20
+
+func readSome(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, mostOfConf))
+}
+
+// ignoreMissing is for what goes while it is looked at.
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// takeOut takes every list away that is made of a lone configuration, and our
+// entry out of every other, but for the one at except.
 func takeOut(files []file, except string, log *slog.Logger) error {
 	var errs []error
 	for _, f := range files {
-		if f.path == except || !f.isList() || !holdsOurs(f.data) {
-			continue
+		switch {
+		case f.path == except:
+		case f.isMade():
+			err := errors.Join(removeIfThere(f.path), syncDir(filepath.Dir(f.path)))
+			if err == nil {
+				log.Info("list for a lone cni configuration deleted", "path", f.path)
+			}
+			errs = append(errs, err)
+		case f.isList() && holdsOurs(f.data):
+			errs = append(errs, cut(f, log))
 		}
-		err := release(f)
-		if err == nil {
-			log.Info("entry taken out of cni configuration", "path", f.path)
-		}
-		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
 
-// release takes our entry out of a list. A list that stands for a lone
-// configuration makes way for it; see convert for the order.
-func release(list file) error {
-	base := strings.TrimSuffix(list.path, listExtension)
-	for _, extension := range []string{".conf", ".json"} {
-		path := base + extension
-		kept := path + keptExtension
-		// A list that was changed since stays, and what is kept is out of date.
-		if !standsFor(list, kept) && !standsFor(list, path) {
-			if err := removeIfThere(kept); err != nil {
-				return err
-			}
-			continue
-		}
-		// The owner may have written it again.
-		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-			if err := os.Rename(kept, path); err != nil {
-				return err
-			}
-		}
-		return errors.Join(os.Remove(list.path), removeIfThere(kept), syncDir(filepath.Dir(path)))
-	}
+// cut takes our entry out of a list and leaves the rest.
+func cut(list file, log *slog.Logger) error {
 	rest, err := Remove(list.data)
+	if err == nil {
+		err = replace(list, rest)
+	}
 	if err != nil {
 		return fmt.Errorf("take entry out of %s: %w", list.path, err)
 	}
-	return replace(list, rest)
+	log.Info("entry taken out of cni configuration", "path", list.path)
+	return nil
 }
 
-// standsFor tells whether a list is one that was made of the lone configuration at path.
+// madeOfSomething tells whether the configuration that a list is made of is still there.
+func madeOfSomething(list file) bool {
+	base := strings.TrimSuffix(list.path, madeEnding)
+	for _, extension := range loneExtensions() {
+		if _, err := os.Lstat(base + extension); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func loneExtensions() []string { return []string{".conf", ".json"} }
+
+// readRestored is readDir after the lone configurations have been put back that
+// earlier versions renamed.
+func readRestored(dir string, log *slog.Logger) ([]file, error) {
+	files, err := readDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	restored := false
+	for _, f := range files {
+		done, err := restore(f)
+		if err != nil {
+			return nil, fmt.Errorf("put the lone configuration of %s back: %w", f.path, err)
+		}
+		if done {
+			log.Info("lone cni configuration put back in the place of its list", "path", f.path)
+			restored = true
+		}
+	}
+	if !restored {
+		return files, nil
+	}
+	return readDir(dir)
+}
+
+// restore puts a lone configuration back in whose place an earlier version has put
+// a list, and deletes that. A list that was changed since stays: it is somebody's.
+func restore(list file) (bool, error) {
+	if !list.isList() || list.isMade() || !holdsOurs(list.data) {
+		return false, nil
+	}
+	base := strings.TrimSuffix(list.path, listExtension)
+	for _, extension := range loneExtensions() {
+		path := base + extension
+		kept := path + keptExtension
+		// Without what is kept, a crash came before the configuration was renamed.
+		if !standsFor(list, kept) && !standsFor(list, path) {
+			continue
+		}
+		// The owner may have written it again. It comes back before the list goes, so
+		// that runtimes find the network at every instant.
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			if err := os.Rename(kept, path); err != nil {
+				return false, err
+			}
+		}
+		return true, errors.Join(os.Remove(list.path), removeIfThere(kept), syncDir(filepath.Dir(path)))
+	}
+	return false, nil
+}
+
+// standsFor tells whether a list is one that was made of the lone configuration at
+// path, and of nothing else.
 func standsFor(list file, path string) bool {
 	conf, err := os.ReadFile(path)
-	return err == nil && holdsOurs(list.data) && wraps(list.data, conf)
-}
-
-// convert puts a list in the place of a lone configuration, and keeps that under
-// a name that runtimes ignore. A runtime finds the network at every instant: the
-// list comes before the configuration goes. While both are there it uses the
-// first, and between their names is no other. (A containerd with a max_conf_num
-// other than 1 that reads the directory in this instant takes the network twice.)
-// It returns the path of the list.
-func convert(conf file, list []byte, files []file) (string, error) {
-	base := strings.TrimSuffix(conf.path, filepath.Ext(conf.path))
-	target := file{path: base + listExtension}
-	kept := conf.path + keptExtension
-	for _, f := range files {
-		switch {
-		case f.path == target.path:
-			// A list of ours is there if a conversion was not completed, or if the owner has written its configuration again.
-			if !standsFor(f, conf.path) && !standsFor(f, kept) {
-				return "", fmt.Errorf("%s is in the way of a list for %s: delete the one that is not needed", f.path, conf.path)
-			}
-			target = f
-		case f.err == nil && conf.path < f.path && f.path < target.path:
-			return "", fmt.Errorf("make %s of %s: runtimes would use %s instead: give that one a later name", target.path, conf.path, f.path)
-		}
-	}
-	if err := unchanged(conf); err != nil {
-		return "", err
-	}
-	if !bytes.Equal(target.data, list) {
-		if err := write(target.path, list, conf.path); err != nil {
-			return "", err
-		}
-	}
-	if err := os.Rename(conf.path, kept); err != nil {
-		return "", err
-	}
-	return target.path, syncDir(filepath.Dir(conf.path))
+	return err == nil && wraps(list.data, conf) && len(chained(list.data)) == 0
 }
 
 // replace writes data to a file that still is what was read.
@@ -200,9 +300,12 @@ func replace(f file, data []byte) error {
 }
 
 // unchanged makes the time in which a change by its owner gets lost as short as
-// it can be without a lock.
+// it can be without a lock. A file that is not there yet has no data.
 func unchanged(f file) error {
 	now, err := os.ReadFile(f.path)
+	if f.data == nil && errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err == nil && !bytes.Equal(now, f.data) {
 		err = fmt.Errorf("%s was changed meanwhile", f.path)
 	}

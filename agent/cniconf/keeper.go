@@ -7,8 +7,9 @@
 //
 // A runtime (containerd, CRI-O) uses the first file, in the order of names, that
 // it accepts of those ending in .conf, .conflist and .json. The entry goes there,
-// and nowhere else. No file is ever written that libcni would not accept, or that
-// would be another network apart from our entry; every write is one rename.
+// and nowhere else; beside a lone configuration, which has no place for it, goes a
+// list that is used instead. No file is ever written that libcni would not accept,
+// or that would be another network apart from our entry; every write is one rename.
 package cniconf
 
 import (
@@ -19,12 +20,15 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/podshunt/podshunt/api"
@@ -42,15 +46,21 @@ const (
 	// the runtime load its configuration each time.
 	maxWrites   = 5
 	writeWindow = time.Minute
+	// thinMultus is the "type" of multus without a daemon; with one it is multus-shim.
+	thinMultus = "multus"
 )
 
 // errNoNetwork says that there is nothing to put the entry into yet.
 var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
 
-// Config says what a Keeper keeps where. Every field is required.
+// Config says what a Keeper keeps where. Every field is required but NodeRoot.
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
+	// NodeRoot is where the node's root directory is seen, such as /proc/1/root. Empty:
+	// nowhere, and it goes unnoticed if the node puts another directory in the place
+	// of one that is mounted here.
+	NodeRoot string
 	// Plugin is the path of the binary to install.
 	Plugin string
 	// Section is what the plugin is told. Its paths are those of the node.
@@ -69,14 +79,17 @@ type Keeper struct {
 
 	mu      sync.Mutex // held while files are changed
 	stopped bool       // by Uninstall
-	binary  binary
-	writes  map[string][]time.Time // by path, those within the window
+	// confPlace and binPlace are the two directories.
+	confPlace, binPlace place
+	binary              binary
+	writes              map[string][]time.Time // by path, those within the window
 }
 
 // New returns a Keeper that has not done anything yet.
 func New(cfg Config) *Keeper {
 	k := &Keeper{
 		cfg: cfg, section: cfg.Section.Section(), window: writeWindow,
+		confPlace: place{path: cfg.ConfDir, root: cfg.NodeRoot}, binPlace: place{path: cfg.BinDir, root: cfg.NodeRoot},
 		binary: newBinary(cfg.Plugin, cfg.BinDir), writes: map[string][]time.Time{},
 	}
 	k.state.Store(&api.CNIStatus{Error: "not started", Since: time.Now()})
@@ -87,8 +100,9 @@ func New(cfg Config) *Keeper {
 func (k *Keeper) State() api.CNIStatus { return *k.state.Load() }
 
 // Run keeps the plugin installed until ctx ends, and leaves it installed then.
-// What goes wrong with files is in State and in the log, and tried again; the
-// error is always nil.
+// What goes wrong with files is in State and in the log, and tried again. It returns
+// an error if one of the directories is not the node's any more: whoever started
+// the container has to do so again, for the directory that the node has now.
 func (k *Keeper) Run(ctx context.Context) error {
 	var events <-chan fsnotify.Event
 	var failures <-chan error
@@ -106,7 +120,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 			// Added again each time: the watch of a directory ends with it. Without one the next tick comes.
 			_, _ = watcher.Add(k.cfg.ConfDir), watcher.Add(k.cfg.BinDir)
 		}
-		k.Keep()
+		if err := k.look(); errors.Is(err, errReplaced) {
+			return err
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -136,29 +152,39 @@ func settle(ctx context.Context, events <-chan fsnotify.Event) {
 
 // Keep looks at everything once and changes what is not as wanted, unless
 // Uninstall was called. State tells how that went.
-func (k *Keeper) Keep() {
+func (k *Keeper) Keep() { _ = k.look() }
+
+func (k *Keeper) look() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.stopped {
-		return
+		return nil
 	}
-	k.setState(k.install())
+	path, err := k.install()
+	k.setState(path, err)
+	return err
 }
 
 // Uninstall stops keeping, for the life of the Keeper, and takes everything out
-// but the binary; see the function Uninstall. After an error it may be called
-// again.
-func (k *Keeper) Uninstall() error {
+// but the binary; see the function Uninstall, also for the remarks. After an error
+// it may be called again.
+func (k *Keeper) Uninstall() (remarks []string, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.stopped = true
-	err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
+	if err := errors.Join(k.confPlace.check(), k.binPlace.check()); err != nil {
+		// It would be taken out of where no runtime looks.
+		err = fmt.Errorf("uninstall: %w", err)
+		k.setState("", err)
+		return nil, err
+	}
+	remarks, err = Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
 	if err != nil {
 		k.setState("", fmt.Errorf("uninstall: %w", err))
-		return err
+		return remarks, err
 	}
 	k.setState("", errors.New("uninstalled: start the agent again to install"))
-	return nil
+	return remarks, nil
 }
 
 // setState publishes what has changed, and logs it.
@@ -187,77 +213,171 @@ func (k *Keeper) setState(path string, err error) {
 // install returns the list with our entry that the runtime uses, or "". With
 // an error, something is not as wanted.
 func (k *Keeper) install() (string, error) {
-	files, err := readDir(k.cfg.ConfDir)
+	if err := k.confPlace.check(); err != nil {
+		return "", err
+	}
+	files, err := readRestored(k.cfg.ConfDir, k.cfg.Log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
 	}
 	if err != nil {
 		return "", err
 	}
-	pluginErr := k.binary.keep()
-	if k.binary.versions == nil {
-		// An entry without a binary would keep every pod from starting.
-		return "", errors.Join(pluginErr, takeOut(files, "", k.cfg.Log))
+	if err := k.binPlace.check(); err != nil {
+		// The node's directory does not have the binary: no pod would start before the agent is back.
+		return "", errors.Join(err, takeOut(files, "", k.cfg.Log))
+	}
+	var made, theirs []file
+	for _, f := range files {
+		if f.isMade() {
+			made = append(made, f)
+		} else {
+			theirs = append(theirs, f)
+		}
 	}
 	// CRI-O passes over files that are not valid; containerd takes no network
 	// at all if one comes before those that it needs.
 	var errs []error
-	first := slices.IndexFunc(files, func(f file) bool {
+	first := slices.IndexFunc(theirs, func(f file) bool {
 		if f.err != nil {
 			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
 		}
 		return f.err == nil
 	})
+	// A list of ours goes with what it is made of: its owner has taken the network away.
+	wanted := ""
+	if first >= 0 && !theirs[first].isList() {
+		wanted = madePath(theirs[first].path)
+	}
+	errs = append(errs, takeOut(made, wanted, k.cfg.Log))
+	files = slices.DeleteFunc(files, func(f file) bool { return f.isMade() && f.path != wanted })
 	if first < 0 {
 		return "", errors.Join(append(errs, errNoNetwork)...)
 	}
-	if pluginErr != nil {
-		// The older plugin may not know the section: what is there stays.
-		path := ""
-		if files[first].isList() && holdsOurs(files[first].data) {
-			path = files[first].path
-		}
-		return path, pluginErr
-	}
-	path, err := k.put(files[first], files)
-	if err == nil {
-		err = takeOut(files, path, k.cfg.Log)
-	}
-	return path, errors.Join(append(errs, err)...)
+	path, err := k.join(theirs[first], files)
+	// Whatever else has an entry: it is of no use there, and without this one it keeps pods from starting.
+	return path, errors.Join(append(errs, err, takeOut(files, path, k.cfg.Log))...)
 }
 
-// put makes our entry the last of the network in f, the first of files that is
-// valid. It returns the list that has it, or "".
-func (k *Keeper) put(f file, files []file) (string, error) {
-	if err := k.checkVersions(f); err != nil {
-		return "", errors.Join(err, takeOut([]file{f}, "", k.cfg.Log))
-	}
-	change := Insert
-	if !f.isList() {
-		change = Wrap
-	}
-	list, err := change(f.data, k.section)
-	if err != nil {
-		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
-	}
-	if bytes.Equal(list, f.data) {
-		return f.path, nil
-	}
-	if err := k.admit(f.path); err != nil {
+// join installs the binary and puts our entry into the network in f, the first
+// valid one of files that is not ours. It returns the list that has the entry, or
+// "" if none may have it.
+func (k *Keeper) join(f file, files []file) (string, error) {
+	if err := k.checkBinDir(f); err != nil {
 		return "", err
 	}
-	path := f.path
+	err := k.binary.keep()
+	if err != nil {
+		if k.binary.versions == nil {
+			return "", err // an entry without a binary would keep every pod from starting
+		}
+		// The older plugin may not know the section: what is there stays.
+		return present(f, files), err
+	}
+	if err := k.checkVersions(f); err != nil {
+		return "", err
+	}
+	list, change := f, Insert
+	if !f.isList() {
+		if list, err = k.beside(f, files); err != nil {
+			return "", fmt.Errorf("put a list beside %s: %w", f.path, err)
+		}
+		change = func(list, section []byte) ([]byte, error) {
+			return Rewrap(list, f.data, section, filepath.Base(f.path))
+		}
+	}
+	if err := k.put(list, f, change); err != nil {
+		return present(f, files), fmt.Errorf("put entry into %s: %w", list.path, err)
+	}
+	return list.path, nil
+}
+
+// present returns the list by which a runtime runs our entry in the network in f,
+// as that is now, or "".
+func present(f file, files []file) string {
 	if f.isList() {
-		err = replace(f, list)
-	} else {
-		path, err = convert(f, list, files)
+		if inPlace(f.data) {
+			return f.path
+		}
+		return ""
+	}
+	for _, list := range files {
+		if list.path == madePath(f.path) && list.isMade() && inPlace(list.data) && wraps(list.data, f.data) {
+			return list.path
+		}
+	}
+	return ""
+}
+
+// checkBinDir returns an error unless the directory of plugins has the plugin that
+// makes the interface of the network in f: then it is one that the runtime
+// searches. Others do not count: many nodes have a portmap in a directory that
+// their runtime does not search.
+func (k *Keeper) checkBinDir(f file) error {
+	plugin := firstPlugin(f)
+	if plugin == "" {
+		return nil // put says what is wrong with the list
+	}
+	// A link may lead to where only the node sees something.
+	info, err := os.Lstat(filepath.Join(k.cfg.BinDir, plugin))
+	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
+		return nil
+	}
+	return fmt.Errorf("%s has no %q, which makes the interface in %s: the runtime looks for plugins elsewhere, would not find ours, and no pod would start: "+
+		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", k.cfg.BinDir, plugin, f.path)
+}
+
+// put makes of a list what change makes of it. It counts as a change of the file
+// at as.path.
+func (k *Keeper) put(list, as file, change func(list, section []byte) ([]byte, error)) error {
+	changed, err := change(list.data, k.section)
+	if err != nil || bytes.Equal(changed, list.data) {
+		return err
+	}
+	if err := k.admit(as.path); err != nil {
+		return err
+	}
+	if list.path == as.path {
+		err = replace(list, changed)
+	} else if err = errors.Join(unchanged(as), unchanged(list)); err == nil {
+		err = write(list.path, changed, as.path)
 	}
 	if err != nil {
-		return "", fmt.Errorf("put entry into %s: %w", f.path, err)
+		return err
 	}
-	k.writes[f.path] = append(k.writes[f.path], time.Now())
-	k.cfg.Log.Info("entry put into cni configuration", "path", path)
-	return path, nil
+	k.writes[as.path] = append(k.writes[as.path], time.Now())
+	k.cfg.Log.Info("entry put into cni configuration", "path", list.path)
+	return nil
+}
+
+// beside returns the list that goes beside a lone configuration, without data if it
+// is not there yet, or an error if there may be none. The configuration stays as it
+// is: its owner rewrites and deletes it as ever. Runtimes use the list, as its name
+// comes first; CRI-O passes over the second of two files with one network's name.
+func (k *Keeper) beside(lone file, files []file) (file, error) {
+	list := file{path: madePath(lone.path)}
+	for _, f := range files {
+		switch {
+		case f.path == list.path && !f.isMade():
+			return file{}, fmt.Errorf("%s is in the way: give that file another name", f.path)
+		case f.path == list.path:
+			list = f
+		case list.path < f.path && f.path < lone.path:
+			return file{}, fmt.Errorf("%s would come after %s, and comes before it now: give that file a later name", f.path, list.path)
+		}
+	}
+	conf, err := libcni.NetworkPluginConfFromBytes(lone.data)
+	if err != nil {
+		return file{}, err
+	}
+	if conf.Network.Name == "" {
+		return file{}, errors.New(`it has no "name", so that CRI-O names the network after the file: give it one`)
+	}
+	if conf.Network.Type == thinMultus {
+		return file{}, errors.New("multus in its thin form takes the first other file of the directory for the network that it delegates to, " +
+			"which would be our list: use its thick form, or install nothing (in the chart: agent.cniConfDir and agent.cniBinDir empty)")
+	}
+	return list, nil
 }
 
 // checkVersions returns an error if a runtime could call the plugin with a CNI

@@ -5,10 +5,14 @@ package cniconf
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -26,7 +30,8 @@ const (
 	testPlugin = "#!/bin/sh\necho '{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}'\n"
 )
 
-// newTestKeeper has empty directories and a plugin that says its versions.
+// newTestKeeper has an empty directory of configurations, one of the plugins that
+// the networks of these tests begin with, and a plugin that says its versions.
 func newTestKeeper(t testing.TB) *Keeper {
 	t.Helper()
 	dir := t.TempDir()
@@ -40,6 +45,9 @@ func newTestKeeper(t testing.TB) *Keeper {
 		}
 	}
 	writeFile(t, cfg.Plugin, testPlugin)
+	for _, plugin := range []string{"a", "b", "e"} {
+		writeFile(t, filepath.Join(cfg.BinDir, plugin), "")
+	}
 	return New(cfg)
 }
 
@@ -155,7 +163,7 @@ func TestRunKeeps(t *testing.T) {
 	}
 	within(t, 10*time.Second, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
 
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
@@ -190,10 +198,10 @@ func TestFirstValid(t *testing.T) {
 	wantState(t, k, "10-a.conflist", "")
 	wantFiles(t, k, "first repaired", map[string]string{"10-a.conflist": testBoth, "20-b.conflist": otherList})
 
-	// A lone configuration before it, converted, and a list before that.
+	// A lone configuration before it, and a list before that.
 	writeFile(t, k.conf("08-c.conf"), testLone)
 	k.Keep()
-	wantState(t, k, "08-c.conflist", "")
+	wantState(t, k, "08-c-podshunt.conflist", "")
 	writeFile(t, k.conf("05-b.conflist"), otherList)
 	k.Keep()
 	wantState(t, k, "05-b.conflist", "")
@@ -211,115 +219,360 @@ func TestUpgrade(t *testing.T) {
 	k.Keep()
 	wantState(t, k, "10-a.conflist", "")
 	wantFiles(t, k, "upgraded", map[string]string{"10-a.conflist": testBoth})
-	// Another plugin was added after ours.
-	writeFile(t, path, strings.Replace(testBoth, "]", `,{"type":"c"}]`, 1))
-	k.Keep()
-	wantFiles(t, k, "last again", map[string]string{"10-a.conflist": strings.Replace(testBoth, `{"type":"podshunt"}`, `{"type":"c"},{"type":"podshunt"}`, 1)})
 }
 
-func TestConvert(t *testing.T) {
+// Others want to be the last plugin, too: any place behind the one that makes the
+// interface is good, also for an entry that is upgraded there.
+func TestPlace(t *testing.T) {
+	for name, plugins := range map[string][2]string{
+		"in the middle":           {`{"type":"a"},{"type":"podshunt"},{"type":"mesh"}`, `{"type":"a"},{"type":"podshunt"},{"type":"mesh"}`},
+		"upgraded in the middle":  {`{"type":"a"}, {"type":"podshunt","agentTimeout":"1s"} ,{"type":"mesh"}`, `{"type":"a"}, {"type":"podshunt"} ,{"type":"mesh"}`},
+		"before the interface":    {`{"type":"podshunt"},{"type":"a"},{"type":"mesh"}`, `{"type":"a"},{"type":"mesh"},{"type":"podshunt"}`},
+		"twice":                   {`{"type":"a"},{"type":"podshunt"},{"type":"mesh"},{"type":"podshunt"}`, `{"type":"a"},{"type":"mesh"},{"type":"podshunt"}`},
+		"before the mesh and all": {`{"type":"podshunt"},{"type":"a"},{"type":"podshunt"},{"type":"mesh"}`, `{"type":"a"},{"type":"mesh"},{"type":"podshunt"}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newTestKeeper(t)
+			list := func(plugins string) string { return strings.Replace(testList, `{"type":"a"}`, plugins, 1) }
+			writeFile(t, k.conf("10-a.conflist"), list(plugins[0]))
+			k.Keep()
+			wantFiles(t, k, "kept", map[string]string{"10-a.conflist": list(plugins[1])})
+			wantState(t, k, "10-a.conflist", "")
+		})
+	}
+}
+
+// Another agent that moves its own entry to the end with each change does not make
+// this one write again, however often it does so.
+func TestTwoWhoWantToBeLast(t *testing.T) {
+	k := newTestKeeper(t)
+	path := k.conf("10-a.conflist")
+	writeFile(t, path, strings.Replace(testList, "]", `,{"type":"mesh"}]`, 1))
+	const want = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"a"},{"type":"podshunt"},{"type":"mesh"}]}`
+	for range 3 * maxWrites {
+		k.Keep()
+		wantState(t, k, "10-a.conflist", "")
+		list, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// What the other does: takes itself out, and appends itself.
+		other := strings.Replace(string(list), `,{"type":"mesh"}`, "", 1)
+		writeFile(t, path, strings.Replace(other, "]", `,{"type":"mesh"}]`, 1))
+	}
+	wantFiles(t, k, "the other is last", map[string]string{"10-a.conflist": want})
+	if got := len(k.writes[path]); got != 1 {
+		t.Errorf("got %d changes of the list, want 1", got)
+	}
+}
+
+func mustWrap(t testing.TB, lone, name string) string {
+	t.Helper()
+	list, err := Wrap([]byte(lone), []byte(testSection), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(list)
+}
+
+// A lone configuration stays its owner's, and a list goes beside it.
+func TestBeside(t *testing.T) {
 	const changed = `{"cniVersion":"1.0.0","name":"a","type":"a","mtu":1400}`
-	list, err := Wrap([]byte(testLone), []byte(testSection))
+	list, changedList := mustWrap(t, testLone, "10-a.conf"), mustWrap(t, changed, "10-a.conf")
+	meshed := string(withPlugin([]byte(list), `{"type":"mesh"}`))
+	meshedOnly, err := Remove([]byte(meshed))
 	if err != nil {
 		t.Fatal(err)
 	}
-	changedList, err := Wrap([]byte(changed), []byte(testSection))
-	if err != nil {
-		t.Fatal(err)
-	}
-	stripped, err := Remove(list)
-	if err != nil {
-		t.Fatal(err)
-	}
-	edited := bytes.Replace(list, []byte(`"type": "a"`), []byte(`"type": "e"`), 1)
 	for _, tc := range []struct {
 		name                    string
 		before, kept, uninstall map[string]string
-		err                     string
+		alone                   map[string]string // after an uninstall without an agent, if that differs
+		conflist, err           string
 	}{
 		{
-			name:      "crash before the configuration is renamed",
-			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": string(list), "10-a.conflist.podshunt-new": "{"},
-			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(list), "10-a.conflist.podshunt-new": "{"},
-			uninstall: map[string]string{"10-a.conf": testLone},
+			name:      "new",
+			before:    map[string]string{"10-a.conf": testLone, "20-b.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list, "20-b.conflist": otherList},
+			uninstall: map[string]string{"10-a.conf": testLone, "20-b.conflist": otherList},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "json",
+			before:    map[string]string{"10-a.json": testLone},
+			kept:      map[string]string{"10-a.json": testLone, "10-a-podshunt.conflist": mustWrap(t, testLone, "10-a.json")},
+			uninstall: map[string]string{"10-a.json": testLone},
+			conflist:  "10-a-podshunt.conflist",
 		},
 		{
 			name:      "written again by its owner",
-			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": string(list)},
-			kept:      map[string]string{"10-a.conf.podshunt": changed, "10-a.conflist": string(changedList)},
+			before:    map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": list},
+			kept:      map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": changedList},
 			uninstall: map[string]string{"10-a.conf": changed},
+			conflist:  "10-a-podshunt.conflist",
 		},
 		{
-			name:      "written again, crash before it is renamed",
-			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": string(changedList)},
-			kept:      map[string]string{"10-a.conf.podshunt": changed, "10-a.conflist": string(changedList)},
-			uninstall: map[string]string{"10-a.conf": changed},
+			name:      "deleted by its owner",
+			before:    map[string]string{"10-a-podshunt.conflist": list, "20-b.conflist": otherList},
+			kept:      map[string]string{"20-b.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)},
+			uninstall: map[string]string{"20-b.conflist": otherList},
+			conflist:  "20-b.conflist",
 		},
 		{
-			name:      "list rewritten by its owner",
-			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": otherList},
-			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)},
-			uninstall: map[string]string{"10-a.conflist": otherList},
+			name:      "deleted by its owner, and nothing else is there",
+			before:    map[string]string{"10-a-podshunt.conflist": meshed},
+			kept:      map[string]string{},
+			uninstall: map[string]string{},
+			err:       "no network configuration yet",
 		},
 		{
-			name:      "list edited",
-			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(edited)},
-			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(edited)},
-			uninstall: map[string]string{"10-a.conflist": strings.Replace(string(stripped), `"a"`+"\n    }", `"e"`+"\n    }", 1)},
+			name:      "broken by its owner",
+			before:    map[string]string{"10-a.conf": "{", "10-a-podshunt.conflist": list, "20-b.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": "{", "20-b.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)},
+			uninstall: map[string]string{"10-a.conf": "{", "20-b.conflist": otherList},
+			conflist:  "20-b.conflist",
+			err:       "10-a.conf is not valid",
 		},
 		{
-			name:      "what was kept is lost",
-			before:    map[string]string{"10-a.conflist": string(list)},
-			kept:      map[string]string{"10-a.conflist": string(list)},
-			uninstall: map[string]string{"10-a.conflist": string(stripped)},
+			name:      "another network comes first",
+			before:    map[string]string{"05-b.conflist": otherList, "10-a.conf": testLone, "10-a-podshunt.conflist": list},
+			kept:      map[string]string{"05-b.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1), "10-a.conf": testLone},
+			uninstall: map[string]string{"05-b.conflist": otherList, "10-a.conf": testLone},
+			conflist:  "05-b.conflist",
 		},
 		{
-			name:      "another list in the way",
-			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
-			kept:      map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
-			uninstall: map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
-			err:       "10-a.conflist is in the way of a list for ",
+			name:      "a mesh has chained itself into the list",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": meshed},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": meshed},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": string(meshedOnly)},
+			conflist:  "10-a-podshunt.conflist",
 		},
 		{
-			name:      "another network between the names",
-			before:    map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
-			kept:      map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
-			uninstall: map[string]string{"10-a.conf": testLone, "10-a.conf-b.conflist": otherList},
-			err:       "10-a.conf-b.conflist instead: give that one a later name",
+			name:   "a mesh has chained itself into the list, and the owner writes again",
+			before: map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": string(withPlugin(meshedOnly, `{"type":"podshunt","agentTimeout":"1s"}`))},
+			kept: map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": string(withPlugin(
+				[]byte(strings.Replace(changedList, `,
+    {"type":"podshunt"}`, `,
+    {"type":"mesh"}`, 1)), testSection))},
+			uninstall: map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": strings.Replace(changedList, `{"type":"podshunt"}`, `{"type":"mesh"}`, 1)},
+			alone:     map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": string(meshedOnly)},
+			conflist:  "10-a-podshunt.conflist",
 		},
 		{
-			name:      "json that a crash left beside its list",
-			before:    map[string]string{"10-a.json": testLone, "10-a.conflist": string(list)},
-			kept:      map[string]string{"10-a.json": testLone, "10-a.conflist": string(list)},
-			uninstall: map[string]string{"10-a.json": testLone},
+			name:      "the list is edited",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": changedList},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list},
+			uninstall: map[string]string{"10-a.conf": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "the list is broken",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list + "}"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list},
+			uninstall: map[string]string{"10-a.conf": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "crash while the list is written",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist.podshunt-new": "{"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list},
+			uninstall: map[string]string{"10-a.conf": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "a file of others has the list's name",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": "{"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": "{"},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": "{"},
+			err:       "10-a-podshunt.conflist is in the way: give that file another name",
+		},
+		{
+			name:      "another file between the names",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-x.conf": "{"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-x.conf": "{"},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a-x.conf": "{"},
+			err:       "10-a-podshunt.conflist, and comes before it now: give that file a later name",
+		},
+		{
+			name:      "another file comes between the names",
+			before:    map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": list, "10-a-x.conf": "{"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-x.conf": "{"},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a-x.conf": "{"},
+			err:       "10-a-podshunt.conflist, and comes before it now: give that file a later name",
+		},
+		{
+			name:      "no name",
+			before:    map[string]string{"10-a.conf": `{"cniVersion":"1.0.0","type":"a"}`, "20-b.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": `{"cniVersion":"1.0.0","type":"a"}`, "20-b.conflist": otherList},
+			uninstall: map[string]string{"10-a.conf": `{"cniVersion":"1.0.0","type":"a"}`, "20-b.conflist": otherList},
+			err:       `10-a.conf: it has no "name"`,
+		},
+		{
+			name:      "thin multus",
+			before:    map[string]string{"00-multus.conf": strings.Replace(testLone, `"type":"a"`, `"type":"multus"`, 1)},
+			kept:      map[string]string{"00-multus.conf": strings.Replace(testLone, `"type":"a"`, `"type":"multus"`, 1)},
+			uninstall: map[string]string{"00-multus.conf": strings.Replace(testLone, `"type":"a"`, `"type":"multus"`, 1)},
+			err:       "multus in its thin form",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			k := newTestKeeper(t)
-			for name, content := range tc.before {
-				writeFile(t, k.conf(name), content)
+			if tc.alone == nil {
+				tc.alone = tc.uninstall
 			}
-			// An uninstall of what is found, without an agent.
-			fresh := newTestKeeper(t)
-			for name, content := range tc.before {
-				writeFile(t, fresh.conf(name), content)
-			}
-			k.Keep()
-			wantFiles(t, k, "kept", tc.kept)
-			conflist := "10-a.conflist"
-			if tc.err != "" {
-				conflist = ""
-			}
-			wantState(t, k, conflist, tc.err)
-			if err := k.Uninstall(); err != nil {
-				t.Error(err)
-			}
-			wantFiles(t, k, "uninstalled", tc.uninstall)
-			if err := Uninstall(fresh.cfg.ConfDir, fresh.cfg.BinDir, fresh.cfg.Log); err != nil {
-				t.Error(err)
-			}
-			wantFiles(t, fresh, "uninstalled without an agent", tc.uninstall)
+			checkDir(t, tc.before, tc.kept, tc.uninstall, tc.alone, tc.conflist, tc.err)
 		})
+	}
+}
+
+// The owner of a lone configuration takes its network away, and brings it back.
+func TestRunFollowsOwner(t *testing.T) {
+	k := newTestKeeper(t)
+	lone, list, next := k.conf("10-a.conf"), k.conf("10-a-podshunt.conflist"), k.conf("20-b.conflist")
+	writeFile(t, lone, testLone)
+	writeFile(t, next, otherList)
+	start(t, k)
+	const limit = 2 * time.Minute
+	within(t, limit, "list made", hasContent(list, mustWrap(t, testLone, "10-a.conf")))
+	if err := os.Remove(lone); err != nil {
+		t.Fatal(err)
+	}
+	within(t, limit, "list gone", func() bool {
+		_, err := os.Stat(list)
+		return errors.Is(err, fs.ErrNotExist)
+	})
+	within(t, limit, "entry in the next network", hasContent(next, strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)))
+	writeFile(t, lone, testLone)
+	within(t, limit, "list made again", hasContent(list, mustWrap(t, testLone, "10-a.conf")))
+	within(t, limit, "entry in one network only", hasContent(next, otherList))
+	within(t, limit, "state", func() bool { return k.State().Conflist == list && k.State().Error == "" })
+}
+
+// checkDir wants a directory to become kept by a look, uninstall by an uninstall
+// then, and alone by one without an agent.
+func checkDir(t *testing.T, before, kept, uninstall, alone map[string]string, conflist, text string) {
+	t.Helper()
+	k, fresh := newTestKeeper(t), newTestKeeper(t)
+	writeFile(t, filepath.Join(k.cfg.BinDir, "multus"), "")
+	for name, content := range before {
+		writeFile(t, k.conf(name), content)
+		writeFile(t, fresh.conf(name), content)
+	}
+	stamps := snapshot(t, k.cfg.ConfDir)
+	k.Keep()
+	wantFiles(t, k, "kept", kept)
+	wantState(t, k, conflist, text)
+	installed := snapshot(t, k.cfg.ConfDir)
+	k.Keep()
+	if diff := cmp.Diff(installed, snapshot(t, k.cfg.ConfDir)); diff != "" {
+		t.Errorf("second look (-want +got):\n%s", diff)
+	}
+	_, err := k.Uninstall()
+	if err != nil {
+		t.Error(err)
+	}
+	wantFiles(t, k, "uninstalled", uninstall)
+	// Nobody has touched the lone ones: not even the time of their last change differs.
+	for name, after := range snapshot(t, k.cfg.ConfDir) {
+		before, ok := stamps[name]
+		if diff := cmp.Diff(before, after); ok && filepath.Ext(name) != listExtension && diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	if _, err = Uninstall(fresh.cfg.ConfDir, fresh.cfg.BinDir, fresh.cfg.Log); err != nil {
+		t.Error(err)
+	}
+	wantFiles(t, fresh, "uninstalled without an agent", alone)
+}
+
+// Earlier versions put a list in the place of a lone configuration, and that aside.
+func TestEarlierLayout(t *testing.T) {
+	const changed = `{"cniVersion":"1.0.0","name":"a","type":"a","mtu":1400}`
+	earlier := func(lone string) string {
+		return strings.Replace(mustWrap(t, lone, "10-a.conf"), `  "podshunt.io/made-of": "10-a.conf",`+"\n", "", 1)
+	}
+	list := earlier(testLone)
+	stripped, err := Remove([]byte(list))
+	if err != nil {
+		t.Fatal(err)
+	}
+	edited := strings.Replace(list, `"type": "a"`, `"type": "e"`, 1)
+	for _, tc := range []struct {
+		name                    string
+		before, kept, uninstall map[string]string
+		conflist                string
+	}{
+		{
+			name:      "as it was left",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": list},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": mustWrap(t, testLone, "10-a.conf")},
+			uninstall: map[string]string{"10-a.conf": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "json",
+			before:    map[string]string{"10-a.json.podshunt": testLone, "10-a.conflist": list},
+			kept:      map[string]string{"10-a.json": testLone, "10-a-podshunt.conflist": mustWrap(t, testLone, "10-a.json")},
+			uninstall: map[string]string{"10-a.json": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "crash before the configuration was renamed",
+			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": list, "10-a.conflist.podshunt-new": "{"},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": mustWrap(t, testLone, "10-a.conf"), "10-a.conflist.podshunt-new": "{"},
+			uninstall: map[string]string{"10-a.conf": testLone},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "written again by its owner",
+			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": list},
+			kept:      map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": mustWrap(t, changed, "10-a.conf")},
+			uninstall: map[string]string{"10-a.conf": changed},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "written again, crash before it was renamed",
+			before:    map[string]string{"10-a.conf": changed, "10-a.conf.podshunt": testLone, "10-a.conflist": earlier(changed)},
+			kept:      map[string]string{"10-a.conf": changed, "10-a-podshunt.conflist": mustWrap(t, changed, "10-a.conf")},
+			uninstall: map[string]string{"10-a.conf": changed},
+			conflist:  "10-a-podshunt.conflist",
+		},
+		{
+			name:      "list rewritten by others",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": otherList},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1)},
+			uninstall: map[string]string{"10-a.conflist": otherList},
+			conflist:  "10-a.conflist",
+		},
+		{
+			name:      "list edited",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": edited},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": edited},
+			uninstall: map[string]string{"10-a.conflist": strings.Replace(string(stripped), `"a"`+"\n    }", `"e"`+"\n    }", 1)},
+			conflist:  "10-a.conflist",
+		},
+		{
+			name:      "a mesh has chained itself into the list",
+			before:    map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(withPlugin([]byte(list), `{"type":"mesh"}`))},
+			kept:      map[string]string{"10-a.conf.podshunt": testLone, "10-a.conflist": string(withPlugin([]byte(list), `{"type":"mesh"}`))},
+			uninstall: map[string]string{"10-a.conflist": string(withPlugin(stripped, `{"type":"mesh"}`))},
+			conflist:  "10-a.conflist",
+		},
+		{
+			name:      "what was kept is lost",
+			before:    map[string]string{"10-a.conflist": list},
+			kept:      map[string]string{"10-a.conflist": list},
+			uninstall: map[string]string{"10-a.conflist": string(stripped)},
+			conflist:  "10-a.conflist",
+		},
+		{
+			name:      "list of others beside a lone configuration",
+			before:    map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
+			kept:      map[string]string{"10-a.conf": testLone, "10-a-podshunt.conflist": mustWrap(t, testLone, "10-a.conf"), "10-a.conflist": otherList},
+			uninstall: map[string]string{"10-a.conf": testLone, "10-a.conflist": otherList},
+			conflist:  "10-a-podshunt.conflist",
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) { checkDir(t, tc.before, tc.kept, tc.uninstall, tc.uninstall, tc.conflist, "") })
 	}
 }
 
@@ -329,17 +582,83 @@ func TestUninstallLeavesChangesOfOthers(t *testing.T) {
 	writeFile(t, path, testList)
 	k.Keep()
 	writeFile(t, path, strings.Replace(testBoth, `"a"}`, `"a","mtu":1400}`, 1))
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": strings.Replace(testList, `"a"}`, `"a","mtu":1400}`, 1)})
 
 	writeFile(t, path, testBoth+"}")
-	if err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
+	if _, err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
 		t.Errorf("got error %v, want one about a file that is not valid", err)
 	}
-	if err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
+	if _, err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
 		t.Errorf("got error %v of a directory that is not there", err)
+	}
+}
+
+// What names podshunt after an uninstall is said, and stays as it is.
+func TestUninstallNamesCopies(t *testing.T) {
+	const multus = `{"cniVersion":"1.0.0","name":"m","plugins":[{"type":"multus","delegates":[{"plugins":[{"type":"podshunt"}]}]}]}`
+	const quoted = `{"delegate":"{\"type\":\"podshunt\"}"}`
+	const clean = "apiVersion: v1\nkind: Config\n"
+	k := newTestKeeper(t)
+	writeFile(t, filepath.Join(k.cfg.BinDir, "multus"), "")
+	for name, content := range map[string]string{"10-a.conf": testLone, "20-b.conflist": otherList} {
+		writeFile(t, k.conf(name), content)
+	}
+	k.Keep()
+	wantState(t, k, "10-a-podshunt.conflist", "")
+	for _, dir := range []string{"multus.d", "empty"} {
+		if err := os.Mkdir(k.conf(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range map[string]string{
+		"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "multus.d/kubeconfig": clean,
+		"10-a-podshunt.conflist": string(withPlugin([]byte(mustWrap(t, testLone, "10-a.conf")), `{"type":"mesh"}`)),
+	} {
+		writeFile(t, k.conf(name), content)
+	}
+	for name, target := range map[string]string{"link": "multus.d/net", "nowhere": "none", "socket": "/dev/null", "directory": "empty"} {
+		if err := os.Symlink(target, k.conf(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 { // a second uninstall says it again
+		remarks, err := k.Uninstall()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var named []string
+		for _, remark := range remarks {
+			path, what, _ := strings.Cut(remark, " ")
+			named = append(named, strings.TrimPrefix(path, k.cfg.ConfDir+"/"))
+			want := "names podshunt still: if that is its plugin, pods do not start by it once " + k.binary.path + " is deleted"
+			if strings.HasSuffix(path, madeEnding) {
+				want = "stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it"
+			}
+			if !strings.HasPrefix(what, want) {
+				t.Errorf("got remark %q, want it to say %q", remark, want)
+			}
+		}
+		if diff := cmp.Diff([]string{"00-multus.conflist", "10-a-podshunt.conflist", "10-a.conflist.cilium_bak", "link", "multus.d/net"}, named); diff != "" {
+			t.Errorf("files named (-want +got):\n%s", diff)
+		}
+	}
+	for name, want := range map[string]string{"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "10-a.conf": testLone} {
+		if !hasContent(k.conf(name), want)() {
+			t.Errorf("%s was changed", name)
+		}
+	}
+	// Without copies there is nothing to say.
+	mustClear(t, k.conf("multus.d"))
+	for _, name := range []string{"00-multus.conflist", "10-a-podshunt.conflist", "10-a.conflist.cilium_bak", "link"} {
+		if err := os.Remove(k.conf(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if remarks, err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log); err != nil || len(remarks) > 0 {
+		t.Errorf("got remarks %q and error %v, want none", remarks, err)
 	}
 }
 
@@ -380,7 +699,7 @@ func TestPlugin(t *testing.T) {
 	defer running.Close()
 	writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
 	k.Keep()
-	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 1 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
+	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 4 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
 		t.Errorf("got %+v, want %q with mode 0755", got, want)
 	}
 	old := new(bytes.Buffer)
@@ -409,6 +728,79 @@ func TestPlugin(t *testing.T) {
 	writeFile(t, k.cfg.Plugin, testPlugin)
 	k.Keep()
 	wantState(t, k, "10-a.conflist", "")
+}
+
+// A directory of plugins that the runtime does not search has none of the
+// network's: an entry there would keep every pod from starting.
+func TestBinDirNotSearched(t *testing.T) {
+	const list = `{"cniVersion":"1.0.0","name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}`
+	const lone = `{"cniVersion":"1.0.0","name":"cbr0","type":"flannel"}`
+	installed, err := Insert([]byte(list), []byte(testSection))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name    string
+		plugins []string
+		before  map[string]string
+		after   map[string]string
+	}{
+		{"empty", nil, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"lone configuration", nil, map[string]string{"10-flannel.conf": lone}, map[string]string{"10-flannel.conf": lone}},
+		{"of another network", []string{"a"}, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"only what runs after the interface is made", []string{"portmap"}, map[string]string{"10-flannel.conflist": list}, map[string]string{"10-flannel.conflist": list}},
+		{"entry there already", nil, map[string]string{"10-flannel.conflist": string(installed)}, map[string]string{"10-flannel.conflist": list}},
+		{"entry of another network", nil, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testBoth}, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testList}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			k := newTestKeeper(t)
+			mustClear(t, k.cfg.BinDir)
+			for _, plugin := range tc.plugins {
+				writeFile(t, filepath.Join(k.cfg.BinDir, plugin), "")
+			}
+			for name, content := range tc.before {
+				writeFile(t, k.conf(name), content)
+			}
+			k.Keep()
+			wantFiles(t, k, "kept", tc.after)
+			wantState(t, k, "", k.cfg.BinDir+` has no "flannel", which makes the interface in `+k.conf("10-flannel"))
+			wantState(t, k, "", `agent.cniBinDir) the directory that has "flannel"`)
+			if got := slices.Sorted(maps.Keys(snapshot(t, k.cfg.BinDir))); !slices.Equal(got, tc.plugins) {
+				t.Errorf("got plugins %v, want %v", got, tc.plugins)
+			}
+			// The network's own installer comes later.
+			writeFile(t, filepath.Join(k.cfg.BinDir, "flannel"), "")
+			k.Keep()
+			if state := k.State(); !state.Installed || state.Error != "" {
+				t.Errorf("got state %+v, want installed", state)
+			}
+		})
+	}
+
+	k := newTestKeeper(t)
+	mustClear(t, k.cfg.BinDir)
+	if err := os.Symlink("/nowhere/flannel", filepath.Join(k.cfg.BinDir, "flannel")); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, k.conf("10-flannel.conflist"), list)
+	k.Keep()
+	wantState(t, k, "10-flannel.conflist", "")
+	writeFile(t, k.conf("05-odd.conflist"), strings.Replace(testList, `"a"}`, `"../bin/flannel"}`, 1))
+	k.Keep()
+	wantState(t, k, "", `has no "../bin/flannel"`)
+}
+
+func mustClear(t testing.TB, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestFight(t *testing.T) {
@@ -451,7 +843,7 @@ func TestReadOnly(t *testing.T) {
 		writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
 		k.Keep()
 		wantState(t, k, "", "install plugin: open ")
-		if err := k.Uninstall(); err != nil {
+		if _, err := k.Uninstall(); err != nil {
 			t.Errorf("uninstall of nothing: %v", err)
 		}
 	}()
@@ -490,7 +882,7 @@ func TestSymlink(t *testing.T) {
 	}
 	k.Keep()
 	wantFiles(t, k, "installed", map[string]string{"10-a.conflist": testBoth})
-	if err := k.Uninstall(); err != nil {
+	if _, err := k.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := os.Readlink(k.conf("10-a.conflist")); err != nil || got != target {

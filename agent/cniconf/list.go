@@ -15,6 +15,10 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+// madeOfKey is a key of lists by Wrap, for people and to know them by: its value is
+// the name of the configuration's file. Runtimes pass over keys that they do not know.
+const madeOfKey = "podshunt.io/made-of"
+
 // errAlone says that a list holds no plugin but ours: without it the list would
 // be empty, which no runtime accepts, and with it there is nothing to chain to.
 var errAlone = errors.New(`no plugin besides ` + api.PluginType + ` in "plugins"`)
@@ -26,19 +30,23 @@ type entry struct {
 	ours              bool
 }
 
-// Insert returns the configuration list with the section as the last of its
-// plugins and no other entry of ours. All other bytes stay as they are; if the
-// section is there already, however it is formatted, all of them do. The error
-// says why libcni does not accept the list, or errAlone.
+// Insert returns the configuration list with the section as one of its plugins,
+// behind the one that makes the interface, and no other entry of ours. An entry
+// that is behind that already keeps its place, as others may want to be the last,
+// too; a new one goes to the end. All other bytes stay as they are; if the section
+// is there already, however it is formatted, all of them do. The error says why
+// libcni does not accept the list, or errAlone.
 func Insert(list, section []byte) ([]byte, error) {
 	entries, err := parse(list)
 	if err != nil {
 		return nil, err
 	}
-	first := slices.IndexFunc(entries, func(e entry) bool { return e.ours })
-	last := entries[len(entries)-1]
-	if first == len(entries)-1 && first > 0 && equalJSON(list[last.start:last.end], section) {
-		return list, nil
+	if at := slices.IndexFunc(entries, isOurEntry); at > 0 && !slices.ContainsFunc(entries[at+1:], isOurEntry) {
+		e := entries[at]
+		if equalJSON(list[e.start:e.end], section) {
+			return list, nil
+		}
+		return checked(list, slices.Concat(list[:e.start], section, list[e.end:]))
 	}
 	rest, err := Remove(list)
 	if err != nil {
@@ -47,12 +55,16 @@ func Insert(list, section []byte) ([]byte, error) {
 	if entries, err = parse(rest); err != nil {
 		return nil, err
 	}
-	last = entries[len(entries)-1]
+	last := entries[len(entries)-1]
 	// What separates the last entry from its delimiter separates ours: a line
 	// break and an indentation, or nothing.
 	inserted := slices.Concat([]byte(","), rest[last.after:last.start], section)
 	return checked(list, slices.Insert(bytes.Clone(rest), last.end, inserted...))
 }
+
+func isOurEntry(e entry) bool { return e.ours }
+
+func isOther(e entry) bool { return !e.ours }
 
 // Remove returns the configuration list without the entries of ours. It undoes
 // Insert to the byte. Errors are those of Insert.
@@ -79,7 +91,7 @@ func Remove(list []byte) ([]byte, error) {
 		if !entries[i].ours {
 			continue
 		}
-		if slices.ContainsFunc(entries[:i], func(e entry) bool { return !e.ours }) {
+		if slices.ContainsFunc(entries[:i], isOther) {
 			rest = slices.Delete(rest, entries[i-1].end, entries[i].end)
 		} else {
 			// Everything before it goes as well, and the next entry takes its place.
@@ -89,30 +101,61 @@ func Remove(list []byte) ([]byte, error) {
 	return checked(list, rest)
 }
 
-// Wrap returns the configuration list that a lone network configuration stands
-// for, with the section added. Values, their order and their notation are those
-// of the configuration; its white space is not kept.
-func Wrap(conf, section []byte) ([]byte, error) {
+// Wrap returns the configuration list that the lone network configuration in the
+// file called name stands for, with the section added. Values, their order and
+// their notation are those of the configuration; its white space is not kept.
+func Wrap(conf, section []byte, name string) ([]byte, error) {
+	return wrap(conf, section, name, nil)
+}
+
+// Rewrap returns what a list by Wrap has to become after its configuration or the
+// section has changed. Plugins that others have put into it stay, and so do all of
+// its bytes if nothing has changed, however they are formatted.
+func Rewrap(list, conf, section []byte, name string) ([]byte, error) {
+	if wraps(list, conf) {
+		return Insert(list, section)
+	}
+	return wrap(conf, section, name, chained(list))
+}
+
+// wrap makes a list of a configuration and the text after it in "plugins".
+func wrap(conf, section []byte, name string, after []byte) ([]byte, error) {
 	parsed, err := libcni.NetworkPluginConfFromBytes(conf)
 	if err != nil {
 		return nil, err
 	}
-	name, err1 := json.Marshal(parsed.Network.Name)
+	network, err1 := json.Marshal(parsed.Network.Name)
 	version, err2 := json.Marshal(parsed.Network.CNIVersion)
+	origin, err3 := json.Marshal(name)
 	var plugin bytes.Buffer
-	err3 := json.Indent(&plugin, bytes.TrimSpace(conf), "    ", "  ")
-	if err := errors.Join(err1, err2, err3); err != nil {
+	err4 := json.Indent(&plugin, bytes.TrimSpace(conf), "    ", "  ")
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return nil, err
 	}
-	list := fmt.Appendf(nil, "{\n  \"cniVersion\": %s,\n  \"name\": %s,\n  \"plugins\": [\n    %s\n  ]\n}\n", version, name, &plugin)
+	list := fmt.Appendf(nil, "{\n  \"cniVersion\": %s,\n  \"name\": %s,\n  \"%s\": %s,\n  \"plugins\": [\n    %s%s\n  ]\n}\n",
+		version, network, madeOfKey, origin, &plugin, after)
 	if !wraps(list, conf) {
 		return nil, errors.New("as a list it would not be the same network")
 	}
 	return Insert(list, section)
 }
 
-// wraps tells whether a list, apart from entries of ours, is the network that a
-// runtime makes of the lone configuration.
+// chained returns the text of the plugins that others have put into a list by
+// Wrap, with the comma before it.
+func chained(list []byte) []byte {
+	rest, err := Remove(list)
+	if err != nil {
+		return nil
+	}
+	entries, err := parse(rest)
+	if err != nil {
+		return nil
+	}
+	return rest[entries[0].end:entries[len(entries)-1].end]
+}
+
+// wraps tells whether a list, apart from entries of ours and from plugins behind
+// the first, is the network that a runtime makes of the lone configuration.
 func wraps(list, conf []byte) bool {
 	parsed, err := libcni.NetworkPluginConfFromBytes(conf)
 	if err != nil {
@@ -120,13 +163,45 @@ func wraps(list, conf []byte) bool {
 	}
 	want, err1 := libcni.ConfListFromConf(parsed) //nolint:staticcheck // deprecated, but what containerd and CRI-O call
 	got, err2 := libcni.ConfListFromBytes(list)
-	return err1 == nil && err2 == nil && sameNetwork(want, got)
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	first := others(got)
+	return sameNetwork(want, got) && len(first) > 0 && slices.EqualFunc(others(want), first[:1], bytes.Equal)
 }
 
 // holdsOurs tells whether an entry of ours is in the list.
 func holdsOurs(list []byte) bool {
 	entries, err := parse(list)
-	return err == nil && slices.ContainsFunc(entries, func(e entry) bool { return e.ours })
+	return err == nil && slices.ContainsFunc(entries, isOurEntry)
+}
+
+// inPlace tells whether an entry of ours is behind the plugin that makes the interface.
+func inPlace(list []byte) bool {
+	entries, err := parse(list)
+	return err == nil && !entries[0].ours && slices.ContainsFunc(entries, isOurEntry)
+}
+
+// firstPlugin returns the type of the plugin that makes the interface in a valid
+// file: the first that is not ours, "" where there is none.
+func firstPlugin(f file) string {
+	if !f.isList() {
+		conf, err := libcni.NetworkPluginConfFromBytes(f.data)
+		if err != nil {
+			return ""
+		}
+		return conf.Network.Type
+	}
+	list, err := libcni.ConfListFromBytes(f.data)
+	if err != nil {
+		return ""
+	}
+	for _, p := range list.Plugins {
+		if !isOurs(p.Bytes) {
+			return p.Network.Type
+		}
+	}
+	return ""
 }
 
 // parse returns where the plugins of a list are, as libcni would take them: of
@@ -200,16 +275,16 @@ func checked(before, list []byte) ([]byte, error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, fmt.Errorf("check changed list: %w", err)
 	}
-	if !sameNetwork(want, got) {
+	if !sameNetwork(want, got) || !slices.EqualFunc(others(want), others(got), bytes.Equal) {
 		return nil, errors.New("check changed list: another network than before")
 	}
 	return list, nil
 }
 
+// sameNetwork compares everything but the plugins.
 func sameNetwork(a, b *libcni.NetworkConfigList) bool {
 	return a.Name == b.Name && a.CNIVersion == b.CNIVersion &&
-		a.DisableCheck == b.DisableCheck && a.DisableGC == b.DisableGC && a.LoadOnlyInlinedPlugins == b.LoadOnlyInlinedPlugins &&
-		slices.EqualFunc(others(a), others(b), bytes.Equal)
+		a.DisableCheck == b.DisableCheck && a.DisableGC == b.DisableGC && a.LoadOnlyInlinedPlugins == b.LoadOnlyInlinedPlugins
 }
 
 // others returns the plugins that are not ours, in the form that libcni gives

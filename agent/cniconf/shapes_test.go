@@ -27,6 +27,11 @@ func TestShapes(t *testing.T) {
 			k := newTestKeeper(t)
 			copyDir(t, filepath.Join(shape, "before"), k.cfg.ConfDir)
 			before := snapshot(t, k.cfg.ConfDir)
+			files, err := readDir(k.cfg.ConfDir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			writeFile(t, filepath.Join(k.cfg.BinDir, firstPlugin(files[0])), "")
 			k.Keep()
 			if state := k.State(); !state.Installed || state.Error != "" {
 				t.Fatalf("got state %+v, want installed", state)
@@ -43,8 +48,7 @@ func TestShapes(t *testing.T) {
 			if diff := cmp.Diff(contents(t, after), contents(t, k.cfg.ConfDir)); diff != "" {
 				t.Errorf("installed (-want +got):\n%s", diff)
 			}
-			files, err := readDir(k.cfg.ConfDir)
-			if err != nil {
+			if files, err = readDir(k.cfg.ConfDir); err != nil {
 				t.Fatal(err)
 			}
 			if !files[0].isList() || files[0].err != nil || !holdsOurs(files[0].data) || files[0].path != k.State().Conflist {
@@ -59,7 +63,7 @@ func TestShapes(t *testing.T) {
 				t.Errorf("kept, and by another agent (-want +got):\n%s", diff)
 			}
 
-			if err := k.Uninstall(); err != nil {
+			if _, err := k.Uninstall(); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(withoutTimes(before), withoutTimes(snapshot(t, k.cfg.ConfDir))); diff != "" {

@@ -46,8 +46,9 @@ type Config struct {
 	Cgroup string
 	// PinDir is a directory in a bpffs.
 	PinDir string
-	// MountBPFFS mounts a bpffs on the parent of PinDir where there is none. In a
-	// container that mount, and all pins with it, would end with the container.
+	// MountBPFFS mounts a bpffs on the parent of PinDir where there is none, if that is
+	// /sys/fs/bpf or an empty directory below it. In a container that mount, and all
+	// pins with it, would end with the container.
 	MountBPFFS bool
 	// Budget is how many bytes the receiver of one direction may leave unread, each
 	// message counting 1024 more, before the direction spills to TCP. A direction

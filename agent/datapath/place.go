@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/api"
 )
 
 // findCgroup returns dir if it is in a cgroup2, and the first cgroup2 mount of
@@ -39,19 +42,53 @@ func findCgroup(dir string) (string, error) {
 	return dir, nil
 }
 
+// bpffsPlace is the directory of sysfs that is made for a bpffs.
+const bpffsPlace = "/sys/fs/bpf"
+
 // ensureBPFFS makes dir and mounts a bpffs on it unless it is in one; it tells
-// whether it has mounted.
+// whether it has mounted. A mount hides what is below it: it is made on bpffsPlace
+// or below, and on an empty directory, or not at all.
 func ensureBPFFS(dir string) (mounted bool, err error) {
+	dir = filepath.Clean(dir)
+	there, err := isBPFFS(nearest(dir))
+	if err != nil {
+		return false, err
+	}
+	if !there && dir != bpffsPlace && !strings.HasPrefix(dir, bpffsPlace+"/") {
+		return false, fmt.Errorf("mount a bpffs on %s: accepted are %s and empty directories below it, as a mount hides what is there: "+
+			"give --pin-dir (in the chart: agent.pinDir) a directory there, such as %s, or mount a bpffs on %[1]s by other means", dir, bpffsPlace, api.PinDir)
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, fmt.Errorf("make %s: %w", dir, err)
 	}
 	if there, err := isBPFFS(dir); err != nil || there {
 		return false, err
 	}
+	if target, err := filepath.EvalSymlinks(dir); err != nil || target != dir {
+		return false, errors.Join(fmt.Errorf("mount a bpffs on %s: it is a link to %s, which is not in a bpffs; accepted is a directory", dir, target), err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false, fmt.Errorf("mount a bpffs on %s: %w", dir, err)
+	}
+	if len(entries) > 0 {
+		return false, fmt.Errorf("mount a bpffs on %s: accepted is an empty directory, and it holds %s, which would be hidden: "+
+			"give --pin-dir (in the chart: agent.pinDir) another one", dir, entries[0].Name())
+	}
 	if err := unix.Mount("bpffs", dir, "bpf", 0, "mode=0700"); err != nil {
 		return false, fmt.Errorf("mount a bpffs on %s: %w", dir, err)
 	}
 	return true, nil
+}
+
+// nearest returns dir, or the last directory above it that is there.
+func nearest(dir string) string {
+	for {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || dir == filepath.Dir(dir) {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 func isBPFFS(dir string) (bool, error) {

@@ -60,8 +60,11 @@ func (s *Source) reportNode() {
 		pods.KernelRefused, "no pod takes part: "+s.cfg.Refusal)
 }
 
+// mostOfEvent is how long a message may be; the API accepts 1024 bytes.
+const mostOfEvent = 1000
+
 // warn does not block: the recorder sends later, drops what it has sent a moment
 // ago, and limits the rate per object.
 func (s *Source) warn(object corev1.ObjectReference, problem pods.Problem, message string) {
-	s.recorder.Event(&object, corev1.EventTypeWarning, string(problem), message)
+	s.recorder.Event(&object, corev1.EventTypeWarning, string(problem), api.Shorten(message, mostOfEvent))
 }

@@ -23,12 +23,13 @@ import (
 
 const (
 	annotationConfigHash       = "kubernetes.io/config.hash"
+	annotationConfigMirror     = "kubernetes.io/config.mirror"
 	annotationIngressBandwidth = "kubernetes.io/ingress-bandwidth"
 	annotationEgressBandwidth  = "kubernetes.io/egress-bandwidth"
 )
 
-// configHash is what a kubelet writes for a static pod. Others may write the
-// annotation as well, but not name another pod's UID by it.
+// configHash is the UID that a kubelet gives a static pod: the hash of its manifest.
+// It cannot be that of a pod that the API server has made.
 var configHash = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
 // trim returns an object with only what wish and the policy need of it. The caches
@@ -37,6 +38,7 @@ func trim(object any) (any, error) {
 	switch o := object.(type) {
 	case *corev1.Pod:
 		trimmed := &corev1.Pod{ObjectMeta: trimMeta(o.ObjectMeta)}
+		trimmed.Spec.NodeName = o.Spec.NodeName
 		trimmed.Spec.HostNetwork = o.Spec.HostNetwork
 		trimmed.Spec.RuntimeClassName = o.Spec.RuntimeClassName
 		trimmed.Spec.Containers = trimContainers(o.Spec.Containers, isContainer)
@@ -55,15 +57,21 @@ func trim(object any) (any, error) {
 	return object, nil
 }
 
-// trimMeta keeps the resource version because informers tell changes by it.
+// trimMeta keeps the resource version because informers tell changes by it, and the
+// owner if it is a node.
 func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	trimmed := metav1.ObjectMeta{
 		Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: m.Labels,
 	}
+	for _, owner := range m.OwnerReferences {
+		if isNode(owner) {
+			trimmed.OwnerReferences = append(trimmed.OwnerReferences, owner)
+		}
+	}
 	for name, value := range m.Annotations {
 		switch {
 		case strings.HasPrefix(name, api.AnnotationPrefix):
-		case name == annotationConfigHash, name == annotationIngressBandwidth, name == annotationEgressBandwidth:
+		case name == annotationConfigHash, name == annotationConfigMirror, name == annotationIngressBandwidth, name == annotationEgressBandwidth:
 		default:
 			continue
 		}
@@ -107,7 +115,7 @@ func isSidecar(c corev1.Container) bool {
 // its namespace. A pod that is being deleted takes part to its end.
 func wish(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods.Wish {
 	w := pods.Wish{UIDs: []string{string(pod.UID)}, Labels: pod.Labels}
-	if hash := pod.Annotations[annotationConfigHash]; configHash.MatchString(hash) {
+	if hash := staticUID(pod); hash != "" {
 		w.UIDs = append(w.UIDs, hash)
 	}
 	w.Settings, w.Err = settings(pod, namespace)
@@ -128,6 +136,24 @@ func wish(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods
 		}
 	}
 	return w
+}
+
+// staticUID returns the UID that the kubelet knows the pod by if it is the mirror of
+// a static pod, or "". The annotations alone can be anybody's. Who forges the rest, too,
+// has a pod that the kubelet deletes, and until then pods.Content sees a UID with
+// two owners.
+func staticUID(pod *corev1.Pod) string {
+	hash := pod.Annotations[annotationConfigHash]
+	ours := func(owner metav1.OwnerReference) bool { return isNode(owner) && owner.Name == pod.Spec.NodeName }
+	if !configHash.MatchString(hash) || pod.Annotations[annotationConfigMirror] != hash ||
+		!slices.ContainsFunc(pod.OwnerReferences, ours) {
+		return ""
+	}
+	return hash
+}
+
+func isNode(owner metav1.OwnerReference) bool {
+	return owner.APIVersion == "v1" && owner.Kind == "Node" && owner.Controller != nil && *owner.Controller
 }
 
 // settings takes each annotation from the namespace that the pod itself does not

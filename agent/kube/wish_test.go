@@ -34,6 +34,13 @@ func newPod(name string, change func(*corev1.Pod)) *corev1.Pod {
 	return p
 }
 
+// mirror makes a pod the mirror of a static pod, as a kubelet does.
+func mirror(p *corev1.Pod) {
+	p.Spec.NodeName = "node"
+	p.Annotations[annotationConfigHash], p.Annotations[annotationConfigMirror] = hash, hash
+	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "node", UID: "n", Controller: ptr(true)}}
+}
+
 func ptr[T any](v T) *T { return &v }
 
 func mustTrim[T any](t testing.TB, object T) T {
@@ -132,17 +139,41 @@ func TestWish(t *testing.T) {
 		{name: "gVisor", change: class("gvisor"), want: sandboxed("gvisor")},
 		{name: "Kata", change: class("kata-qemu"), want: sandboxed("kata-qemu")},
 		{
-			name: "static pod",
-			change: func(p *corev1.Pod) {
-				p.Annotations[annotationConfigHash] = hash
-			},
-			want: func(w *pods.Wish) { w.UIDs = append(w.UIDs, hash) },
+			name:   "static pod",
+			change: mirror,
+			want:   func(w *pods.Wish) { w.UIDs = append(w.UIDs, hash) },
 		},
 		{
 			name: "a UID where the hash belongs",
 			change: func(p *corev1.Pod) {
-				p.Annotations[annotationConfigHash] = "11111111-1111-4111-8111-111111111111"
+				mirror(p)
+				const uid = "11111111-1111-4111-8111-111111111111"
+				p.Annotations[annotationConfigHash], p.Annotations[annotationConfigMirror] = uid, uid
 			},
+		},
+		{
+			name:   "a hash without a mirror",
+			change: func(p *corev1.Pod) { mirror(p); delete(p.Annotations, annotationConfigMirror) },
+		},
+		{
+			name:   "the mirror of another pod",
+			change: func(p *corev1.Pod) { mirror(p); p.Annotations[annotationConfigMirror] = strings.Repeat("f", 32) },
+		},
+		{
+			name:   "a mirror of nobody",
+			change: func(p *corev1.Pod) { mirror(p); p.OwnerReferences = nil },
+		},
+		{
+			name:   "the mirror of another node",
+			change: func(p *corev1.Pod) { mirror(p); p.Spec.NodeName = "other" },
+		},
+		{
+			name:   "the mirror of what is called as the node",
+			change: func(p *corev1.Pod) { mirror(p); p.OwnerReferences[0].Kind = "ReplicaSet" },
+		},
+		{
+			name:   "the node is no controller",
+			change: func(p *corev1.Pod) { mirror(p); p.OwnerReferences[0].Controller = nil },
 		},
 		{
 			name: "dual stack",
@@ -262,6 +293,7 @@ func TestTrim(t *testing.T) {
 			want: &corev1.Pod{
 				ObjectMeta: trimmedMeta,
 				Spec: corev1.PodSpec{
+					NodeName:         "n",
 					RuntimeClassName: ptr("runc"),
 					Containers:       []corev1.Container{{Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 80}}}},
 				},

@@ -19,6 +19,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/podshunt/podshunt/agent/policy"
@@ -33,6 +34,10 @@ const pollInterval = 250 * time.Millisecond
 // policyRetry is how long a policy of which some is missing rests: the likely
 // reason is a full map, and to compile and write all of it is work.
 const policyRetry = 5 * time.Second
+
+// wedged is how long a Sync takes at most: to write a whole policy map takes
+// seconds, on a node that is very busy tens of them.
+const wedged = 2 * time.Minute
 
 // Datapath is what the registry does to the kernel.
 type Datapath interface {
@@ -101,7 +106,7 @@ type Registry struct {
 
 	mu         sync.Mutex
 	entries    map[string]*entry  // attachments by file name
-	searches   map[string]*search // by UID, for the pods without an attachment
+	searches   map[string]*search // by name and UID, for the pods without an attachment
 	nextSearch time.Time
 	content    *Content // what the source last said, nil before it has said anything
 	sourceErr  error
@@ -121,6 +126,9 @@ type Registry struct {
 
 	// faults are those that have been logged and still last.
 	faults map[string]string
+
+	// looked is when Sync last ended. It is apart from mu, which a Sync that hangs holds.
+	looked atomic.Pointer[time.Time]
 }
 
 // New returns a Registry that keeps what an earlier agent has enrolled until
@@ -142,7 +150,23 @@ func New(cfg Config) (*Registry, error) {
 	for _, cookie := range cookies {
 		r.enrolled[cookie] = false
 	}
+	r.lookedNow()
 	return r, nil
+}
+
+// Alive returns an error if Sync has not ended for longer than any amount of work
+// takes: then neither pods nor policies are followed any more, and only a new
+// process helps.
+func (r *Registry) Alive() error {
+	if last := *r.looked.Load(); r.cfg.Now().Sub(last) > wedged {
+		return fmt.Errorf("pods and policies were last looked at at %s", last.Format(time.RFC3339))
+	}
+	return nil
+}
+
+func (r *Registry) lookedNow() {
+	now := r.cfg.Now()
+	r.looked.Store(&now)
 }
 
 // Run keeps the kernel in line until ctx ends.
@@ -164,6 +188,7 @@ func (r *Registry) Run(ctx context.Context) error {
 // Sync brings the kernel in line with the source and the files as they are now.
 // What could not be done is in the Snapshot, and is tried again by the next Sync.
 func (r *Registry) Sync() {
+	defer r.lookedNow()
 	r.mu.Lock()
 	r.sync()
 	uids := r.missing()
@@ -375,12 +400,12 @@ func (r *Registry) add(e *entry, w *Wish, unknown string) {
 		NetnsCookie: e.cookie,
 		Reason:      unknown,
 	}, ID: e.attachment.AttachmentID, entry: e}
-	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name, Addresses: p.Addresses}
+	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name}
 	if w != nil {
 		p.Policy.Labels, p.Policy.Ports, p.Policy.Settings, p.Policy.Bandwidth = w.Labels, w.Ports, w.Settings, w.Bandwidth
 		if len(w.Addresses) > 0 {
 			// They may have changed since the attachment was made.
-			p.Addresses, p.Policy.Addresses = w.Addresses, w.Addresses
+			p.Addresses = w.Addresses
 		}
 		p.Reason, p.Problem = w.out()
 	}

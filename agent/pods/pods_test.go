@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -659,4 +660,54 @@ func TestRunTakesUpChanges(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("Run did not return")
 	}
+}
+
+// TestAlive: a Sync that does not end is seen, also by who does not wait for it.
+func TestAlive(t *testing.T) {
+	block, entered := make(chan struct{}), make(chan struct{})
+	once := sync.OnceFunc(func() { close(entered) })
+	f := newFixture(t, func(c *Config, _ *fakeKernel) {
+		c.NetnsCookie = func(path string) (uint64, error) {
+			once()
+			<-block
+			return readCookie(path)
+		}
+	})
+	f.Sync()
+	alive := func(want bool) {
+		t.Helper()
+		if err := f.Alive(); (err == nil) != want {
+			t.Errorf("got error %v, want alive %v", err, want)
+		}
+	}
+	alive(true)
+	f.now = f.now.Add(wedged)
+	alive(true)
+	f.now = f.now.Add(time.Second)
+	alive(false)
+	f.Sync()
+	alive(true)
+
+	a := f.attachment(t, "web", 100)
+	go func() {
+		// It hangs in the look at the network namespace, with the lock.
+		if _, err := f.Put(a); err != nil {
+			t.Error(err)
+		}
+	}()
+	<-entered
+	synced := make(chan struct{})
+	go func() {
+		f.Sync()
+		close(synced)
+	}()
+	f.now = f.now.Add(wedged + time.Second)
+	alive(false)
+	close(block)
+	select {
+	case <-synced:
+	case <-time.After(2 * time.Minute):
+		t.Fatal("Sync does not end")
+	}
+	alive(true)
 }

@@ -24,7 +24,10 @@ const (
 type search struct {
 	// entry has the pod, and its network namespace once that is found.
 	entry
+	// uids are those by which it may be found: no other pod claims them.
 	uids []string
+	// by is the one of them by which it was found.
+	by string
 	// wanted is false as long as there is nothing to be found, or no use for it.
 	wanted bool
 	// lost is set when the process is gone that the network namespace was found by.
@@ -35,28 +38,33 @@ type search struct {
 
 // forget makes it a search for a pod that was not found.
 func (s *search) forget() {
-	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.lost = "", stamp{}, 0, nil, false
+	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.lost, s.by = "", stamp{}, 0, nil, false, ""
 }
 
 // search brings r.searches in line with the source, and adds their pods to r.pods.
 func (r *Registry) search(attached map[string]bool) {
 	searches := map[string]*search{}
 	if r.content != nil {
+		contested := r.content.contested()
 		for _, name := range slices.Sorted(maps.Keys(r.content.Pods)) {
 			w := r.content.Pods[name]
 			if attached[name] || len(w.UIDs) == 0 {
 				continue
 			}
-			uid := w.UIDs[0]
-			s := r.searches[uid]
+			key := name + " " + w.UIDs[0]
+			s := r.searches[key]
 			if s == nil {
 				namespace, name, _ := strings.Cut(name, "/")
-				s = &search{uids: w.UIDs, delay: searchInterval}
-				s.attachment.Pod = api.PodRef{Namespace: namespace, Name: name, UID: uid}
+				s = &search{delay: searchInterval}
+				s.attachment.Pod = api.PodRef{Namespace: namespace, Name: name, UID: w.UIDs[0]}
+			}
+			s.uids = slices.DeleteFunc(slices.Clone(w.UIDs), func(uid string) bool { return contested[uid] })
+			if s.by != "" && !slices.Contains(s.uids, s.by) {
+				s.forget()
 			}
 			reason, problem := w.out()
 			// A pod has addresses from the moment on that it has a network namespace.
-			s.wanted = reason == "" && len(w.Addresses) > 0 && r.cfg.Refusal == "" && r.stopped == ""
+			s.wanted = reason == "" && len(s.uids) > 0 && len(w.Addresses) > 0 && r.cfg.Refusal == "" && r.stopped == ""
 			if s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
 				if s.wanted {
 					// Another process of the pod may still be in it: settle decides.
@@ -69,7 +77,10 @@ func (r *Registry) search(attached map[string]bool) {
 			if s.cookie == 0 && reason != "" && problem == "" {
 				continue
 			}
-			searches[uid] = s
+			searches[key] = s
+			if reason == "" && len(s.uids) == 0 {
+				w.Reason = "another pod of this node claims its UID, so that its processes are not known"
+			}
 			r.add(&s.entry, &w, "")
 		}
 	}
@@ -97,8 +108,8 @@ func (r *Registry) missing() map[string]bool {
 func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
 	now := r.cfg.Now()
 	r.nextSearch = now.Add(searchInterval)
-	for uid, s := range r.searches {
-		if !uids[uid] {
+	for _, s := range r.searches {
+		if !slices.ContainsFunc(s.uids, func(uid string) bool { return uids[uid] }) {
 			continue
 		}
 		s.forget()
@@ -106,8 +117,9 @@ func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
 		s.delay = min(2*s.delay, maxSearchDelay)
 		for _, uid := range s.uids {
 			if n, ok := found[uid]; ok {
-				s.attachment.Netns, s.cookie = n.Path, n.Cookie
+				s.attachment.Netns, s.cookie, s.by = n.Path, n.Cookie, uid
 				s.delay = searchInterval
+				break
 			}
 		}
 	}

@@ -197,6 +197,43 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	wantDiff(t, "states", map[string]string{"web": "in"}, f.states())
 }
 
+// Two pods claim one UID, one of them before and one after it was found by it: it
+// is nobody's, so that neither gets the other's network namespace.
+func TestUIDClaimedTwice(t *testing.T) {
+	const contested = "out another pod of this node claims its UID, so that its processes are not known"
+	f, source := newClusterFixture(t, nil)
+	f.process(t, 100, hash, 10)
+	f.process(t, 101, uid1, 11)
+	victim := enabled("victim", hash)
+	victim.Settings = api.Settings{} // it has not opted in
+	source.set(map[string]Wish{"victim": victim, "thief": enabled(uid1, hash), "pure-thief": enabled(hash)})
+	f.Sync()
+	// The thief is found by what is its own.
+	wantDiff(t, "states", map[string]string{"thief": "in", "pure-thief": contested}, f.states())
+	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
+
+	source.set(map[string]Wish{"victim": enabled(hash)})
+	f.now = f.now.Add(2 * searchInterval)
+	f.Sync()
+	wantDiff(t, "states", map[string]string{"victim": "in"}, f.states())
+	wantDiff(t, "enrolled", []uint64{10}, f.kernel.enrolled)
+	source.set(map[string]Wish{"victim": enabled(hash), "thief": enabled(uid1, hash)})
+	f.now = f.now.Add(2 * searchInterval)
+	f.Sync()
+	wantDiff(t, "states", map[string]string{"victim": contested, "thief": "in"}, f.states())
+	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
+}
+
+// A process of the pod's own UID comes before one of the hash that it has, too.
+func TestOwnUIDFirst(t *testing.T) {
+	f, source := newClusterFixture(t, nil)
+	f.process(t, 100, hash, 10)
+	f.process(t, 101, uid1, 11)
+	source.set(map[string]Wish{"web": enabled(uid1, hash)})
+	f.Sync()
+	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
+}
+
 func withoutAddresses(s api.PodStatus) api.PodStatus {
 	s.Addresses = nil
 	return s
@@ -288,7 +325,7 @@ func TestPolicyInput(t *testing.T) {
 	f.mustPut(t, a)
 	got := f.Snapshot()
 	want := policy.Pod{
-		ID: 10, Namespace: "default", Name: "web", Labels: w.Labels, Addresses: w.Addresses,
+		ID: 10, Namespace: "default", Name: "web", Labels: w.Labels,
 		Ports: w.Ports, Settings: w.Settings, Bandwidth: w.Bandwidth,
 	}
 	if fmt.Sprint(got.Pods[0].Policy) != fmt.Sprint(want) {

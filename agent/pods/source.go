@@ -37,10 +37,25 @@ type Content struct {
 	Cluster  policy.Cluster
 }
 
+// contested returns the UIDs that more than one pod claims. They are nobody's: whose
+// processes they name is not known.
+func (c *Content) contested() map[string]bool {
+	claimed, contested := map[string]bool{}, map[string]bool{}
+	for _, w := range c.Pods {
+		for _, uid := range w.UIDs {
+			if claimed[uid] {
+				contested[uid] = true
+			}
+			claimed[uid] = true
+		}
+	}
+	return contested
+}
+
 // Wish is what a pod asks for.
 type Wish struct {
-	// UIDs are those by which a runtime may know the pod. Without any the name is
-	// enough, and a pod that no attachment tells of is not looked for.
+	// UIDs are those by which a runtime may know the pod, its own first. Without any
+	// the name is enough, and a pod that no attachment tells of is not looked for.
 	UIDs     []string
 	Settings api.Settings
 	// Err is why the annotations are not accepted; Settings are zero then.

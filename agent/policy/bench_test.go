@@ -5,7 +5,6 @@ package policy
 import (
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -32,9 +31,8 @@ func largeCluster(tb testing.TB) (pods []Pod, cluster Cluster) {
 					"app": fmt.Sprint("app", i/5), "tier": fmt.Sprint("tier", i%3), "version": fmt.Sprint("v", i%2),
 					"pod-template-hash": "5d89bdfbf9", "statefulset.kubernetes.io/pod-name": fmt.Sprint("pod-", i),
 				},
-				Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 244, byte(n), byte(i + 2)})},
-				Ports:     []NamedPort{{"http", 8080}, {"metrics", 9100}},
-				Settings:  api.Settings{Enabled: true},
+				Ports:    []NamedPort{{"http", 8080}, {"metrics", 9100}},
+				Settings: api.Settings{Enabled: true},
 			})
 		}
 		add(`{podSelector: {}, policyTypes: [Ingress, Egress]}`)

@@ -5,7 +5,6 @@ package policy
 import (
 	"cmp"
 	"maps"
-	"net/netip"
 	"reflect"
 	"slices"
 	"time"
@@ -171,15 +170,8 @@ type pod struct {
 	changed                  bool // since the last Update
 
 	isolatedBy [directions][]*networkPolicy
-	ends       []end
-}
-
-// end is an address of a pod. A connection may use any, so only what is allowed
-// with all of them is allowed with the pod. A pod without addresses has an end too.
-type end struct {
-	address netip.Addr
 	// allowed are the ports that policies allow between the pods which they isolate
-	// and this end.
+	// and this one.
 	allowed [directions]map[*networkPolicy]rulePorts
 }
 
@@ -194,16 +186,8 @@ func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 		p.listed = newPortSet(slices.Clone(asked.Settings.Ports))
 	}
 	p.namespaceLabels, p.namespaceKnown = cluster.Namespaces[asked.Namespace]
-	for _, address := range asked.Addresses {
-		p.ends = append(p.ends, end{address: address.Unmap()})
-	}
-	if p.ends == nil {
-		p.ends = make([]end, 1)
-	}
-	for i := range p.ends {
-		for d := range directions {
-			p.ends[i].allowed[d] = map[*networkPolicy]rulePorts{}
-		}
+	for d := range directions {
+		p.allowed[d] = map[*networkPolicy]rulePorts{}
 	}
 	return p
 }
@@ -227,10 +211,8 @@ func (p *pod) take(n *networkPolicy) {
 		if selected {
 			p.isolatedBy[d] = append(p.isolatedBy[d], n)
 		}
-		for _, e := range p.ends {
-			if ports := n.allows(d, p, e.address); len(ports.ranges) > 0 || len(ports.names) > 0 {
-				e.allowed[d][n] = ports
-			}
+		if ports := n.allows(d, p); len(ports.ranges) > 0 || len(ports.names) > 0 {
+			p.allowed[d][n] = ports
 		}
 	}
 }
@@ -240,24 +222,18 @@ func (p *pod) drop(n *networkPolicy) {
 	p.changed = p.changed || n.selects(p)
 	for d := range directions {
 		p.isolatedBy[d] = slices.DeleteFunc(p.isolatedBy[d], func(other *networkPolicy) bool { return other == n })
-		for _, e := range p.ends {
-			delete(e.allowed[d], n)
-		}
+		delete(p.allowed[d], n)
 	}
 }
 
 // allowedWith returns the ports of server that the policies which isolate the pod
 // allow with another; server is one of the two.
 func (p *pod) allowedWith(d direction, other, server *pod) portSet {
-	common := other.all
-	for _, e := range other.ends {
-		ports := make([]api.PortRange, 0, 8)
-		for _, n := range p.isolatedBy[d] {
-			if allowed, ok := e.allowed[d][n]; ok {
-				ports = allowed.appendTo(ports, server)
-			}
+	ports := make([]api.PortRange, 0, 8)
+	for _, n := range p.isolatedBy[d] {
+		if allowed, ok := other.allowed[d][n]; ok {
+			ports = allowed.appendTo(ports, server)
 		}
-		common = common.intersect(newPortSet(ports))
 	}
-	return common
+	return newPortSet(ports)
 }

@@ -50,11 +50,11 @@ type rulePorts struct {
 	names  []string
 }
 
-// peer is either the addresses of block that are in none of except, or the pods
-// that the selectors match; nil namespaces are the policy's own one, nil pods all.
+// peer is the pods that the selectors match; nil namespaces are the policy's own one,
+// nil pods all. It is none if addresses are meant: some networks let an ipBlock
+// select pods, too, and others never do.
 type peer struct {
-	block            netip.Prefix
-	except           []netip.Prefix
+	addresses        bool
 	namespaces, pods labels.Selector
 }
 
@@ -129,13 +129,8 @@ func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []net
 
 func parsePeer(object *networkingv1.NetworkPolicyPeer) (p peer, ok bool) {
 	if block := object.IPBlock; block != nil {
-		p.block, ok = parsePrefix(block.CIDR)
-		for _, cidr := range block.Except {
-			except, valid := parsePrefix(cidr)
-			p.except = append(p.except, except)
-			ok = ok && valid
-		}
-		return p, ok && object.PodSelector == nil && object.NamespaceSelector == nil
+		valid := !slices.ContainsFunc(slices.Concat(block.Except, []string{block.CIDR}), func(cidr string) bool { return !isPrefix(cidr) })
+		return peer{addresses: true}, valid && object.PodSelector == nil && object.NamespaceSelector == nil
 	}
 	var err error
 	if object.NamespaceSelector != nil {
@@ -151,10 +146,10 @@ func parsePeer(object *networkingv1.NetworkPolicyPeer) (p peer, ok bool) {
 	return p, object.NamespaceSelector != nil || object.PodSelector != nil
 }
 
-// parsePrefix takes no IPv4 prefix in IPv6 form: what it means differs between implementations.
-func parsePrefix(cidr string) (netip.Prefix, bool) {
+// isPrefix takes no IPv4 prefix in IPv6 form: what it means differs between implementations.
+func isPrefix(cidr string) bool {
 	p, err := netip.ParsePrefix(cidr)
-	return p, err == nil && !p.Addr().Is4In6()
+	return err == nil && !p.Addr().Is4In6()
 }
 
 // parsePorts returns no ports for one of another protocol than TCP.
@@ -207,21 +202,20 @@ func (n *networkPolicy) selects(p *pod) bool {
 }
 
 // allows returns the ports that the policy allows between a pod that it isolates
-// and an address of another.
-func (n *networkPolicy) allows(d direction, other *pod, address netip.Addr) (ports rulePorts) {
+// and another.
+func (n *networkPolicy) allows(d direction, other *pod) (ports rulePorts) {
 	for _, r := range n.rules[d] {
-		if len(r.peers) == 0 || slices.ContainsFunc(r.peers, func(p peer) bool { return p.matches(n.namespace, other, address) }) {
+		if len(r.peers) == 0 || slices.ContainsFunc(r.peers, func(p peer) bool { return p.matches(n.namespace, other) }) {
 			ports = ports.union(r.ports)
 		}
 	}
 	return ports
 }
 
-func (p peer) matches(own string, other *pod, address netip.Addr) bool {
+func (p peer) matches(own string, other *pod) bool {
 	switch {
-	case p.block.IsValid():
-		return p.block.Contains(address) &&
-			!slices.ContainsFunc(p.except, func(e netip.Prefix) bool { return e.Contains(address) })
+	case p.addresses:
+		return false
 	case p.namespaces == nil && other.Namespace != own:
 		return false
 	case p.namespaces != nil && (!other.namespaceKnown || !p.namespaces.Matches(labels.Set(other.namespaceLabels))):

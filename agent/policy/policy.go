@@ -8,7 +8,6 @@ package policy
 import (
 	"fmt"
 	"iter"
-	"net/netip"
 	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -98,7 +97,6 @@ type Pod struct {
 	ID              uint64
 	Namespace, Name string
 	Labels          map[string]string
-	Addresses       []netip.Addr
 	// Ports are the container ports that have a name, those of TCP.
 	Ports    []NamedPort
 	Settings api.Settings

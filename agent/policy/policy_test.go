@@ -3,7 +3,6 @@
 package policy
 
 import (
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -167,7 +166,7 @@ func TestChanges(t *testing.T) {
 	pod := func(id uint64, name string) Pod {
 		return Pod{
 			ID: id, Namespace: "default", Name: name, Settings: on,
-			Labels: map[string]string{"app": name}, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(id)})},
+			Labels: map[string]string{"app": name},
 		}
 	}
 	web, db, job := pod(1, "web"), pod(2, "db"), pod(3, "job")

@@ -6,8 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -150,7 +148,7 @@ var (
 // evaluator need not find out.
 const invalidName = "invalid"
 
-// generator makes small clusters in which things meet: few labels, ports and addresses.
+// generator makes small clusters in which things meet: few labels and ports.
 type generator struct{ *rand.Rand }
 
 func pick[T any](r generator, list ...T) T { return list[r.IntN(len(list))] }
@@ -182,22 +180,9 @@ func (r generator) portRange() api.PortRange {
 	return api.PortRange{First: min(first, last), Last: max(first, last)}
 }
 
-func (r generator) addresses() (addresses []netip.Addr) {
-	if r.chance(90) {
-		addresses = append(addresses, netip.AddrFrom4([4]byte{10, 0, 0, byte(r.IntN(8))}))
-	}
-	if r.chance(25) {
-		addresses = append(addresses, netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(r.IntN(8))}))
-	}
-	if r.chance(5) {
-		addresses = append(addresses, netip.AddrFrom16([16]byte{10: 0xff, 11: 0xff, 12: 10, 15: byte(r.IntN(8))}))
-	}
-	return addresses
-}
-
 func (r generator) pod(id uint64, now time.Time) Pod {
 	p := Pod{
-		ID: id, Namespace: pick(r, namespaceNames...), Name: fmt.Sprint("pod", id), Labels: r.labels(), Addresses: r.addresses(),
+		ID: id, Namespace: pick(r, namespaceNames...), Name: fmt.Sprint("pod", id), Labels: r.labels(),
 		Settings: api.Settings{Enabled: r.chance(90)},
 	}
 	for _, name := range []string{"http", "http", "dns"} {
@@ -324,7 +309,7 @@ func (r generator) change(pods []Pod, cluster Cluster, now time.Time) ([]Pod, Cl
 		next.Namespaces[name] = labels
 	}
 	for range r.IntN(3) {
-		switch r.IntN(9) {
+		switch r.IntN(8) {
 		case 0:
 			pods = append(pods, r.pod(uint64(10+r.IntN(1<<30)), now))
 		case 1:
@@ -338,14 +323,12 @@ func (r generator) change(pods []Pod, cluster Cluster, now time.Time) ([]Pod, Cl
 		case 3:
 			pods[r.IntN(len(pods))].Labels = r.labels()
 		case 4:
-			pods[r.IntN(len(pods))].Addresses = r.addresses()
-		case 5:
 			next.Namespaces[pick(r, namespaceNames...)] = r.labels()
-		case 6:
+		case 5:
 			delete(next.Namespaces, pick(r, namespaceNames...))
-		case 7:
+		case 6:
 			next.Policies = append(next.Policies, r.policy())
-		case 8:
+		case 7:
 			if len(next.Policies) > 0 {
 				at := r.IntN(len(next.Policies))
 				next.Policies = slices.Delete(next.Policies, at, at+1)
@@ -385,16 +368,11 @@ func naive(client, server Pod, port uint16, cluster Cluster, now time.Time) Reas
 		return ServerBandwidth
 	}
 	if client.ID != server.ID {
-		// Whatever addresses the two use, the connection must be allowed.
-		for _, from := range naiveAddresses(client) {
-			if !naiveIngress(client, from, server, port, cluster) {
-				return IngressPolicy
-			}
+		if !naiveIngress(client, server, port, cluster) {
+			return IngressPolicy
 		}
-		for _, to := range naiveAddresses(server) {
-			if !naiveEgress(client, server, to, port, cluster) {
-				return EgressPolicy
-			}
+		if !naiveEgress(client, server, port, cluster) {
+			return EgressPolicy
 		}
 	}
 	if now.Before(client.Settings.PausedUntil) {
@@ -416,18 +394,7 @@ func naiveUntil(pods []Pod, now time.Time) (until time.Time) {
 	return until
 }
 
-func naiveAddresses(p Pod) []net.IP {
-	var list []net.IP
-	for _, a := range p.Addresses {
-		list = append(list, net.ParseIP(a.String()))
-	}
-	if len(list) == 0 {
-		return []net.IP{nil}
-	}
-	return list
-}
-
-func naiveIngress(client Pod, from net.IP, server Pod, port uint16, cluster Cluster) bool {
+func naiveIngress(client, server Pod, port uint16, cluster Cluster) bool {
 	isolated, allowed := false, false
 	for _, p := range cluster.Policies {
 		applies := len(p.Spec.PolicyTypes) == 0
@@ -440,7 +407,7 @@ func naiveIngress(client Pod, from net.IP, server Pod, port uint16, cluster Clus
 		isolated = true
 		for _, rule := range p.Spec.Ingress {
 			if !strings.HasPrefix(p.Name, invalidName) &&
-				naivePeers(rule.From, p.Namespace, client, from, cluster) && naivePorts(rule.Ports, port, server) {
+				naivePeers(rule.From, p.Namespace, client, cluster) && naivePorts(rule.Ports, port, server) {
 				allowed = true
 			}
 		}
@@ -448,7 +415,7 @@ func naiveIngress(client Pod, from net.IP, server Pod, port uint16, cluster Clus
 	return !isolated || allowed
 }
 
-func naiveEgress(client, server Pod, to net.IP, port uint16, cluster Cluster) bool {
+func naiveEgress(client, server Pod, port uint16, cluster Cluster) bool {
 	isolated, allowed := false, false
 	for _, p := range cluster.Policies {
 		applies := len(p.Spec.PolicyTypes) == 0 && len(p.Spec.Egress) > 0
@@ -461,7 +428,7 @@ func naiveEgress(client, server Pod, to net.IP, port uint16, cluster Cluster) bo
 		isolated = true
 		for _, rule := range p.Spec.Egress {
 			if !strings.HasPrefix(p.Name, invalidName) &&
-				naivePeers(rule.To, p.Namespace, server, to, cluster) && naivePorts(rule.Ports, port, server) {
+				naivePeers(rule.To, p.Namespace, server, cluster) && naivePorts(rule.Ports, port, server) {
 				allowed = true
 			}
 		}
@@ -496,22 +463,9 @@ func naiveSelects(s metav1.LabelSelector, labels map[string]string) bool {
 	return true
 }
 
-func naivePeers(peers []networkingv1.NetworkPolicyPeer, own string, other Pod, address net.IP, cluster Cluster) bool {
+func naivePeers(peers []networkingv1.NetworkPolicyPeer, own string, other Pod, cluster Cluster) bool {
 	for _, p := range peers {
 		if p.IPBlock != nil {
-			in := func(cidr string) bool {
-				_, block, err := net.ParseCIDR(cidr)
-				return err == nil && address != nil && block.Contains(address)
-			}
-			ok := in(p.IPBlock.CIDR)
-			for _, except := range p.IPBlock.Except {
-				if in(except) {
-					ok = false
-				}
-			}
-			if ok {
-				return true
-			}
 			continue
 		}
 		if p.NamespaceSelector == nil && other.Namespace != own {

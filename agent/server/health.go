@@ -12,21 +12,37 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 )
 
-// ServeHealth answers probes and Prometheus on l until ctx ends, and closes it:
-// /healthz while the process serves, /readyz unless ready returns why it is not,
-// and /metrics. A metric that cannot be read does not hide the others.
-func ServeHealth(ctx context.Context, l net.Listener, metrics *prometheus.Registry, ready func() error, log *slog.Logger) error {
+const (
+	// maxConnections is how many connections a TCP port serves at a time. Others
+	// wait in the kernel, where they cost the agent nothing.
+	maxConnections = 32
+	// maxHeader bounds a request's header; net/http adds 4 KiB to it.
+	maxHeader = 8 << 10
+)
+
+// ServeHealth answers probes on l until ctx ends, and closes it: /healthz unless
+// alive returns why it is not, /readyz unless ready does.
+func ServeHealth(ctx context.Context, l net.Listener, alive, ready func() error, log *slog.Logger) error {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := ready(); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
+	for path, check := range map[string]func() error{"/healthz": alive, "/readyz": ready} {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
+			if err := check(); err != nil {
+				http.Error(w, err.Error(), http.StatusServiceUnavailable)
+				return
+			}
+			fmt.Fprintln(w, "ok")
+		})
+	}
+	return serveTCP(ctx, l, mux, log)
+}
+
+// ServeMetrics answers Prometheus at /metrics on l until ctx ends, and closes it. A
+// metric that cannot be read does not hide the others.
+func ServeMetrics(ctx context.Context, l net.Listener, metrics *prometheus.Registry, log *slog.Logger) error {
+	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{
 		ErrorHandling: promhttp.ContinueOnError,
 		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelWarn),
@@ -35,5 +51,18 @@ func ServeHealth(ctx context.Context, l net.Listener, metrics *prometheus.Regist
 		MaxRequestsInFlight: 2,
 		Timeout:             10 * time.Second,
 	}))
-	return serve(ctx, l, &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 15 * time.Second}, log)
+	return serveTCP(ctx, l, mux, log)
+}
+
+// serveTCP serves whoever reaches l. None of them may cost the agent more than its
+// part of memory, nor keep its place without asking for something.
+func serveTCP(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) error {
+	return serve(ctx, netutil.LimitListener(l, maxConnections), &http.Server{
+		Handler:           handler,
+		MaxHeaderBytes:    maxHeader,
+		ReadHeaderTimeout: 2 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      15 * time.Second,
+		IdleTimeout:       10 * time.Second,
+	}, log)
 }

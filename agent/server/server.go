@@ -2,7 +2,7 @@
 
 // Package server serves the CNI plugin and the command line on the agent's unix
 // socket: the routes of api, nothing else. It checks what it is sent and leaves
-// every decision to those behind it. On a TCP port it serves probes and metrics.
+// every decision to those behind it. On TCP ports it serves probes and metrics.
 package server
 
 import (
@@ -83,11 +83,12 @@ func Listen(path string) (net.Listener, error) {
 func Serve(ctx context.Context, l net.Listener, attachments Attachments, node Node, log *slog.Logger) error {
 	// No ReadTimeout and WriteTimeout: an unload takes as long as its caller
 	// lets it, and the former would cancel its context.
-	return serve(ctx, l, &http.Server{Handler: handler(attachments, node, log), ReadHeaderTimeout: 5 * time.Second}, log)
+	return serve(ctx, l, &http.Server{
+		Handler: handler(attachments, node, log), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+	}, log)
 }
 
 func serve(ctx context.Context, l net.Listener, s *http.Server, log *slog.Logger) error {
-	s.IdleTimeout = time.Minute
 	s.BaseContext = func(net.Listener) context.Context { return ctx }
 	s.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelWarn)
 	served := make(chan error, 1)

@@ -40,15 +40,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{- define "podshunt.metricsPort" -}}
-{{- regexFind "[0-9]+$" .Values.agent.metricsAddress }}
+{{/* The port of an address. */}}
+{{- define "podshunt.port" -}}
+{{- regexFind "[0-9]+$" . }}
 {{- end }}
 
 {{/* A probe of the agent at a path. */}}
 {{- define "podshunt.probe" -}}
 httpGet:
   path: {{ .path }}
-  port: metrics
+  port: health
   {{- with regexReplaceAll ":[0-9]+$" .address "" | trimPrefix "[" | trimSuffix "]" }}
   host: {{ . | quote }}
   {{- end }}
