@@ -37,7 +37,7 @@ UNIT := ./api ./plugin ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./a
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-cluster build cni unit generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster build cni unit generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -61,6 +61,9 @@ test-apps-kernels: build cni ## real programs with the default settings on Debia
 
 test-apps-kernels-small: build cni ## a few of them on two kernels (root)
 	$(SUDO) PROGRAMS='$(SMALL)' FRESH='$(FRESH)' hack/kernels/apps.sh $(SMALL_KERNELS)
+
+test-apps-table: ## the table of programs in docs/limits.md, of what test-apps-kernels has found
+	go run ./hack/programs -w docs/limits.md .cache/kernels/apps/latest
 
 # The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
 test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -96,7 +97,7 @@ func forgetCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 }
 
 func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	var r removal
+	r := removal{log: newLogger(stderr, defaults())}
 	flags := newFlags("unload", stderr)
 	r.register(flags)
 	if err := parse(flags, args); err != nil {
@@ -112,6 +113,8 @@ func unloadCommand(ctx context.Context, args []string, stdout, stderr io.Writer)
 type removal struct {
 	runDir, socket, pinDir string
 	timeout                time.Duration
+	force                  bool
+	log                    *slog.Logger
 }
 
 func (r *removal) register(flags *flag.FlagSet) {
@@ -120,6 +123,7 @@ func (r *removal) register(flags *flag.FlagSet) {
 	flags.StringVar(&r.socket, "socket", cfg.socket, "unix socket of the agent (default agent.sock in the run directory)")
 	flags.StringVar(&r.pinDir, "pin-dir", cfg.datapath.PinDir, "`directory` of the kernel objects, if no agent runs")
 	flags.DurationVar(&r.timeout, "timeout", 30*time.Second, "how long connections may take to read what was sent by the shortcut")
+	flags.BoolVar(&r.force, "force", false, "reset the connections that take longer, and only these")
 }
 
 func (r *removal) check() error {
@@ -135,15 +139,15 @@ func (r *removal) check() error {
 // run asks the agent. Where none runs, it calls first, if given, and takes the pins out itself.
 func (r *removal) run(ctx context.Context, path string, first func() error, stdout io.Writer) error {
 	var result api.UnloadResult
-	path += "?timeout=" + url.QueryEscape(r.timeout.String())
-	err := ask(ctx, r.socket, http.MethodPost, path, r.timeout+askTimeout, &result)
+	query := url.Values{"timeout": {r.timeout.String()}, "force": {strconv.FormatBool(r.force)}}
+	err := ask(ctx, r.socket, http.MethodPost, path+"?"+query.Encode(), r.longest()+askTimeout, &result)
 	if errors.Is(err, errNoAgent) {
 		if first != nil {
 			if err := first(); err != nil {
 				return err
 			}
 		}
-		result, err = unloadPins(ctx, r.pinDir, r.timeout)
+		result, err = r.unloadPins(ctx)
 		if errors.Is(err, fs.ErrNotExist) {
 			_, err := fmt.Fprintf(stdout, "nothing to unload: no agent at %s, and no pins in %s\n", r.socket, r.pinDir)
 			return err
@@ -152,25 +156,58 @@ func (r *removal) run(ctx context.Context, path string, first func() error, stdo
 	if err != nil {
 		return err
 	}
-	if !result.Done {
-		if err := writeFlows(stdout, result.Waiting); err != nil {
+	return r.report(stdout, result)
+}
+
+// longest returns how long the unload itself may take.
+func (r *removal) longest() time.Duration {
+	if r.force {
+		return r.timeout + resetTimeout
+	}
+	return r.timeout
+}
+
+// report prints how an unload ended, and returns an error unless it is done.
+func (r *removal) report(stdout io.Writer, result api.UnloadResult) error {
+	if len(result.Reset) > 0 {
+		if _, err := fmt.Fprintf(stdout, "reset, as they had not read what was sent by the shortcut after %s:\n", r.timeout); err != nil {
 			return err
 		}
-		return fmt.Errorf("%d connections have not read what was sent by the shortcut after %s: nothing is deleted, "+
-			"all new data goes by TCP until the agent is started again", len(result.Waiting), r.timeout)
+		if err := writeFlows(stdout, result.Reset); err != nil {
+			return err
+		}
 	}
-	_, err = fmt.Fprintln(stdout, "unloaded: nothing of podshunt is left in the kernel")
+	if result.Done {
+		text := "unloaded: nothing of podshunt is left in the kernel"
+		if result.Left > 0 {
+			text += fmt.Sprintf(" but what %d sockets of closed connections need to read what is theirs: it goes when their programs close them", result.Left)
+		}
+		_, err := fmt.Fprintln(stdout, text)
+		return err
+	}
+	if err := writeFlows(stdout, result.Waiting); err != nil {
+		return err
+	}
+	err := fmt.Errorf("%d connections have not read what was sent by the shortcut after %s: nothing is deleted, "+
+		"all new data goes by TCP until the agent is started again", len(result.Waiting), r.timeout)
+	switch {
+	case result.ResetError != "":
+		return fmt.Errorf("%w; they were not reset: %s", err, result.ResetError)
+	case !r.force:
+		return fmt.Errorf("%w; --force resets the connections that are listed, and unloads", err)
+	}
 	return err
 }
 
 // unloadPins unloads what an agent that does not run any more has left.
-func unloadPins(ctx context.Context, dir string, timeout time.Duration) (api.UnloadResult, error) {
-	d, err := datapath.OpenPins(dir)
+func (r *removal) unloadPins(ctx context.Context) (api.UnloadResult, error) {
+	d, err := datapath.OpenPins(r.pinDir, r.log)
 	if err != nil {
 		return api.UnloadResult{}, err
 	}
 	defer d.Close()
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
-	return unload(ctx, d, newView(nil, policy.Cluster{}, time.Now()))
+	v := newView(nil, policy.Cluster{}, time.Now())
+	return unloader{d, v, r.force, filepath.Join(r.runDir, filepath.Base(api.AttachmentsDir)), defaults().proc}.run(ctx)
 }

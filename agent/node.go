@@ -24,6 +24,8 @@ type node struct {
 	datapath *datapath.Datapath
 	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
 	log      *slog.Logger
+	// attachmentsDir and proc are where a force finds network namespaces.
+	attachmentsDir, proc string
 	// fixed is the part of the status that does not change.
 	fixed    api.Status
 	lease    *lease
@@ -34,7 +36,7 @@ type node struct {
 var _ server.Node = (*node)(nil)
 
 func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examination, log *slog.Logger) *node {
-	return &node{registry: r, datapath: d, log: log, fixed: api.Status{
+	return &node{registry: r, datapath: d, log: log, attachmentsDir: cfg.attachmentsDir(), proc: cfg.proc, fixed: api.Status{
 		Version:         version,
 		Kernel:          e.Kernel,
 		Observer:        d.Observer(),
@@ -136,23 +138,25 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 }
 
 // Unload takes everything out of the kernel. The agent does nothing any more
-// after it, whether it succeeds or not.
-func (n *node) Unload(ctx context.Context) (api.UnloadResult, error) {
+// after it, whether it succeeds or not. With force, connections that have not
+// read in time are reset.
+func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.registry.Snapshot()
-	return unload(ctx, n.datapath, newView(snapshot.Pods, snapshot.Cluster, time.Now()))
+	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
+	return unloader{n.datapath, v, force, n.attachmentsDir, n.proc}.run(ctx)
 }
 
 // Uninstall takes the plugin out of the CNI configuration first, so that no new
 // pod asks for an agent that does nothing any more, and unloads.
-func (n *node) Uninstall(ctx context.Context) (api.UnloadResult, error) {
+func (n *node) Uninstall(ctx context.Context, force bool) (api.UnloadResult, error) {
 	if n.keeper != nil {
 		if err := n.keeper.Uninstall(); err != nil {
 			return api.UnloadResult{}, err
 		}
 	}
-	return n.Unload(ctx)
+	return n.Unload(ctx, force)
 }
 
 // ready returns why the kernel objects are not there. That no pod may take part
@@ -162,12 +166,4 @@ func (n *node) ready() error {
 		return errors.New("unloaded: nothing is shortcut until the agent is started again")
 	}
 	return nil
-}
-
-func unload(ctx context.Context, d *datapath.Datapath, v *view) (api.UnloadResult, error) {
-	waiting, err := d.Unload(ctx)
-	if len(waiting) > 0 {
-		return api.UnloadResult{Waiting: v.paired(waiting)}, nil
-	}
-	return api.UnloadResult{Done: err == nil}, err
 }

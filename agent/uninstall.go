@@ -25,7 +25,7 @@ const (
 )
 
 func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	var r removal
+	r := removal{log: newLogger(stderr, defaults())}
 	flags := newFlags("uninstall", stderr)
 	r.register(flags)
 	confDir := flags.String("cni-conf-dir", "", "`directory` of the runtime's network configurations, if no agent runs")
@@ -50,15 +50,24 @@ func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writ
 			if *confDir == "" {
 				return nil
 			}
-			return cniconf.Uninstall(*confDir, *binDir, newLogger(stderr, defaults()))
+			return cniconf.Uninstall(*confDir, *binDir, r.log)
 		}, stdout)
 	}
 	if exec.Namespace == "" || exec.Selector == "" {
 		return errors.New("--all-nodes: --namespace and --selector are required, they say which pods are the agent's")
 	}
-	exec.PodTimeout = r.timeout + execTimeout
-	exec.Command = []string{"podshunt-agent", "uninstall", "--run-dir=" + r.runDir, "--socket=" + r.socket, "--pin-dir=" + r.pinDir, "--timeout=" + r.timeout.String()}
+	exec.PodTimeout = r.longest() + execTimeout
+	exec.Command = r.command()
 	return uninstallAll(ctx, exec.Run, stdout)
+}
+
+// command is what is run in the agent's pods.
+func (r *removal) command() []string {
+	command := []string{"podshunt-agent", "uninstall", "--run-dir=" + r.runDir, "--socket=" + r.socket, "--pin-dir=" + r.pinDir, "--timeout=" + r.timeout.String()}
+	if r.force { // agents of former builds do not know it
+		command = append(command, "--force")
+	}
+	return command
 }
 
 // uninstallAll prints what happened on each node.
@@ -78,7 +87,7 @@ func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecR
 	}
 	if failed > 0 {
 		return fmt.Errorf("%d of %d nodes still have podshunt: repeat the uninstall when they can be reached and their connections have read what was sent, "+
-			"or go on without them (helm uninstall --no-hooks); what stays in their kernels and CNI configuration then "+
+			"or with --force (uninstall.force in the chart), which resets those that do not, or go on without them (helm uninstall --no-hooks); what stays in their kernels and CNI configuration then "+
 			"is taken out by `podshunt-agent uninstall` on the node", failed, nodes)
 	}
 	_, err = fmt.Fprintf(stdout, "podshunt is out of %d nodes\n", nodes)

@@ -45,6 +45,17 @@ func TestUninstallAll(t *testing.T) {
 	wantDiff(t, "one failed", "a: unloaded\nb: FAILED: exit code 1\n    CLIENT  SERVER\n    x  y\n", out.String())
 }
 
+// The agents on the nodes are told of a force, and given the time for it.
+func TestUninstallCommand(t *testing.T) {
+	r := removal{runDir: "/r", socket: "/s", pinDir: "/p", timeout: time.Minute}
+	plain := []string{"podshunt-agent", "uninstall", "--run-dir=/r", "--socket=/s", "--pin-dir=/p", "--timeout=1m0s"}
+	wantDiff(t, "command", plain, r.command())
+	wantDiff(t, "longest", time.Minute, r.longest())
+	r.force = true
+	wantDiff(t, "forced", append(plain, "--force"), r.command())
+	wantDiff(t, "longest", time.Minute+resetTimeout, r.longest())
+}
+
 // TestUninstall is the node's side, with a live connection and the plugin installed.
 func TestUninstall(t *testing.T) {
 	a := mustAgent(t)

@@ -20,7 +20,8 @@ const (
 	PathFlows = "/v1/flows"
 	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of ForgetRequest.
 	PathForget = "/v1/forget"
-	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go duration.
+	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go
+	// duration; with "force" as "true", connections that take longer are reset.
 	PathUnload = "/v1/unload"
 	// PathUninstall: as PathUnload, after our entry has been taken out of the CNI configuration.
 	PathUninstall = "/v1/uninstall"
@@ -252,9 +253,16 @@ type Direction struct {
 
 // UnloadResult tells how an unload ended.
 type UnloadResult struct {
-	// Done is true when nothing is left in the kernel.
+	// Done is true when nothing is left in the kernel but what Left needs.
 	Done bool `json:"done"`
 	// Waiting lists connections whose receiver still has redirected data to
 	// read; nothing is deleted while there are any.
 	Waiting []Flow `json:"waiting,omitempty"`
+	// Reset lists the connections that a force has reset.
+	Reset []Flow `json:"reset,omitempty"`
+	// ResetError is why it has not reset those that are waited for.
+	ResetError string `json:"resetError,omitempty"`
+	// Left counts sockets of closed connections that have something to read yet, or
+	// may have: what that takes goes from the kernel when their programs close them.
+	Left int `json:"left,omitempty"`
 }

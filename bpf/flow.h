@@ -83,7 +83,7 @@ enum verdict {
 };
 
 enum sending_flag {
-	SENDING_SPILLED = 1, /* it has met its limit, and the receiver has not read everything since */
+	SENDING_SPILLED = 1, /* it has met its limit, and the receiver has not read all of that since */
 	SENDING_LEARNED = 2, /* what the receiver has proved is remembered for the port */
 };
 

@@ -245,20 +245,21 @@ static __always_inline bool recount(const struct pair *pair, __u32 peer, const s
  * Redirected bytes count in the receive buffer (bpf_tcp_ingress), and a segment
  * that finds no room there is dropped and sent again later and later. So what is
  * redirected leaves room for all that the sender may send by TCP, a quarter of it
- * more for what the kernel keeps with the bytes. A buffer that the application has
+ * more for what the kernel keeps with the bytes, or as much as the kernel has
+ * reckoned with when it said what may be sent. A buffer that the application has
  * not fixed grows up to tcp_rmem (tcp_clamp_window).
  */
 static __always_inline bool has_room(const struct pair *pair, __u32 peer, const struct tcp_sock *own,
 				     __s64 bytes)
 {
 	struct sock *sk = (struct sock *)pair->sock[peer];
-	__s64 window = own->snd_wnd;
+	__s64 by_tcp = own->snd_wnd + own->snd_wnd / 4;
 	struct net *net;
 	int room, highest;
 
-	bytes += window + window / 4;
 	if (bpf_core_read(&room, sizeof(room), &sk->sk_rcvbuf))
 		return false;
+	bytes += by_tcp < room ? by_tcp : room;
 	if (bytes <= room)
 		return true;
 	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
@@ -358,8 +359,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	}
 	unread = end - read;
 	count_queued(dir, end, read);
-	/* A reader that has read everything may leave more unread the next time, as on TCP. */
-	if (!unread && dir->flags & SENDING_SPILLED) {
+	/* A reader that has read as much may leave more unread the next time, as on TCP. */
+	if (dir->flags & SENDING_SPILLED && read >= dir->redirect_end) {
 		dir->flags &= ~SENDING_SPILLED;
 		if (dir->limit < set->budget)
 			dir->limit *= 2;

@@ -55,5 +55,6 @@ refused --set agent.policyLease=300
 refused --set agent.refreshInterval=30
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
+refused --set uninstall.force=maybe
 refused --set podMonitor.enable=true
 exit "$status"

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
@@ -209,33 +208,4 @@ func (d *Datapath) attachKeepMPTCPOut(dir string) error {
 		err = errors.Join(err, d.keep(path, l))
 	}
 	return err
-}
-
-// detach deletes the pins and with them, once this process lets go, everything
-// in the kernel. The caller has made sure that no redirected data is unread: it
-// would be lost here.
-func (d *Datapath) detach() error {
-	// Pairing ends first, so that no socket joins behind our back.
-	track, err := link.LoadPinnedLink(filepath.Join(d.cfg.PinDir, pinTrack), nil)
-	if err == nil {
-		err = errors.Join(track.Detach(), track.Close())
-		waitForPrograms()
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	// A socket in the SOCKHASH keeps the sk_msg program, and that all maps, until
-	// it is closed.
-	sockets := d.objects.Maps[bpf.ShortcutMapSockets]
-	for err == nil {
-		key, next := sockets.NextKeyBytes(nil)
-		if next != nil || key == nil {
-			err = next
-			break
-		}
-		if del := sockets.Delete(key); !errors.Is(del, ebpf.ErrKeyNotExist) {
-			err = del
-		}
-	}
-	return errors.Join(err, os.RemoveAll(d.cfg.PinDir), d.Close())
 }

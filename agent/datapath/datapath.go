@@ -26,7 +26,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
-	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
@@ -144,7 +143,9 @@ type Datapath struct {
 	observer string
 	objects  *ebpf.Collection
 	links    []link.Link
-	lock     *os.File // the pin directory
+	lock     *os.File           // of own
+	pins     *os.File           // of ownPins
+	step     func(string) error // see at; nil but in tests
 
 	mu     sync.Mutex          // guards what follows, and writes to the policy map
 	policy map[podPair][]entry // what the policy map has, once it was read
@@ -153,7 +154,11 @@ type Datapath struct {
 	generationDue bool
 	drift         map[uint64]bpf.ShortcutShare // of shares, as the last sweep found it
 	guards        map[string]*guard            // attached, by name
-	unloaded      bool
+	givenUp       map[uint64]bool              // flows that Unload does not wait for
+	renamed       bool                         // the pins have suffixOld
+	unloaded      bool                         // the removal has begun: nothing can be changed or asked
+	gone          bool                         // and it is complete
+	left          int                          // sockets that the removal has left in the SOCKHASH
 }
 
 var (
@@ -183,25 +188,45 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if err := cfg.prepareBPFFS(); err != nil {
 		return nil, err
 	}
-	// A crash in a first bring-up leaves this; it was never published.
-	fresh := cfg.PinDir + "_new" // bpffs reserves names with a dot
-	if err := os.RemoveAll(fresh); err != nil {
-		return nil, fmt.Errorf("remove unfinished pins: %w", err)
-	}
+	return open(cfg, log, nil)
+}
 
-	d := &Datapath{cfg: cfg, log: log, guards: map[string]*guard{}}
-	if _, err := os.Stat(cfg.PinDir); err == nil {
-		if err := d.takeOver(); err != nil {
-			return nil, errors.Join(fmt.Errorf("take over the pins in %s: %w", cfg.PinDir, err), d.Close())
-		}
-		return d, nil
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("look for pins: %w", err)
-	}
-	if err := d.create(fresh); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(fresh), d.Close())
+func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, error) {
+	d := &Datapath{cfg: cfg, log: log, guards: map[string]*guard{}, step: step}
+	if err := d.open(); err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
+}
+
+func (d *Datapath) open() error {
+	if err := d.own(); err != nil {
+		return err
+	}
+	if err := d.finish(); err != nil {
+		return err
+	}
+	there, err := exists(d.cfg.PinDir)
+	if err != nil {
+		return err
+	}
+	if there {
+		err := d.takeOver()
+		if !errors.Is(err, errNoMap) {
+			if err != nil {
+				err = fmt.Errorf("take over the pins in %s: %w", d.cfg.PinDir, err)
+			}
+			return err
+		}
+		if err := d.abandon(err); err != nil {
+			return fmt.Errorf("replace the pins in %s: %w", d.cfg.PinDir, err)
+		}
+	}
+	fresh := d.cfg.PinDir + suffixNew
+	if err := d.create(fresh); err != nil {
+		return errors.Join(err, d.removePins(fresh))
+	}
+	return nil
 }
 
 func (c Config) prepareBPFFS() error {
@@ -223,7 +248,10 @@ func (d *Datapath) create(fresh string) error {
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
 	}
-	if err := d.own(fresh); err != nil {
+	if err := d.ownPins(fresh); err != nil {
+		return err
+	}
+	if err := d.at("directory made"); err != nil {
 		return err
 	}
 	spec, err := bpf.LoadShortcut()
@@ -240,31 +268,37 @@ func (d *Datapath) create(fresh string) error {
 		if err := d.objects.Maps[name].Pin(filepath.Join(fresh, name)); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
+		if err := d.at("map pinned"); err != nil {
+			return err
+		}
 	}
 	if err := d.attach(fresh); err != nil {
+		return err
+	}
+	if err := d.at("all attached"); err != nil {
 		return err
 	}
 	if err := os.Rename(fresh, d.cfg.PinDir); err != nil {
 		return fmt.Errorf("publish the pins: %w", err)
 	}
-	return nil
+	return d.at("published")
 }
 
 // takeOver goes on with the pinned maps. Sockets keep the program they joined
 // with; what changes for them is what the maps say.
 func (d *Datapath) takeOver() error {
-	if err := d.own(d.cfg.PinDir); err != nil {
+	if err := d.ownPins(d.cfg.PinDir); err != nil {
 		return err
 	}
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return err
 	}
-	pinned, err := openMaps(d.cfg.PinDir, spec)
+	pinned, err := openMaps(d.cfg.PinDir, sharedMaps(spec))
+	defer closeMaps(pinned)
 	if err != nil {
 		return err
 	}
-	defer closeMaps(pinned)
 	for name, size := range d.cfg.sizes() {
 		if have := pinned[name].MaxEntries(); have != size {
 			d.log.Warn("a map keeps its size until the next unload", "map", name, "size", have, "wanted", size)
@@ -285,59 +319,65 @@ func (d *Datapath) takeOver() error {
 	return d.raiseGeneration()
 }
 
-// OpenPins opens what an earlier process has pinned in dir without attaching
-// anything, to look at it or to unload it. It returns fs.ErrNotExist where there
-// is nothing.
-func OpenPins(dir string) (*Datapath, error) {
-	d := &Datapath{cfg: Config{PinDir: dir}}
-	if err := d.own(dir); err != nil {
-		return nil, err
+// OpenPins opens what an earlier process has pinned in dir, or has left of it,
+// without attaching anything, to look at it or to unload it. It returns
+// fs.ErrNotExist where there is nothing.
+func OpenPins(dir string, log *slog.Logger) (*Datapath, error) { return openPins(dir, log, nil) }
+
+func openPins(dir string, log *slog.Logger, step func(string) error) (*Datapath, error) {
+	if there, err := anyPins(dir); err != nil || !there {
+		return nil, errors.Join(err, fmt.Errorf("look for pins in %s: %w", dir, fs.ErrNotExist))
 	}
-	spec, err := bpf.LoadShortcut()
-	if err == nil {
-		d.objects = &ebpf.Collection{}
-		d.objects.Maps, err = openMaps(dir, spec)
-	}
-	if err != nil {
+	d := &Datapath{cfg: Config{PinDir: dir}, log: log, step: step}
+	if err := d.openPins(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
 
-// own locks the pin directory, so that one process at a time works on it.
-func (d *Datapath) own(dir string) error {
-	f, err := os.Open(dir)
+func (d *Datapath) openPins() error {
+	if err := d.own(); err != nil {
+		return err
+	}
+	// Unload does not need more than these; without one of them it does what it can.
+	spec, err := bpf.LoadShortcut()
 	if err != nil {
-		return fmt.Errorf("open pin directory: %w", err)
+		return err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = ErrInUse
-		}
-		return errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
+	d.objects = &ebpf.Collection{}
+	there, err := exists(d.cfg.PinDir)
+	if err != nil || !there {
+		return err
 	}
-	d.lock = f
-	return nil
+	if err := d.ownPins(d.cfg.PinDir); err != nil {
+		return err
+	}
+	d.objects.Maps, err = openMaps(d.cfg.PinDir, sharedMaps(spec))
+	if errors.Is(err, errNoMap) {
+		d.log.Warn("a map is not pinned any more", "err", err)
+		err = nil
+	}
+	return err
 }
 
-// openMaps opens all pinned maps, and gives spec their sizes.
-func openMaps(dir string, spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
+// openMaps opens the pinned maps, and gives the specs their sizes. With errNoMap
+// it returns those that are there.
+func openMaps(dir string, specs map[string]*ebpf.MapSpec) (map[string]*ebpf.Map, error) {
 	pinned := map[string]*ebpf.Map{}
-	for name, want := range sharedMaps(spec) {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
-		if err == nil {
+	var missing error
+	for name, want := range specs {
+		m, err := openMap(dir, name, want)
+		switch {
+		case err == nil:
 			pinned[name] = m
-			want.MaxEntries = m.MaxEntries()
-			if err = want.Compatible(m); err != nil {
-				err = fmt.Errorf("%w: %w", err, ErrOtherBuild)
-			}
-		}
-		if err != nil {
+		case errors.Is(err, errNoMap):
+			missing = errors.Join(missing, err)
+		default:
 			closeMaps(pinned)
-			return nil, fmt.Errorf("open map %s: %w", name, err)
+			return nil, err
 		}
 	}
-	return pinned, nil
+	return pinned, missing
 }
 
 func closeMaps(all map[string]*ebpf.Map) {
@@ -429,13 +469,15 @@ func (d *Datapath) attach(dir string) error {
 	}); err != nil {
 		return err
 	}
-	if err := d.attachDeliver(dir); err != nil {
-		return err
+	for _, attach := range []func(string) error{d.attachDeliver, d.attachKeepMPTCPOut, d.attachTrack} {
+		if err := d.at("next attachment"); err != nil {
+			return err
+		}
+		if err := attach(dir); err != nil {
+			return err
+		}
 	}
-	if err := d.attachKeepMPTCPOut(dir); err != nil {
-		return err
-	}
-	return d.attachTrack(dir)
+	return nil
 }
 
 func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.NoMPTCPListeners || mptcpUnsafe() }
@@ -514,11 +556,7 @@ func (d *Datapath) Close() error {
 		d.objects.Close()
 		d.objects = nil
 	}
-	if d.lock != nil {
-		errs = append(errs, d.lock.Close())
-		d.lock = nil
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, d.disown())...)
 }
 
 // Observer returns how reads are seen: ObserverFexit or ObserverTracepoint.

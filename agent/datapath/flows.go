@@ -25,7 +25,7 @@ func (d *Datapath) Flows() ([]Flow, error) {
 }
 
 func (d *Datapath) flows() ([]Flow, error) {
-	if d.unloaded {
+	if d.unloaded || d.objects.Maps[bpf.ShortcutMapPairs] == nil {
 		return nil, nil
 	}
 	pairs, err := entries[uint64, bpf.ShortcutPair](d.objects.Maps[bpf.ShortcutMapPairs])
@@ -37,6 +37,7 @@ func (d *Datapath) flows() ([]Flow, error) {
 	for id, p := range pairs {
 		flows = append(flows, Flow{
 			ID:          id,
+			ServerID:    p.Cookie[server],
 			ClientNetns: p.Netns[client],
 			ServerNetns: p.Netns[server],
 			Client:      address(p.ClientAddr, p.ClientPort),
@@ -71,9 +72,9 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 		TCPBytes:      s.TcpBytes,
 		Switches:      s.Switches,
 	}
-	left, receiverGone := bpf.ShortcutPairStatePAIR_CLIENT_LEFT, bpf.ShortcutPairStatePAIR_SERVER_GONE
+	left := bpf.ShortcutPairStatePAIR_CLIENT_LEFT
 	if from == server {
-		left, receiverGone = bpf.ShortcutPairStatePAIR_SERVER_LEFT, bpf.ShortcutPairStatePAIR_CLIENT_GONE
+		left = bpf.ShortcutPairStatePAIR_SERVER_LEFT
 	}
 	if p.State&uint64(left) != 0 {
 		dir.Left, dir.Shortcut = true, false
@@ -90,7 +91,7 @@ func direction(p *bpf.ShortcutPair, from int) Direction {
 		dir.Unread = sent - read
 	}
 	// Redirected bytes are read before all TCP bytes that were sent after them.
-	dir.Redirected = s.RedirectEnd > read && p.State&uint64(receiverGone) == 0
+	dir.Redirected = unread(p, 1-from)
 	return dir
 }
 

@@ -87,9 +87,8 @@ func hazards() []hazard {
 			guarded:     "splice fails with EINVAL, so that programs read and write; later connections to the port are not paired",
 		},
 		{
-			name: "ktls", probe: func() (string, error) {
-				return "not measured, as kernels have crashed on it: bytes that were redirected before kTLS is set up are taken for decrypted ones", nil
-			},
+			name: "ktls", probe: probeTLS,
+			absent:      "this kernel's version refuses kTLS on a socket of a sockmap",
 			consequence: "programs that set up kTLS on a connection that has begun",
 			action:      eachMessage,
 			guard:       GuardULP,
@@ -322,6 +321,15 @@ func awaitRecv(tid int) error {
 
 // closeSocket closes a socket and keeps its number, which withPair closes.
 func closeSocket(fd int) error { return unix.Dup3(int(os.Stderr.Fd()), fd, unix.O_CLOEXEC) }
+
+// probeTLS goes by the version, because kernels have crashed on it.
+func probeTLS() (string, error) {
+	v, err := runningVersion()
+	if err != nil || v.refusesTLS() {
+		return "", err
+	}
+	return "not measured, as kernels have crashed on it: bytes that were redirected before kTLS is set up are taken for decrypted ones", nil
+}
 
 func probeOOB() (found string, err error) {
 	err = withPair(true, func(sender, receiver int) error {

@@ -152,3 +152,15 @@ func mptcpUnsafe() bool {
 	v, err := runningVersion()
 	return err != nil || v.mptcpUnsafe()
 }
+
+// refusesTLS tells whether a kernel of this version refuses to encrypt on a socket
+// that is in a SOCKHASH ("tls: reject the combination of TLS and sockmap", for
+// CVE-2026-93824): TCP_ULP succeeds there, TLS_TX and TLS_RX fail, and programs
+// encrypt themselves. Where it is not known, it does not.
+func (v kernelVersion) refusesTLS() bool {
+	if v.major > 7 || v.major == 7 && v.minor >= 3 {
+		return true
+	}
+	since, ok := map[[2]int]int{{6, 1}: 189, {6, 12}: 111}[[2]int{v.major, v.minor}]
+	return ok && v.patch >= since
+}

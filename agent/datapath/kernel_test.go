@@ -5,9 +5,7 @@ package datapath_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -22,7 +20,12 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
+func TestMain(m *testing.M) {
+	if task := os.Getenv(taskEnv); task != "" {
+		os.Exit(runTask(task))
+	}
+	os.Exit(sandbox.Main(m.Run))
+}
 
 // node is a sandbox with an open datapath.
 type node struct {
@@ -52,10 +55,10 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 		if flows, err := n.Unload(ctx); err != nil {
 			tb.Errorf("unload: %v, waiting for %+v", err, flows)
 		}
-		if _, err := os.Stat(n.cfg.PinDir); !errors.Is(err, fs.ErrNotExist) {
-			tb.Errorf("got %v for the pin directory after the unload, want it gone", err)
+		if err := n.Datapath.Close(); err != nil {
+			tb.Error(err)
 		}
-		n.Datapath.Close()
+		n.wantPinned(tb)
 	})
 	return n
 }

@@ -4,6 +4,28 @@ package datapath
 
 import "testing"
 
+func TestRefusesTLS(t *testing.T) {
+	for _, tc := range []struct {
+		v    kernelVersion
+		want bool
+	}{
+		{kernelVersion{5, 15, 200}, false},
+		{kernelVersion{6, 1, 188}, false},
+		{kernelVersion{6, 1, 189}, true},
+		{kernelVersion{6, 6, 200}, false},
+		{kernelVersion{6, 12, 110}, false},
+		{kernelVersion{6, 12, 111}, true},
+		{kernelVersion{6, 18, 44}, false},
+		{kernelVersion{7, 2, 12}, false}, // it came with 7.2 or 7.3
+		{kernelVersion{7, 3, 4}, true},
+		{kernelVersion{8, 0, 0}, true},
+	} {
+		if got := tc.v.refusesTLS(); got != tc.want {
+			t.Errorf("%+v: got %v, want %v", tc.v, got, tc.want)
+		}
+	}
+}
+
 func TestMPTCPUnsafe(t *testing.T) {
 	const debian = "#1 SMP PREEMPT_DYNAMIC Debian "
 	for _, tc := range []struct {

@@ -552,7 +552,7 @@ func TestStalledReader(t *testing.T) {
 // shortOfMemory: a stalled reader that makes TCP exceed tcp_mem stops the sender
 // as on TCP, and the shortcut goes on when there is memory again.
 func shortOfMemory(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.Budget = 64 << 20 })
+	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])

@@ -45,6 +45,8 @@ type PairRules struct {
 type Flow struct {
 	// ID is the socket cookie of the client's socket.
 	ID uint64
+	// ServerID is that of the server's socket, or 0 until it has joined.
+	ServerID uint64
 	// ClientNetns and ServerNetns are netns cookies.
 	ClientNetns, ServerNetns uint64
 	Client, Dialled          netip.AddrPort
@@ -81,7 +83,8 @@ type Direction struct {
 	ShortcutBytes, TCPBytes uint64
 	// Unread is what the receiver has not been seen to read, at most.
 	Unread uint64
-	// Redirected tells whether some of it was redirected: an unload waits for it.
+	// Redirected tells whether some of it was redirected: an unload waits for it
+	// until the receiver's program has closed its socket.
 	Redirected bool
 	// Switches counts changes from TCP to the shortcut.
 	Switches uint32

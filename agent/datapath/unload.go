@@ -4,9 +4,14 @@ package datapath
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/bpf"
@@ -16,9 +21,10 @@ import (
 // redirecting, waits until no redirected data is unread, and only then detaches
 // and deletes. Connections go on, on TCP. If ctx ends first, nothing is deleted
 // and the flows still waited for are returned with the error; redirecting stays
-// off until the next Unload, or Open.
+// off until the next Unload, or Open. After any other error the next Unload goes
+// on where this one has stopped.
 func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
-	if err := d.stopRedirecting(); err != nil {
+	if err := d.beginUnload(); err != nil {
 		return nil, err
 	}
 	for {
@@ -33,11 +39,50 @@ func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
 	}
 }
 
-func (d *Datapath) stopRedirecting() error {
+// GiveUp tells Unload not to wait for flows any more, because their connections
+// have been reset. Sockets of theirs that have redirected data to read keep it,
+// and what it takes to read it in the kernel, until their programs close them.
+func (d *Datapath) GiveUp(flows []Flow) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.givenUp == nil {
+		d.givenUp = map[uint64]bool{}
+	}
+	for _, f := range flows {
+		d.givenUp[f.ID] = true
+	}
+}
+
+// Left returns how many sockets of closed connections Unload has left with their
+// programs: see GiveUp.
+func (d *Datapath) Left() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.left
+}
+
+// beginUnload turns redirecting off.
+func (d *Datapath) beginUnload() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
 		return nil
+	}
+	if err := d.finish(); err != nil { // nothing to do after Open
+		return err
+	}
+	if there, err := exists(d.cfg.PinDir); err != nil {
+		return err
+	} else if !there && d.objects.Maps == nil {
+		d.unloaded, d.gone = true, true
+		return d.Close()
+	}
+	return d.stopRedirecting()
+}
+
+func (d *Datapath) stopRedirecting() error {
+	if d.objects.Maps[bpf.ShortcutMapControl] == nil {
+		return d.nothingRedirects()
 	}
 	if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Redirect = 0 }); err != nil {
 		return err
@@ -46,27 +91,135 @@ func (d *Datapath) stopRedirecting() error {
 	return nil
 }
 
+// nothingRedirects returns nil if redirecting need not be turned off, which
+// cannot be done without the controls: no socket is in the SOCKHASH, and no
+// program is attached that puts one there.
+func (d *Datapath) nothingRedirects() error {
+	pairing, err := exists(filepath.Join(d.cfg.PinDir, pinTrack))
+	if err != nil {
+		return err
+	}
+	if sockets := d.objects.Maps[bpf.ShortcutMapSockets]; sockets != nil && !pairing {
+		cookies, err := socketCookies(sockets)
+		if err != nil || len(cookies) == 0 {
+			return err
+		}
+	}
+	return fmt.Errorf("the pin of map %s is gone, by which redirecting is turned off, and connections may use the shortcut: "+
+		"restart the pods that take part, or reboot the node, then delete %s", bpf.ShortcutMapControl, d.cfg.PinDir)
+}
+
 // detachIfDrained detaches unless it returns flows that have redirected data to read.
 func (d *Datapath) detachIfDrained() (waiting []Flow, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.unloaded {
+	if d.gone {
 		return nil, nil
 	}
-	flows, err := d.flows()
+	if waiting, err = d.undrained(); err != nil || len(waiting) > 0 {
+		return waiting, err
+	}
+	return nil, d.detach()
+}
+
+// undrained returns the flows that Unload has to wait for.
+func (d *Datapath) undrained() (waiting []Flow, err error) {
+	flows, err := d.flows() // none once the removal has begun
 	if err != nil {
 		return nil, err
 	}
 	for _, f := range flows {
-		if f.ToServer.Redirected || f.ToClient.Redirected {
-			waiting = append(waiting, f)
+		if d.givenUp[f.ID] {
+			continue
+		}
+		for socket, redirected := range map[uint64]bool{f.ID: f.ToClient.Redirected, f.ServerID: f.ToServer.Redirected} {
+			if !redirected {
+				continue
+			}
+			there, err := d.inSockets(socket)
+			if err != nil {
+				return nil, err
+			}
+			if there {
+				waiting = append(waiting, f)
+				break
+			}
 		}
 	}
-	if len(waiting) > 0 {
-		return waiting, nil
+	return waiting, nil
+}
+
+// inSockets tells whether a socket is in the SOCKHASH. A connection may have
+// ended with the socket still there, and with bytes for its program to read: the
+// kernel takes the socket out when the program closes it.
+func (d *Datapath) inSockets(cookie uint64) (bool, error) {
+	sockets := d.objects.Maps[bpf.ShortcutMapSockets]
+	if sockets == nil {
+		return false, nil // none is taken out then
 	}
+	var value uint64
+	err := sockets.Lookup(cookie, &value)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for a socket in the SOCKHASH: %w", err)
+	}
+	return true, nil
+}
+
+// detach gives the pins the name of a removal and completes it. The caller has
+// made sure that nothing that was redirected is waited for. After an error it
+// may be called again.
+func (d *Datapath) detach() error {
 	d.unloaded = true
-	return nil, d.detach()
+	if err := d.at("drained"); err != nil {
+		return err
+	}
+	if !d.renamed {
+		err := os.Rename(d.cfg.PinDir, d.cfg.PinDir+suffixOld)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // somebody has deleted all pins
+			return fmt.Errorf("rename the pins: %w", err)
+		}
+		d.renamed = true
+	}
+	if err := d.at("renamed"); err != nil {
+		return err
+	}
+	if err := d.takeDown(d.objects.Maps); err != nil {
+		return err
+	}
+	d.gone = true
+	return d.Close()
+}
+
+// abandon takes down published pins that cannot be taken over, since maps are
+// missing. It waits for nobody: a socket with redirected data to read stays as it is.
+func (d *Datapath) abandon(missing error) (err error) {
+	d.log.Warn("pins are missing: open connections go on by TCP, new ones are paired by new programs", "err", missing)
+	d.objects = &ebpf.Collection{}
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return err
+	}
+	if d.objects.Maps, err = openMaps(d.cfg.PinDir, sharedMaps(spec)); err != nil && !errors.Is(err, errNoMap) {
+		return err
+	}
+	if err := d.stopRedirecting(); err != nil {
+		return err
+	}
+	if err := os.Rename(d.cfg.PinDir, d.cfg.PinDir+suffixOld); err != nil {
+		return fmt.Errorf("rename the pins: %w", err)
+	}
+	if err := d.takeDown(d.objects.Maps); err != nil {
+		return err
+	}
+	d.objects.Close()
+	d.objects = nil
+	d.left = 0
+	err = d.pins.Close()
+	d.pins = nil
+	return err
 }
 
 // waitForPrograms returns when no run of a program is under way that has read

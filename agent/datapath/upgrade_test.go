@@ -37,6 +37,11 @@ func (n *node) mustClose(tb testing.TB) {
 // talk has two ends take turns until stop, with bytes that differ in every round.
 func talk(a, b net.Conn, stop *atomic.Bool) error {
 	for round := 0; !stop.Load(); round++ {
+		// Of each round: how long all of them take is for the machine to say.
+		limit := time.Now().Add(deadline)
+		if err := errors.Join(a.SetDeadline(limit), b.SetDeadline(limit)); err != nil {
+			return err
+		}
 		for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
 			message := traffic{seed: byte(round), bytes: 10_000, maxWrite: 3000, maxRead: 4000}
 			if err := message.write(way[0]); err != nil {

@@ -43,10 +43,10 @@ type Node interface {
 	Status() (api.Status, error)
 	Flows(context.Context) ([]api.Flow, error)
 	Forget(api.ForgetRequest) (api.ForgetResult, error)
-	// Unload returns when nothing is left, or when ctx ends.
-	Unload(context.Context) (api.UnloadResult, error)
+	// Unload returns when nothing is left, or when ctx ends; with force, soon after that.
+	Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	// Uninstall does so after it has taken the plugin out of the CNI configuration.
-	Uninstall(context.Context) (api.UnloadResult, error)
+	Uninstall(ctx context.Context, force bool) (api.UnloadResult, error)
 }
 
 // Listen makes the socket at path and the directories above it. A socket file
@@ -156,18 +156,23 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 		log.Info("forget", "pod", query.Get("pod"), "port", port, "forgotten", result.Forgotten)
 		answer(w, log, result, err)
 	})
-	remove := func(what string, do func(context.Context) (api.UnloadResult, error)) http.HandlerFunc {
+	remove := func(what string, do func(context.Context, bool) (api.UnloadResult, error)) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
 			if err != nil || timeout <= 0 {
 				refuse(w, http.StatusBadRequest, errors.New(`query parameter timeout: accepted is a positive duration such as "30s"`))
 				return
 			}
+			force, err := strconv.ParseBool(cmp.Or(r.URL.Query().Get("force"), "false"))
+			if err != nil {
+				refuse(w, http.StatusBadRequest, errors.New(`query parameter force: accepted are "true" and "false"`))
+				return
+			}
 			ctx, cancel := context.WithTimeout(r.Context(), timeout)
 			defer cancel()
-			log.Info("removal", "what", what, "timeout", timeout.String())
-			result, err := do(ctx)
-			log.Info("removal ended", "what", what, "done", result.Done, "waiting", len(result.Waiting))
+			log.Info("removal", "what", what, "timeout", timeout.String(), "force", force)
+			result, err := do(ctx, force)
+			log.Info("removal ended", "what", what, "done", result.Done, "waiting", len(result.Waiting), "reset", len(result.Reset), "left", result.Left)
 			answer(w, log, result, err)
 		}
 	}

@@ -51,14 +51,14 @@ func (f *fake) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
 	return api.ForgetResult{Forgotten: 2}, f.err
 }
 
-func (f *fake) Unload(ctx context.Context) (api.UnloadResult, error) {
+func (f *fake) Unload(ctx context.Context, force bool) (api.UnloadResult, error) {
 	deadline, _ := ctx.Deadline()
-	f.calls = append(f.calls, fmt.Sprint("unload ", time.Until(deadline).Round(time.Minute)))
+	f.calls = append(f.calls, fmt.Sprint("unload ", time.Until(deadline).Round(time.Minute), " ", force))
 	return api.UnloadResult{Done: true}, f.err
 }
 
-func (f *fake) Uninstall(context.Context) (api.UnloadResult, error) {
-	f.calls = append(f.calls, "uninstall")
+func (f *fake) Uninstall(_ context.Context, force bool) (api.UnloadResult, error) {
+	f.calls = append(f.calls, fmt.Sprint("uninstall ", force))
 	return api.UnloadResult{Done: true}, f.err
 }
 
@@ -177,11 +177,23 @@ func TestRoutes(t *testing.T) {
 		{name: "flows", method: "GET", path: "/v1/flows", code: 200, answer: `[]`},
 		{
 			name: "unload", method: "POST", path: "/v1/unload?timeout=20m",
-			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s"},
+			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s false"},
 		},
 		{
 			name: "uninstall", method: "POST", path: "/v1/uninstall?timeout=20s",
-			code: 200, answer: `{"done":true}`, calls: []string{"uninstall"},
+			code: 200, answer: `{"done":true}`, calls: []string{"uninstall false"},
+		},
+		{
+			name: "forced unload", method: "POST", path: "/v1/unload?timeout=20m&force=true",
+			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s true"},
+		},
+		{
+			name: "forced uninstall", method: "POST", path: "/v1/uninstall?timeout=20s&force=true",
+			code: 200, answer: `{"done":true}`, calls: []string{"uninstall true"},
+		},
+		{
+			name: "unload with bad force", method: "POST", path: "/v1/unload?timeout=20s&force=yes",
+			code: 400, answer: `{"error":"query parameter force: accepted are \"true\" and \"false\""}`,
 		},
 		{
 			name: "unload without timeout", method: "POST", path: "/v1/unload",

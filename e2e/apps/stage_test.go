@@ -27,12 +27,8 @@ import (
 // programTimeout is how long one run of a program may take: a connection that stalls fails by it.
 var programTimeout = flag.Duration("program-timeout", 2*time.Minute, "how long one run of a program may take")
 
-const (
-	// endTimeout is how long a server may take to end.
-	endTimeout = 2 * time.Minute
-	// large is the size of large bodies: more than all buffers of a connection together.
-	large = 16 << 20
-)
+// large is the size of large bodies: more than all buffers of a connection together.
+const large = 16 << 20
 
 // stage is where one run of a program takes place. Its methods fail the test
 // where something goes wrong, and undo at the end what they have made.
@@ -201,7 +197,7 @@ func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name stri
 		_ = cmd.Process.Signal(end) // it fails if the server has ended, which shows elsewhere
 		select {
 		case <-ended:
-		case <-time.After(endTimeout):
+		case <-time.After(*programTimeout):
 			s.Errorf("%s does not end; kill: %v", name, cmd.Process.Kill())
 			<-ended
 		}

@@ -119,6 +119,13 @@ http {
 	uwsgi_temp_path unused;
 	scgi_temp_path unused;
 	client_max_body_size 0;
+	# A connection that stalls has to be there when the flows are shown.
+	client_header_timeout 1h;
+	client_body_timeout 1h;
+	send_timeout 1h;
+	proxy_connect_timeout 1h;
+	proxy_send_timeout 1h;
+	proxy_read_timeout 1h;
 	root files;
 	sendfile %s;
 	server { listen %d; location / { dav_methods PUT; } }

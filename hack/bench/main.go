@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/hack/measure"
 )
@@ -49,6 +50,7 @@ type settings struct {
 	kinds       []measure.Kind
 	cores       int
 	nonBlocking bool
+	budget      uint
 }
 
 func parse(args []string, stderr io.Writer) (settings, error) {
@@ -60,6 +62,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags.DurationVar(&s.duration, "duration", 200*time.Millisecond, "how long one measurement counts")
 	flags.IntVar(&s.cores, "cores", 0, "1: only with both ends on one core, 2: only across two; 0: both")
 	flags.BoolVar(&s.nonBlocking, "non-blocking", false, "ping-pong and connections wait by poll(2), as streams always do, not inside of read(2)")
+	flags.UintVar(&s.budget, "budget", uint(datapath.DefaultConfig().Budget), "`bytes` that a receiver may leave unread, as --budget of the agent")
 	flags.Func("only", "kinds to measure, separated by commas (default ping-pong,stream,connect)", func(list string) error {
 		for name := range strings.SplitSeq(list, ",") {
 			if !slices.Contains(all, measure.Kind(name)) {

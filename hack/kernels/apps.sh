@@ -46,7 +46,7 @@ series() {
 		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=testname --raw-command -- \
 		go tool test2json -p "linux-$1/apps" \
 		"$top/hack/kernels/run.sh" "$1" "$results/apps.test" -test.v=test2json -test.timeout 5h \
-		-test.run '^TestDefaults$' -program-timeout "${PROGRAM_TIMEOUT:-4m}" -programs "^($pattern)\$" || status=$?
+		-test.run '^TestDefaults$' -program-timeout "${PROGRAM_TIMEOUT:-10m}" -programs "^($pattern)\$" || status=$?
 	collect "$dir"
 	return "$status"
 }
@@ -61,6 +61,7 @@ trap 'rm -rf "$build"' EXIT
 key=$(cat "$build"/* "$cache/root.made-by" | sha256sum | cut -c1-16)
 results=$cache/apps/$key
 mkdir -p "$results"
+ln -sfn "$key" "$cache/apps/latest"
 mv "$build/apps.test" "$results/apps.test"
 rm -rf "$build"
 "$results/apps.test" -list >"$results/programs"

@@ -10,7 +10,7 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestSleepersKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestMisfits|TestMisfitsGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestPairsFull)$'
 	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// What stands beside the pin directory while it is made or taken down. bpffs
+// reserves names with a dot.
+const (
+	// suffixLock is an empty directory whose lock says who works on all of these.
+	// It is there before there are pins, and stays while they are renamed.
+	suffixLock = "_lock"
+	// suffixNew is a bring-up that is not complete: no pod has taken part in it.
+	suffixNew = "_new"
+	// suffixOld is a removal that is not complete. Redirecting was off, and all
+	// that was to be waited for had been read, before the pins got this name.
+	suffixOld = "_old"
+)
+
+// own makes this process the one that works on the pins, until disown.
+func (d *Datapath) own() error {
+	path := d.cfg.PinDir + suffixLock
+	for {
+		if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("make lock: %w", err)
+		}
+		f, err := os.Open(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // its owner has deleted it
+		}
+		if err != nil {
+			return fmt.Errorf("open lock: %w", err)
+		}
+		if err := flock(f); err != nil {
+			return errors.Join(err, f.Close())
+		}
+		// Whoever had it before may have deleted it, and somebody made another one.
+		have, err1 := f.Stat()
+		named, err2 := os.Stat(path)
+		if err1 == nil && err2 == nil && os.SameFile(have, named) {
+			d.lock = f
+			return nil
+		}
+		if err := errors.Join(err1, f.Close()); err != nil {
+			return fmt.Errorf("look at lock: %w", err)
+		}
+	}
+}
+
+// ownPins locks the pin directory itself: builds without suffixLock know no other lock.
+func (d *Datapath) ownPins(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("open pin directory: %w", err)
+	}
+	if err := flock(f); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	d.pins = f
+	return nil
+}
+
+func flock(f *os.File) error {
+	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = ErrInUse
+	}
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return nil
+}
+
+// disown lets others work on the pins, and leaves no lock where there are none.
+func (d *Datapath) disown() error {
+	var errs []error
+	if d.pins != nil {
+		errs = append(errs, d.pins.Close())
+		d.pins = nil
+	}
+	if d.lock != nil {
+		if there, err := anyPins(d.cfg.PinDir); err == nil && !there {
+			errs = append(errs, os.Remove(d.lock.Name()))
+		}
+		errs = append(errs, d.lock.Close())
+		d.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+// anyPins tells whether there are pins, also of a bring-up or removal that is not complete.
+func anyPins(dir string) (bool, error) {
+	for _, suffix := range []string{"", suffixNew, suffixOld} {
+		if there, err := exists(dir + suffix); err != nil || there {
+			return there, err
+		}
+	}
+	return false, nil
+}
+
+func exists(path string) (bool, error) {
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for pins: %w", err)
+	}
+	return true, nil
+}
+
+// finish brings to an end what a crash has interrupted. The caller owns the pins.
+func (d *Datapath) finish() error {
+	if err := d.removePins(d.cfg.PinDir + suffixNew); err != nil {
+		return fmt.Errorf("remove unfinished pins: %w", err)
+	}
+	there, err := exists(d.cfg.PinDir + suffixOld)
+	if err != nil || !there {
+		return err
+	}
+	d.log.Warn("an unload was interrupted: finishing it")
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return err
+	}
+	// Without one of these, or with those of another build, the sockets stay where they are.
+	held := map[string]*ebpf.Map{}
+	defer closeMaps(held)
+	for _, name := range []string{bpf.ShortcutMapSockets, bpf.ShortcutMapPairs} {
+		m, err := openMap(d.cfg.PinDir+suffixOld, name, spec.Maps[name])
+		if err == nil {
+			held[name] = m
+		} else if !errors.Is(err, errNoMap) && !errors.Is(err, ErrOtherBuild) {
+			return err
+		}
+	}
+	if err := d.takeDown(held); err != nil {
+		return fmt.Errorf("finish an interrupted unload: %w", err)
+	}
+	return nil
+}
+
+// takeDown takes the renamed pins and what they hold out of the kernel. It may
+// be cut off between any two steps, and begun again.
+func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
+	dir := d.cfg.PinDir + suffixOld
+	// Pairing ends first, so that no socket joins behind our back.
+	if err := d.detachTrack(filepath.Join(dir, pinTrack)); err != nil {
+		return err
+	}
+	if err := d.at("track detached"); err != nil {
+		return err
+	}
+	left, err := d.takeOut(maps[bpf.ShortcutMapSockets], maps[bpf.ShortcutMapPairs])
+	if err != nil {
+		return err
+	}
+	d.left = left
+	return d.removePins(dir)
+}
+
+// detachTrack detaches the program that pairs, by its pin and by what this
+// process holds of it, since the pin may have been deleted.
+func (d *Datapath) detachTrack(pin string) error {
+	var errs []error
+	for _, l := range d.links {
+		info, err := l.Info()
+		if err == nil && info.Type == link.CgroupType {
+			err = l.Detach()
+		}
+		errs = append(errs, err)
+	}
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		errs = append(errs, l.Detach(), l.Close())
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("end pairing: %w", err)
+	}
+	waitForPrograms()
+	return nil
+}
+
+// takeOut deletes the sockets from the SOCKHASH that have nothing redirected to
+// read, and returns how many stay: those that have, and those whose pair is gone,
+// so that nobody knows. Both are of connections that are reset or closed, but not
+// by the program that has them. To delete one would throw away what it has not
+// read, and it would then read on behind the gap. It leaves when its program
+// closes it. Until then it keeps the sk_msg program, and that keeps all maps.
+func (d *Datapath) takeOut(sockets, pairs *ebpf.Map) (left int, err error) {
+	if sockets == nil {
+		return 0, nil // taken out before an interruption, or out of reach
+	}
+	if pairs == nil {
+		cookies, err := socketCookies(sockets)
+		return len(cookies), err
+	}
+	for {
+		drained, err := drainedSockets(pairs)
+		if err != nil {
+			return 0, err
+		}
+		cookies, err := socketCookies(sockets)
+		if err != nil {
+			return 0, err
+		}
+		deleted := 0
+		for cookie := range cookies {
+			if !drained[cookie] {
+				continue
+			}
+			if err := d.at("take out a socket"); err != nil {
+				return 0, err
+			}
+			if err := sockets.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return 0, fmt.Errorf("take a socket out of the SOCKHASH: %w", err)
+			}
+			deleted++
+		}
+		// A socket that is closed while the keys are read may hide others.
+		if deleted == 0 {
+			return len(cookies), nil
+		}
+	}
+}
+
+// drainedSockets returns the sockets of pairs that have read all that was redirected to them.
+func drainedSockets(pairs *ebpf.Map) (map[uint64]bool, error) {
+	all, err := entries[uint64, bpf.ShortcutPair](pairs)
+	if err != nil {
+		return nil, fmt.Errorf("read the pairs map: %w", err)
+	}
+	drained := map[uint64]bool{}
+	for _, p := range all {
+		for side, cookie := range p.Cookie {
+			if !unread(&p, side) {
+				drained[cookie] = true
+			}
+		}
+	}
+	return drained, nil
+}
+
+// unread tells whether the socket of a side has redirected bytes to read.
+func unread(p *bpf.ShortcutPair, side int) bool {
+	toward := p.Side[1-side].Sending
+	return toward.RedirectEnd > p.Side[side].Receiving.ReadBytes+uint64(toward.Missed)
+}
+
+// socketCookies returns the keys of the SOCKHASH.
+func socketCookies(sockets *ebpf.Map) (map[uint64]bool, error) {
+	cookies := map[uint64]bool{}
+	var last any
+	for {
+		key, err := sockets.NextKeyBytes(last)
+		if err != nil {
+			return nil, fmt.Errorf("read the SOCKHASH: %w", err)
+		}
+		if key == nil {
+			return cookies, nil
+		}
+		cookies[binary.NativeEndian.Uint64(key)] = true
+		last = key
+	}
+}
+
+// removePins deletes a directory of pins; one that is not there is no error.
+func (d *Datapath) removePins(dir string) error {
+	pins, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	names := make([]string, len(pins))
+	for i, pin := range pins {
+		names[i] = pin.Name()
+	}
+	// What it takes to finish goes last.
+	slices.SortStableFunc(names, func(a, b string) int { return removalRank(a) - removalRank(b) })
+	for _, name := range names {
+		if err := d.at("delete a pin"); err != nil {
+			return err
+		}
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	if err := d.at("delete the directory"); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+func removalRank(name string) int {
+	switch {
+	case strings.HasPrefix(name, "link_"):
+		return 0
+	case name == bpf.ShortcutMapSockets:
+		return 2
+	case name == bpf.ShortcutMapPairs, name == bpf.ShortcutMapControl:
+		return 3
+	default:
+		return 1
+	}
+}
+
+// errNoMap says that somebody has deleted the pin of a map, and that no program
+// of the other pins has the map.
+var errNoMap = errors.New("its pin is gone, and no pinned program has it")
+
+// openMap opens a pinned map, and gives its spec the size it has. A map whose pin
+// was deleted is found by the programs that use it, and pinned again.
+func openMap(dir, name string, want *ebpf.MapSpec) (*ebpf.Map, error) {
+	path := filepath.Join(dir, name)
+	m, err := ebpf.LoadPinnedMap(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		if m, err = findMap(dir, name); err == nil {
+			if err = m.Pin(path); err != nil {
+				m.Close()
+			}
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open map %s: %w", name, err)
+	}
+	want.MaxEntries = m.MaxEntries()
+	if err := want.Compatible(m); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("open map %s: %w: %w", name, err, ErrOtherBuild)
+	}
+	return m, nil
+}
+
+// findMap looks for a map among those of the programs that the links in dir hold.
+func findMap(dir, name string) (*ebpf.Map, error) {
+	pins, err := filepath.Glob(filepath.Join(dir, "link_*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, pin := range pins {
+		m, err := mapOfLink(pin, name)
+		if m != nil || err != nil {
+			return m, err
+		}
+	}
+	return nil, errNoMap
+}
+
+// mapOfLink returns the map of that name which a link's program uses, or nil.
+func mapOfLink(pin, name string) (*ebpf.Map, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open link %s: %w", pin, err)
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return nil, fmt.Errorf("inspect link %s: %w", pin, err)
+	}
+	program, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		return nil, fmt.Errorf("open the program of link %s: %w", pin, err)
+	}
+	defer program.Close()
+	of, err := program.Info()
+	if err != nil {
+		return nil, fmt.Errorf("inspect the program of link %s: %w", pin, err)
+	}
+	ids, _ := of.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return nil, fmt.Errorf("open a map of link %s: %w", pin, err)
+		}
+		have, err := m.Info()
+		if err == nil && have.Name == name {
+			return m, nil
+		}
+		if err := errors.Join(err, m.Close()); err != nil {
+			return nil, fmt.Errorf("inspect a map of link %s: %w", pin, err)
+		}
+	}
+	return nil, nil
+}
+
+// at is called between the steps of a bring-up and a removal, where tests interrupt them.
+func (d *Datapath) at(step string) error {
+	if d.step == nil {
+		return nil
+	}
+	return d.step(step)
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/api"
+)
+
+// resetTimeout bounds what --force does after the timeout: resetting takes
+// moments, and so does the end of an unload that waits for nobody.
+const resetTimeout = 30 * time.Second
+
+// unloader is an unload and what it needs to reset connections.
+type unloader struct {
+	datapath       *datapath.Datapath
+	view           *view
+	force          bool
+	attachmentsDir string
+	proc           string
+}
+
+// run unloads. With force it resets the connections that do not read what was
+// redirected before ctx ends, and goes on.
+func (u unloader) run(ctx context.Context) (api.UnloadResult, error) {
+	waiting, err := u.datapath.Unload(ctx)
+	result := api.UnloadResult{Waiting: u.view.paired(waiting)}
+	if len(waiting) > 0 && u.force && errors.Is(err, context.DeadlineExceeded) {
+		reset, over, resetErr := u.reset(waiting)
+		u.datapath.GiveUp(append(over, reset...))
+		result.Reset = u.view.paired(reset)
+		if resetErr != nil {
+			result.ResetError = resetErr.Error()
+		}
+		again, cancel := context.WithTimeout(context.WithoutCancel(ctx), resetTimeout)
+		defer cancel()
+		if resetErr != nil {
+			cancel() // some are waited for: look once
+		}
+		waiting, err = u.datapath.Unload(again)
+		result.Waiting = u.view.paired(waiting)
+	}
+	if len(waiting) > 0 {
+		return result, nil
+	}
+	result.Done, result.Left = err == nil, u.datapath.Left()
+	return result, err
+}
+
+// reset resets the sockets of flows that have redirected bytes to read. It
+// returns the flows of those that it has reset, the flows that have come to an
+// end by themselves, and why there are others.
+func (u unloader) reset(flows []datapath.Flow) (reset, over []datapath.Flow, err error) {
+	sockets := map[uint64]map[uint64]bool{} // by netns: those to reset
+	want := func(netns, cookie uint64, redirected bool) {
+		if !redirected {
+			return
+		}
+		if sockets[netns] == nil {
+			sockets[netns] = map[uint64]bool{}
+		}
+		sockets[netns][cookie] = true
+	}
+	for _, f := range flows {
+		want(f.ClientNetns, f.ID, f.ToClient.Redirected)
+		want(f.ServerNetns, f.ServerID, f.ToServer.Redirected)
+	}
+	paths := u.netnsPaths(sockets)
+	done, failed := map[uint64]bool{}, map[uint64]bool{}
+	var errs []error
+	for cookie, wanted := range sockets {
+		err := fmt.Errorf("the network namespace with cookie %d is not found by its pod's attachment, nor by a process", cookie)
+		if path, ok := paths[cookie]; ok {
+			err = resetSockets(path, wanted, done)
+		}
+		if err != nil {
+			failed[cookie] = true
+			errs = append(errs, err)
+		}
+	}
+	for _, f := range flows {
+		switch {
+		case done[f.ID] || done[f.ServerID]:
+			reset = append(reset, f)
+		case !failed[f.ClientNetns] && !failed[f.ServerNetns]:
+			over = append(over, f)
+		}
+	}
+	return reset, over, errors.Join(errs...)
+}
+
+// netnsPaths finds network namespaces by their cookies: those of the pods that
+// the agent knows, of attachments that it left, and of processes.
+func (u unloader) netnsPaths(wanted map[uint64]map[uint64]bool) map[uint64]string {
+	found := map[uint64]string{}
+	try := func(path string) {
+		cookie, err := datapath.NetnsCookie(path)
+		if err == nil && wanted[cookie] != nil {
+			found[cookie] = path
+		}
+	}
+	for _, p := range u.view.pods {
+		if wanted[p.NetnsCookie] != nil {
+			try(p.Netns)
+		}
+	}
+	files, _ := filepath.Glob(filepath.Join(u.attachmentsDir, "*.json")) // the pattern is valid
+	for _, file := range files {
+		if len(found) == len(wanted) {
+			return found
+		}
+		var a api.Attachment
+		if data, err := os.ReadFile(file); err == nil && json.Unmarshal(data, &a) == nil {
+			try(a.Netns)
+		}
+	}
+	processes, _ := os.ReadDir(u.proc) // without it nothing is found there
+	seen := map[string]bool{}
+	for _, p := range processes {
+		if len(found) == len(wanted) {
+			return found
+		}
+		path := filepath.Join(u.proc, p.Name(), "ns", "net")
+		if _, err := strconv.Atoi(p.Name()); err != nil {
+			continue
+		}
+		if name, err := os.Readlink(path); err == nil && !seen[name] {
+			seen[name] = true
+			try(path)
+		}
+	}
+	return found
+}
+
+// resetSockets resets the TCP sockets with these cookies in the network namespace
+// at path, and notes them in done. Those that are not there have been closed.
+func resetSockets(path string, wanted, done map[uint64]bool) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("open netns %s: %w", path, err)
+	}
+	defer ns.Close()
+	socket, err := nl.GetNetlinkSocketAt(ns, netns.None(), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return fmt.Errorf("open inet_diag in netns %s: %w", path, err)
+	}
+	diag := map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: socket}}
+	defer diag[unix.NETLINK_INET_DIAG].Close()
+	timeout := unix.Timeval{Sec: 10}
+	if err := errors.Join(socket.SetReceiveTimeout(&timeout), socket.SetSendTimeout(&timeout)); err != nil {
+		return fmt.Errorf("set timeout of inet_diag: %w", err)
+	}
+	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return fmt.Errorf("open inet_diag in netns %s: %w", path, err)
+	}
+	defer handle.Close()
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		found, err := dumpSockets(handle, family)
+		if err != nil {
+			return fmt.Errorf("list sockets of netns %s: %w", path, err)
+		}
+		for _, s := range found {
+			cookie := uint64(s.ID.Cookie[1])<<32 | uint64(s.ID.Cookie[0])
+			if !wanted[cookie] {
+				continue
+			}
+			req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
+			req.Sockets = diag
+			req.AddData(&destroyRequest{family, s.ID})
+			_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+			if errors.Is(err, unix.ENOENT) {
+				continue // closed meanwhile
+			}
+			if errors.Is(err, unix.EOPNOTSUPP) {
+				return fmt.Errorf("this kernel cannot reset connections from outside (it is built without CONFIG_INET_DIAG_DESTROY): end the programs that do not read: %w", err)
+			}
+			if err != nil {
+				return fmt.Errorf("reset %s: %w", addrPort(s.ID.Source, s.ID.SourcePort), err)
+			}
+			done[cookie] = true
+		}
+	}
+	return nil
+}
+
+// dumpSockets lists the TCP sockets of a family. A list that was interrupted may
+// lack some, and is asked for again.
+func dumpSockets(handle *netlink.Handle, family uint8) (found []*netlink.Socket, err error) {
+	for range 10 {
+		found, err = handle.SocketDiagTCP(family)
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return found, err
+}
+
+// destroyRequest is struct inet_diag_req_v2 of linux/inet_diag.h. The library's
+// own request knows IPv4 only, and no cookies.
+type destroyRequest struct {
+	family uint8
+	id     netlink.SocketID
+}
+
+var _ nl.NetlinkRequestData = (*destroyRequest)(nil)
+
+const destroyRequestSize = 56
+
+func (r *destroyRequest) Len() int { return destroyRequestSize }
+
+func (r *destroyRequest) Serialize() []byte {
+	b := make([]byte, destroyRequestSize)
+	b[0], b[1] = r.family, unix.IPPROTO_TCP
+	binary.BigEndian.PutUint16(b[8:], r.id.SourcePort)
+	binary.BigEndian.PutUint16(b[10:], r.id.DestinationPort)
+	source, destination := r.id.Source.To16(), r.id.Destination.To16()
+	if r.family == unix.AF_INET {
+		source, destination = r.id.Source.To4(), r.id.Destination.To4()
+	}
+	copy(b[12:28], source)
+	copy(b[28:44], destination)
+	binary.NativeEndian.PutUint32(b[44:], r.id.Interface)
+	binary.NativeEndian.PutUint32(b[48:], r.id.Cookie[0])
+	binary.NativeEndian.PutUint32(b[52:], r.id.Cookie[1])
+	return b
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+)
+
+// mustDial connects two pods by a network and address of the server.
+func mustDial(t testing.TB, from *sandbox.Pod, l net.Listener, network string, host string) connection {
+	t.Helper()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		if conn, err := l.Accept(); err == nil {
+			accepted <- conn
+		}
+	}()
+	port := fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
+	c := connection{client: from.MustDial(t, network, net.JoinHostPort(host, port))}
+	select {
+	case c.server = <-accepted:
+	case <-time.After(2 * time.Minute):
+		t.Fatal("the connection is not accepted")
+	}
+	t.Cleanup(func() { c.server.Close() })
+	if err := c.server.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.client.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// canDestroy asks the kernel whether it resets sockets on demand, by one that does not exist.
+func canDestroy(t testing.TB) bool {
+	t.Helper()
+	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
+	nobody := net.IPv4(127, 0, 0, 1)
+	req.AddData(&destroyRequest{unix.AF_INET, netlink.SocketID{SourcePort: 1, DestinationPort: 1, Source: nobody, Destination: nobody}})
+	_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return true
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return false
+	}
+	t.Fatalf("SOCK_DESTROY of no socket: got %v, want ENOENT or EOPNOTSUPP", err)
+	return false
+}
+
+// TestForce: unload --force resets just the connections that do not read, with
+// or without an agent, whatever the addresses. Their programs still read all that
+// was sent, in order, then the error. Others lose no byte.
+func TestForce(t *testing.T) {
+	for _, running := range []bool{true, false} {
+		for _, family := range []string{"IPv4", "IPv6", "IPv4 by an IPv6 socket", "loopback"} {
+			t.Run(fmt.Sprintf("%s, agent %v", family, running), func(t *testing.T) { testForce(t, family, running) })
+		}
+	}
+}
+
+func testForce(t *testing.T, family string, running bool) {
+	a := mustAgent(t)
+	const on = "podshunt.io/shortcut: enabled"
+	a.mustWritePods(t, "client "+on, "web "+on)
+	a.mustStart(t, "--kernel-hazards=accept")
+	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
+	a.mustTakePart(t, "client", "web")
+	network, listen, host := "tcp4", ":0", web.IPv4.String()
+	switch family {
+	case "IPv6":
+		network, listen, host = "tcp6", ":0", web.IPv6.String()
+	case "IPv4 by an IPv6 socket":
+		network = "tcp"
+	case "loopback":
+		client, host = web, "127.0.0.1"
+	}
+	l := web.MustListen(t, network, listen)
+	good, bad := mustDial(t, client, l, network, host), mustDial(t, client, l, network, host)
+	for _, c := range []connection{good, bad} {
+		c.mustPing(t)
+	}
+	before := mustShow[api.Status](t, a, "status")
+	if !running {
+		a.stop()
+	}
+	// Unread both ways, so that both ends have something to lose. What is sent while
+	// nothing is redirected any more has to stay behind it.
+	var sent [2]bytes.Buffer
+	write := func(text string) {
+		t.Helper()
+		for i, from := range []net.Conn{bad.client, bad.server} {
+			if _, err := fmt.Fprint(io.MultiWriter(from, &sent[i]), text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write("by the shortcut ")
+
+	unload := func(flags ...string) (string, error) {
+		t.Helper()
+		var out bytes.Buffer
+		err := run(t.Context(), append(append([]string{"unload", "--timeout=300ms"}, flags...), a.places()[:3]...), &out, t.Output())
+		return out.String(), err
+	}
+	out, err := unload()
+	if err == nil || !strings.HasPrefix(err.Error(), "1 connections have not read") ||
+		!strings.Contains(err.Error(), "--force resets the connections that are listed, and unloads") ||
+		!strings.Contains(out, bad.client.LocalAddr().String()) || strings.Contains(out, good.client.LocalAddr().String()) {
+		t.Fatalf("got error %v and\n%s\nwant the connection that has not read, and what --force does", err, out)
+	}
+	write("by TCP ")
+	good.mustPing(t)
+
+	out, err = unload("--force")
+	if !canDestroy(t) {
+		if err == nil || !strings.Contains(err.Error(), "CONFIG_INET_DIAG_DESTROY") || !strings.Contains(out, bad.client.LocalAddr().String()) {
+			t.Errorf("got error %v and\n%s\nwant one that says that this kernel cannot reset", err, out)
+		}
+		if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); err != nil {
+			t.Errorf("pins: %v, want them there", err)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `^reset, as they had not read what was sent by the shortcut after 300ms:\nCLIENT [^\n]*\n[^\n]*` +
+		regexp.QuoteMeta(bad.client.LocalAddr().String()) + ` [^\n]*\n[^\n]*\n` +
+		`unloaded: nothing of podshunt is left in the kernel but what [12] sockets of closed connections need to read what is theirs: it goes when their programs close them\n$`
+	if !regexp.MustCompile(want).MatchString(out) {
+		t.Errorf("got\n%s\nwant\n%s", out, want)
+	}
+	for _, name := range []string{"podshunt", "podshunt_old", "podshunt_lock"} {
+		if _, err := os.Stat(filepath.Join(a.BPF, name)); !os.IsNotExist(err) {
+			t.Errorf("%s: got %v, want it gone", name, err)
+		}
+	}
+	good.mustPing(t)
+
+	for i, to := range []net.Conn{bad.server, bad.client} {
+		got, err := io.ReadAll(to)
+		if string(got) != sent[i].String() {
+			t.Errorf("end %d: got %q, want %q", i, got, sent[i].String())
+		}
+		if !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("end %d: got %v, want the connection reset", i, err)
+		}
+		to.Close()
+	}
+	good.mustPing(t)
+	if running {
+		wantDiff(t, "unloaded before and after", []bool{false, true}, []bool{before.Unloaded, mustShow[api.Status](t, a, "status").Unloaded})
+	}
+	if out, err := unload("--force"); err != nil || strings.Contains(out, "reset") {
+		t.Errorf("unload again: got %q, %v; want nothing to do", out, err)
+	}
+}
