@@ -35,6 +35,7 @@ const (
 	// Reasons of the agent for a direction on TCP.
 	notSeen    = "the receiver has not been seen to read yet"
 	draining   = "the receiver has TCP bytes to read first"
+	trial      = "the receiver has yet to show by TCP that it reads such messages by recv"
 	unobserved = "the receiver is inside a read, or reads by splice or another call that is not seen"
 )
 
@@ -104,14 +105,14 @@ func programs() []program {
 		{name: "nginx, proxy, buffering, POST", version: nginx, run: nginxPosts("on"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "nginx, proxy, no buffering, POST", version: nginx, run: nginxPosts("off"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "nginx, PUT of 20 MB", version: nginx, run: nginxPut20, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},
-		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen}},
+		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen, trial}},
 		{name: "Go SOCKS proxy, POST", version: runtime.Version(), run: goSocksProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: blocking},
 		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3},
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},
-		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen}},
-		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, unobserved}},
+		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen, trial}},
+		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, trial, unobserved}},
 		{name: "Go CONNECT proxy", version: runtime.Version(), run: goConnectProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
 		{name: "gRPC, keepalive", version: grpc.Version, run: grpcKeepalive},

@@ -4,7 +4,7 @@
 # Real programs between pods of an agent with the default settings, on other
 # kernels than the machine's own: apps.sh SERIES.... Two guests run side by side.
 # PROGRAMS is a regular expression for the programs' names (default all), and
-# PROGRAM_TIMEOUT how long one run of a program may take (default 4m).
+# PROGRAM_TIMEOUT how long one run of a program may take (default 10m).
 #
 # What was found of a program is kept in .cache/kernels/apps, by what podshunt and
 # the suite are built of, and a program that works is not run again until that
