@@ -18,17 +18,20 @@ import (
 // An exchange is what the web servers and clients of several languages are tried
 // with: the files of a shelf by GET, and the digest of whatever is PUT.
 
+// blocking is why programs stay on TCP that read from sockets in blocking mode.
+const blocking = "blocking"
+
 // languages are programs that make such exchanges.
 func languages() []program {
 	interpreter, gunicorn, java := version(python, "--version"), version("gunicorn", "--version"), version("java", "-version")
 	return []program{
 		{name: "Python and Go", version: interpreter, run: pythonAndGo},
-		{name: "gunicorn, sync", version: gunicorn, run: gunicornSync},
-		{name: "gunicorn, threads", version: gunicorn, run: gunicornThreads},
-		{name: "PHP-FPM and MariaDB", version: version("php-fpm8.2", "--version"), run: phpAndMariaDB, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "gunicorn, sync", version: gunicorn, run: gunicornSync, stays: blocking},
+		{name: "gunicorn, threads", version: gunicorn, run: gunicornThreads, stays: blocking},
+		{name: "PHP-FPM and MariaDB", version: version("php-fpm8.2", "--version"), run: phpAndMariaDB, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn, stays: blocking},
 		{name: "Puma", version: version("puma", "--version"), run: puma},
 		{name: "Java, HTTP", version: java, run: javaHTTP},
-		{name: "Java, records", version: java, run: javaRecords, hazards: asksBeforeReading(), pod: "server", annotations: exclude(recordsPort), reason: excluded},
+		{name: "Java, records", version: java, run: javaRecords, hazards: asksBeforeReading(), pod: "server", annotations: exclude(recordsPort), reason: excluded, stays: blocking},
 		{name: "Node.js", version: version("/usr/bin/node", "--version"), run: nodeJS},
 	}
 }

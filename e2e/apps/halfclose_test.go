@@ -25,7 +25,7 @@ func halfClosing() []program {
 	return []program{
 		{name: "half-close, Go", version: runtime.Version(), run: halfCloseGo},
 		{name: "half-close, Python", version: version(python, "--version"), run: halfClosePython, stays: short},
-		{name: "netcat -N", version: version("zcat", "/usr/share/doc/netcat-openbsd/changelog.Debian.gz"), run: netcat, stays: short},
+		{name: "netcat -N", version: version("nc.openbsd", "-h"), run: netcat, stays: short},
 		{name: "ssh -W", version: version("ssh", "-V"), run: sshForward, stays: short},
 		{name: "HTTP 1.0", version: version("curl", "--version"), run: http10, stays: short},
 	}

@@ -13,7 +13,7 @@ import (
 )
 
 func databases() []program {
-	return []program{{name: "MariaDB", version: version("mariadbd", "--version"), run: mariadb}}
+	return []program{{name: "MariaDB", version: version("mariadbd", "--version"), run: mariadb, stays: blocking}}
 }
 
 // mariadbServer has the databases bench and restored, of the user podshunt with

@@ -110,7 +110,7 @@ func programs() []program {
 		{name: "nginx, PUT of 20 MB", version: nginx, run: nginxPut20, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},
 		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen, trial}},
 		{name: "Go SOCKS proxy, POST", version: runtime.Version(), run: goSocksProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
-		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: "blocking"},
+		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: blocking},
 		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3},
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},

@@ -23,7 +23,7 @@ func encrypted() []program {
 	return []program{
 		{name: "nginx, TLS", version: version("nginx", "-v"), run: func(s *stage) { s.nginxTLS("") }},
 		{name: "nginx, kTLS", version: version("nginx", "-v"), run: func(s *stage) { s.nginxTLS("ssl_conf_command Options KTLS;") }},
-		{name: "openssl, kTLS", version: openssl, run: opensslKTLS},
+		{name: "openssl, kTLS", version: openssl, run: opensslKTLS, stays: blocking},
 	}
 }
 
