@@ -139,7 +139,11 @@ func (s *stage) taken(before api.Status) taken {
 		}
 	}
 	for _, m := range after.Misfits {
-		way.Misfits = append(way.Misfits, fmt.Sprintf("%s:%d %s", m.Pod.Name, m.Port, strings.Join(m.Reasons, ", ")))
+		misfit := fmt.Sprintf("%s:%d %s", m.Pod.Name, m.Port, strings.Join(m.Reasons, ", "))
+		if m.Client != nil {
+			misfit += " by " + m.Client.Name
+		}
+		way.Misfits = append(way.Misfits, misfit)
 	}
 	bytesBy := map[string]uint64{}
 	for _, f := range mustShow[[]api.Flow](s, s.node, "flows") {

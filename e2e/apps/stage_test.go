@@ -92,11 +92,14 @@ func (s *stage) watch() {
 	})
 }
 
-// logFlows logs the table of flows.
+// logFlows logs the table of flows, and how much of each is unread, which only the
+// other format has.
 func (s *stage) logFlows() {
 	s.Helper()
-	out, err := exec.Command(s.node.binary, "flows", "--socket="+s.node.AgentSocket).CombinedOutput()
-	s.Logf("flows (%v):\n%s", err, out)
+	for _, format := range []string{"text", "json"} {
+		out, err := exec.Command(s.node.binary, "flows", "-o", format, "--socket="+s.node.AgentSocket).CombinedOutput()
+		s.Logf("flows (%v):\n%s", err, out)
+	}
 }
 
 // Fatalf logs the flows as well.
