@@ -150,8 +150,11 @@ func (s *stage) file(name string, from io.Reader) string {
 }
 
 // command prepares a process of the account's.
-func (s *stage) command(name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(s.ctx, name, args...)
+func (s *stage) command(name string, args ...string) *exec.Cmd { return s.commandUntil(s.ctx, name, args...) }
+
+// commandUntil is command with a context that ends the process.
+func (s *stage) commandUntil(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = s.dir
 	cmd.Env = append(os.Environ(), "HOME="+s.dir, "USER="+accountName)
 	cmd.WaitDelay = time.Second
@@ -185,9 +188,9 @@ func (s *stage) run(p *sandbox.Pod, stdin io.Reader, name string, args ...string
 // address when it listens on the port.
 func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name string, args ...string) netip.AddrPort {
 	s.Helper()
-	cmd := s.command(name, args...)
-	// It outlives the context, to be ended in its own way.
-	cmd.Cancel = func() error { return nil }
+	// It outlives the run's context, to be ended in its own way: one that is killed
+	// leaves its children and their ports to the next run.
+	cmd := s.commandUntil(context.WithoutCancel(s.ctx), name, args...)
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	s.must("start "+name, p.Start(cmd))
