@@ -150,7 +150,9 @@ func (s *stage) file(name string, from io.Reader) string {
 }
 
 // command prepares a process of the account's.
-func (s *stage) command(name string, args ...string) *exec.Cmd { return s.commandUntil(s.ctx, name, args...) }
+func (s *stage) command(name string, args ...string) *exec.Cmd {
+	return s.commandUntil(s.ctx, name, args...)
+}
 
 // commandUntil is command with a context that ends the process.
 func (s *stage) commandUntil(ctx context.Context, name string, args ...string) *exec.Cmd {
