@@ -19,6 +19,10 @@ var errNoAgent = errors.New("no agent")
 
 // ask sends a request without a body to the agent at a socket and decodes its answer.
 func ask(ctx context.Context, socket, method, path string, timeout time.Duration, answer any) error {
+	// Without this a path that is too long looks as if no agent ran there.
+	if err := api.CheckSocket(socket); err != nil {
+		return fmt.Errorf("socket of the agent: %w", err)
+	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	transport := &http.Transport{

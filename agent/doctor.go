@@ -33,7 +33,7 @@ func newJudgement() judgement {
 
 func (j *judgement) register(flags *flag.FlagSet) {
 	flags.StringVar(&j.hazards, "kernel-hazards", j.hazards,
-		"refuse or accept a kernel that serves shortcut sockets differently from TCP; \"podshunt-agent doctor\" lists the hazards")
+		"refuse or accept a kernel that serves shortcut sockets differently from TCP; with accept the programs break that \"podshunt-agent doctor\" names")
 	for name, does := range map[string]string{
 		datapath.GuardSplice:   "splice from a shortcut socket fails with EINVAL; every read and write of a file on the node passes it",
 		datapath.GuardULP:      "TCP_ULP (kTLS) on a shortcut socket fails with ENOENT",
@@ -102,19 +102,24 @@ func guardsIn(hazards []api.Hazard) []string {
 	return guards
 }
 
-// refuseHazards returns why no pod may take part on this kernel, or "".
+// refuseHazards returns why no pod may take part on this kernel, or "". It says who
+// would notice, so that nobody accepts a hazard without knowing that.
 func refuseHazards(hazards []api.Hazard) string {
-	var fatal []string
+	var names, consequences []string
 	for _, h := range hazards {
 		if h.Present && h.Fatal {
-			fatal = append(fatal, h.Name)
+			names = append(names, h.Name)
+			if !slices.Contains(consequences, h.Consequence) {
+				consequences = append(consequences, h.Consequence)
+			}
 		}
 	}
-	if len(fatal) == 0 {
+	if len(names) == 0 {
 		return ""
 	}
-	return "kernel hazards " + strings.Join(fatal, ", ") +
-		" (`podshunt-agent doctor` says what they do): run the agent with --kernel-hazards=accept to take part all the same"
+	return fmt.Sprintf("kernel hazards %s: %s. Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
+		"with --kernel-hazards=accept they take part on this one, and those programs break",
+		strings.Join(names, ", "), strings.Join(consequences, "; "))
 }
 
 func doctorCommand(args []string, stdout, stderr io.Writer) error {

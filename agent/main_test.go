@@ -69,7 +69,11 @@ func TestCommandErrors(t *testing.T) {
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
 		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
-		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 100)}, "accepted are at most 103 bytes"},
+		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
+		{"long socket to ask", []string{"status", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		// Taken for an agent that does not run, its pins would be taken out below it.
+		{"long socket to unload by", []string{"unload", "--pin-dir=/none/such", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		{"long run directory to uninstall by", []string{"uninstall", "--pin-dir=/none/such", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := run(t.Context(), tc.args, io.Discard, io.Discard)
@@ -152,8 +156,14 @@ func TestRefuseHazards(t *testing.T) {
 		{Name: "harmless", Present: true, Detail: "seen"},
 	}
 	wantDiff(t, "nothing fatal", "", refuseHazards(hazards))
-	hazards = append(hazards, api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "stalls"})
-	wantDiff(t, "fatal", "kernel hazards bad (`podshunt-agent doctor` says what they do): run the agent with --kernel-hazards=accept to take part all the same", refuseHazards(hazards))
+	hazards = append(hazards,
+		api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "seen", Consequence: "some programs stall"},
+		api.Hazard{Name: "guarded", Present: true, Guard: "g", Consequence: "nothing"},
+		api.Hazard{Name: "worse", Present: true, Fatal: true, Consequence: "others crash"},
+		api.Hazard{Name: "as bad", Present: true, Fatal: true, Consequence: "some programs stall"})
+	wantDiff(t, "fatal", "kernel hazards bad, worse, as bad: some programs stall; others crash. "+
+		"Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
+		"with --kernel-hazards=accept they take part on this one, and those programs break", refuseHazards(hazards))
 }
 
 func TestVerdict(t *testing.T) {

@@ -155,8 +155,8 @@ func (c config) validate() error {
 	case c.nodeName == "" && c.kubeconfig != "":
 		errs = append(errs, errors.New("--kubeconfig is for the cluster: give --node-name, too, and not --pods-file"))
 	}
-	if len(c.socket) > server.MaxSocketPath {
-		errs = append(errs, fmt.Errorf("--socket=%q: accepted are at most %d bytes", c.socket, server.MaxSocketPath))
+	if err := api.CheckSocket(c.socket); err != nil {
+		errs = append(errs, fmt.Errorf("--socket, or --run-dir: %w", err))
 	}
 	if c.healthAddress != "" && c.healthAddress == c.metricsAddress {
 		errs = append(errs, fmt.Errorf("--health-address and --metrics-address are both %q: accepted are two different ones, "+

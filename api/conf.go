@@ -20,10 +20,6 @@ import (
 // holds an Attachment as JSON.
 const AttachmentsDir = RunDir + "/attachments"
 
-// maxSocketPath is what sockaddr_un holds besides the final NUL; the kernel
-// refuses to connect to a longer path, which would look like an absent agent.
-const maxSocketPath = 107
-
 // PluginConf is what podshunt's own keys in its section of a CNI conflist say.
 // Every key is optional.
 type PluginConf struct {
@@ -51,8 +47,8 @@ func ParseConf(section []byte) (PluginConf, error) {
 		switch key {
 		case "agentSocket":
 			conf.AgentSocket, err = parsePath(keys[key])
-			if err == nil && len(conf.AgentSocket) > maxSocketPath {
-				err = fmt.Errorf("%s: accepted are at most %d bytes", keys[key], maxSocketPath)
+			if err == nil {
+				err = CheckSocket(conf.AgentSocket)
 			}
 		case "agentTimeout":
 			conf.AgentTimeout, err = parseTimeout(keys[key])

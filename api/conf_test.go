@@ -49,9 +49,9 @@ func TestParseConf(t *testing.T) {
 		},
 		{
 			name:    "longest socket",
-			section: `{"agentSocket":"/` + strings.Repeat("s", 106) + `"}`,
+			section: `{"agentSocket":"/` + strings.Repeat("s", 102) + `"}`,
 			want: api.PluginConf{
-				AgentSocket:  "/" + strings.Repeat("s", 106),
+				AgentSocket:  "/" + strings.Repeat("s", 102),
 				AgentTimeout: api.PluginTimeout, AttachmentsDir: api.AttachmentsDir,
 			},
 		},
@@ -62,7 +62,7 @@ func TestParseConf(t *testing.T) {
 		{name: "relative socket", section: `{"agentSocket":"a.sock"}`, wantErr: []string{`"agentSocket": "a.sock": accepted is an absolute path`}},
 		{name: "empty socket", section: `{"agentSocket":""}`, wantErr: []string{"absolute path"}},
 		{name: "null socket", section: `{"agentSocket":null}`, wantErr: []string{"absolute path"}},
-		{name: "long socket", section: `{"agentSocket":"/` + strings.Repeat("s", 107) + `"}`, wantErr: []string{"at most 107 bytes"}},
+		{name: "long socket", section: `{"agentSocket":"/` + strings.Repeat("s", 103) + `"}`, wantErr: []string{"at most 103 bytes"}},
 		{name: "relative directory", section: `{"attachmentsDir":"b"}`, wantErr: []string{`"attachmentsDir": "b": accepted is an absolute path`}},
 		{name: "timeout without unit", section: `{"agentTimeout":"200"}`, wantErr: []string{`accepted is a duration from "1ms" to "10s"`}},
 		{name: "timeout as number", section: `{"agentTimeout":200}`, wantErr: []string{`accepted is a duration`}},

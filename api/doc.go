@@ -6,7 +6,10 @@
 // does no I/O.
 package api
 
-import "time"
+import (
+	"fmt"
+	"time"
+)
 
 // Default places on a node. Everything under RunDir and PinDir belongs to the
 // agent; both are gone after a reboot, together with the kernel objects that
@@ -19,6 +22,20 @@ const (
 	// PinDir is the directory of a bpffs that keeps the kernel objects alive.
 	PinDir = "/sys/fs/bpf/podshunt"
 )
+
+// maxSocketPath is how long the path of the agent's socket may be, for everybody
+// who names it: sockaddr_un holds 107 bytes and a NUL, and the agent needs four of
+// them while it makes the socket.
+const maxSocketPath = 103
+
+// CheckSocket returns an error if a path is too long for the agent's socket. The
+// kernel refuses to connect to such a path, which would look like an absent agent.
+func CheckSocket(path string) error {
+	if len(path) > maxSocketPath {
+		return fmt.Errorf("%q: accepted are at most %d bytes", path, maxSocketPath)
+	}
+	return nil
+}
 
 // PluginType is the value of "type" in a conflist that names our plugin.
 const PluginType = "podshunt"

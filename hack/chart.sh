@@ -14,7 +14,7 @@ render() { helm template podshunt "$chart" --namespace podshunt --kube-version 1
 status=0
 # golden NAME [FLAG...] checks the manifests of one set of values.
 golden() {
-	local file=$chart/testdata/$1.yaml
+	local file=charts/podshunt/testdata/$1.yaml
 	shift
 	if [[ ${update:-} ]]; then
 		render "$@" >"$file"
@@ -24,6 +24,18 @@ golden() {
 		echo "chart: $file differs; if that is meant, run hack/chart.sh -update" >&2
 		status=1
 	}
+}
+
+# notes NAME [FLAG...] checks what an install prints. helm shows that only where
+# there is a cluster, so a copy of the chart has it in a manifest.
+notes() {
+	local copy
+	copy=$(mktemp -d)
+	cp -R "$chart/." "$copy"
+	mv "$copy/templates/NOTES.txt" "$copy"
+	printf 'notes: |\n  {{- tpl (.Files.Get "NOTES.txt") . | nindent 2 }}\n' >"$copy/templates/notes.yaml"
+	chart=$copy golden "$@" --show-only templates/notes.yaml
+	rm -rf "$copy"
 }
 
 # refused FLAG... wants the schema to refuse a value, not something else to fail.
@@ -38,6 +50,15 @@ refused() {
 	fi
 }
 
+# accepted FLAG... wants a value to be taken.
+accepted() {
+	local output
+	output=$(render "$@" 2>&1) || {
+		echo "chart: refused: $*: $output" >&2
+		status=1
+	}
+}
+
 [[ ${1:-} != -update ]] || update=1
 golden default
 for values in "$chart"/values-*.yaml; do
@@ -45,6 +66,8 @@ for values in "$chart"/values-*.yaml; do
 	golden "${name%.yaml}" --values "$values"
 done
 golden everything --values "$chart/testdata/everything.values"
+notes notes
+notes notes-accept --set agent.kernelHazards=accept
 
 refused --set kernelHazards=accept
 refused --set agent.kernelHazard=accept
@@ -58,6 +81,11 @@ refused --set agent.pinDir=/sys/fs/bpf
 refused --set agent.pinDir=/sys/fs/bpf/..
 refused --set agent.pinDir=/sys/fs/bpf/a/podshunt
 refused --set agent.healthAddress=19470
+# With /agent.sock the longest is the 103 bytes that the agent accepts.
+longest=/$(printf '%091d' 0)
+accepted --set "agent.runDir=$longest"
+refused --set "agent.runDir=${longest}0"
+refused --set agent.runDir=/run/größe
 refused --set image.name=podshunt
 refused --set uninstall.timeout=30
 refused --set uninstall.force=maybe

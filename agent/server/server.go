@@ -27,10 +27,6 @@ import (
 // about 150 bytes.
 const maxBody = 1 << 20
 
-// MaxSocketPath is how long the path given to Listen may be: sockaddr_un holds
-// 107 bytes, of which Listen needs four while it makes the socket.
-const MaxSocketPath = 103
-
 // Attachments is what the plugin's requests go to.
 type Attachments interface {
 	Put(api.Attachment) (api.Admission, error)
@@ -50,8 +46,12 @@ type Node interface {
 }
 
 // Listen makes the socket at path and the directories above it. A socket file
-// that nobody serves is replaced; one that somebody serves is an error.
+// that nobody serves is replaced; one that somebody serves is an error, and so is
+// a path that api.CheckSocket does not accept.
 func Listen(path string) (net.Listener, error) {
+	if err := api.CheckSocket(path); err != nil {
+		return nil, fmt.Errorf("listen on %w", err)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
@@ -209,10 +209,10 @@ func required(key, value string) error {
 }
 
 // decode reads the one JSON value of a request and checks it. It answers the
-// request itself if it returns false.
+// request itself if it returns false. Keys that it does not know are those of a
+// newer plugin: the agent of a node that is upgraded comes after it.
 func decode(w http.ResponseWriter, r *http.Request, to any, check func() error) bool {
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
-	d.DisallowUnknownFields()
 	err := d.Decode(to)
 	if err == nil {
 		if _, more := d.Token(); !errors.Is(more, io.EOF) {

@@ -147,8 +147,17 @@ func TestRoutes(t *testing.T) {
 			code: 400, answer: `{"error":"query parameter port: accepted are 0 (all) to 65535"}`,
 		},
 		{
-			name: "unknown key", method: "PUT", path: "/v1/attachments", body: `{"name":"x"}`,
-			code: 400, answer: `{"error":"request body: json: unknown field \"name\""}`,
+			name: "add of a newer plugin", method: "PUT", path: "/v1/attachments",
+			body: `{` + id + `,"netns":"/n","pod":{"namespace":"a","name":"b","class":"x"},"routes":[{"dst":"::/0"}]}`,
+			code: 200, answer: `{"enrolled":true}`, calls: []string{"put c a/b []"},
+		},
+		{
+			name: "del of a newer plugin", method: "DELETE", path: "/v1/attachments", body: `{` + id + `,"cause":"x"}`,
+			code: 200, answer: `{}`, calls: []string{"remove {n c eth0}"},
+		},
+		{
+			name: "gc of a newer plugin", method: "POST", path: "/v1/gc", body: `{"network":"n","valid":[{` + id + `,"age":1}],"all":true}`,
+			code: 200, answer: `{}`, calls: []string{"collect {n [{n c eth0}]}"},
 		},
 		{
 			name: "not JSON", method: "PUT", path: "/v1/attachments", body: `{`,
@@ -254,6 +263,35 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := os.Stat(socket); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// The longest path that api.CheckSocket accepts can be listened on, and connected to.
+func TestLongestSocket(t *testing.T) {
+	dir, err := os.MkdirTemp("", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	for length := len(dir) + 2; length < 120; length++ {
+		path := dir + "/" + strings.Repeat("s", length-len(dir)-1)
+		l, err := Listen(path)
+		if accepted := api.CheckSocket(path) == nil; accepted != (err == nil) {
+			t.Errorf("%d bytes: accepted %t, and listening gives error %v", length, accepted, err)
+		}
+		if err != nil {
+			if want := "accepted are at most 103 bytes"; !strings.Contains(err.Error(), want) {
+				t.Errorf("%d bytes: got error %v, want one with %q", length, err, want)
+			}
+			continue
+		}
+		conn, err := net.DialTimeout("unix", path, 2*time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(conn.Close(), l.Close()); err != nil {
 			t.Fatal(err)
 		}
 	}
