@@ -10,6 +10,15 @@ LLVM_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 BPF_CFLAGS ?= -O2 -g -mcpu=v3 -Wall -Wextra -Wpadded -Werror -I/usr/include/$(shell uname -m)-linux-gnu
 KERNELS ?= 6.12 6.1 7.3 5.10
+# Those on which pods take part by default, and the oldest two of them.
+APPS_KERNELS ?= $(filter-out 5.%,$(KERNELS))
+SMALL_KERNELS ?= $(filter 6.1 6.12,$(KERNELS))
+# Names of programs for test-apps-kernels, by regular expression: by default all. FRESH=1 runs
+# those again that are known to work.
+PROGRAMS ?=
+FRESH ?=
+# What has to work on every change: splicing, sockets that ask with FIONREAD, sockets in blocking mode.
+SMALL := ^(haproxy, HTTP, splice, POST|Go TCP proxy, POST|nginx, proxy, no buffering, POST|nginx, PUT of 20 MB|Python http.server, curl)$$
 # Programs of the apps suite that the machine lacks, unpacked; make clean leaves them.
 APPS ?= $(CURDIR)/.cache/apps
 # What the cluster suite needs besides podshunt; minutes to make, so make clean leaves it.
@@ -28,7 +37,7 @@ UNIT := ./api ./plugin ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./a
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-cluster build cni unit generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster build cni unit generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -44,7 +53,17 @@ test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 # -v shows each program's result while it runs, and the table.
 test-apps: build cni ## real programs between two pods, on plain TCP and with the shortcut (root)
 	$(SUDO) e2e/apps/fetch.sh $(APPS)
-	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v . $(TESTFLAGS)
+	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v -run TestPrograms . $(TESTFLAGS)
+
+# One kernel, KERNELS=6.12, is a piece of work; what works is not run again.
+test-apps-kernels: build cni ## real programs with the default settings on Debian's kernels in QEMU (root)
+	$(SUDO) PROGRAMS='$(PROGRAMS)' FRESH='$(FRESH)' hack/kernels/apps.sh $(APPS_KERNELS)
+
+test-apps-kernels-small: build cni ## a few of them on two kernels (root)
+	$(SUDO) PROGRAMS='$(SMALL)' FRESH='$(FRESH)' hack/kernels/apps.sh $(SMALL_KERNELS)
+
+test-apps-table: ## the table of programs in docs/limits.md, of what test-apps-kernels has found
+	go run ./hack/programs -w docs/limits.md .cache/kernels/apps/latest
 
 # The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
 test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
@@ -94,4 +113,4 @@ clean: ## remove bin/
 	rm -rf bin
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 26

@@ -18,7 +18,6 @@ for package in "${packages[@]}"; do
 done
 ((${#missing[@]})) || exit 0
 
-sudo=()
-((EUID == 0)) || sudo=(sudo)
-"${sudo[@]}" "$(dirname "$0")/apt-update.sh"
-"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=600 "${missing[@]}"
+# shellcheck source=hack/apt.sh
+. "$(dirname "$0")/apt.sh"
+apt_install "${missing[@]}"

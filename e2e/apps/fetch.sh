@@ -2,28 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Puts the programs of `make test-apps` that this machine lacks into a directory,
-# from Debian's archive: fetch.sh DIRECTORY. Does nothing when the directory exists.
+# from Debian's archive: fetch.sh DIRECTORY. Does nothing when the directory has
+# them all.
 #
 # They are unpacked, not installed: no package's script runs, so no service is
 # started or enabled and no user is made, and nothing changes outside of the
-# directory but apt's lists.
+# directory.
 set -euo pipefail
 
 out=${1:?usage: fetch.sh DIRECTORY}
-packages=(haproxy iperf3 memcached nginx openssh-client openssh-server postgresql redis-server rsync wrk)
+mapfile -t packages < <(grep -v '^#' "$(dirname "$0")/packages")
 
-[ -d "$out" ] && exit 0
 if ! command -v apt-get >/dev/null; then
+	[ -d "$out" ] && exit 0
 	echo "fetch.sh: no apt-get here; make $out, empty, and install the equivalents of Debian's: ${packages[*]}" >&2
 	exit 3
 fi
+# What it is made by.
+made_by=$(cat "$(dirname "$0")"/{fetch.sh,newer.sh,packages} | sha256sum)
+[[ -f $out/.made-by && $(<"$out/.made-by") == "$made_by" ]] && exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/archives/partial" "$work/root"
+# shellcheck source=hack/apt.sh
+. "$(dirname "$0")/../../hack/apt.sh"
+apt_alone "$work/apt"
+mkdir "$work/root"
 apt-get update -q
 # apt finds out which packages and libraries are missing here or older than the others want.
-apt-get install -qy --no-install-recommends --download-only \
-	-o APT::Sandbox::User=root -o Dir::Cache::archives="$work/archives" "${packages[@]}"
-find "$work/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+apt-get install -qy --no-install-recommends --download-only "${packages[@]}"
+find "$work/apt/cache/archives" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \;
+for dir in bin sbin lib lib64; do # of packages from before /usr was merged
+	[ ! -d "$work/root/$dir" ] || cp -a "$work/root/$dir/." "$work/root/usr/$dir/"
+done
+(unset APT_CONFIG && "$(dirname "$0")/newer.sh" "$work/root/opt/newer")
+echo "$made_by" >"$work/root/.made-by"
+rm -rf "$out"
 mkdir -p "$(dirname "$out")"
 mv "$work/root" "$out"

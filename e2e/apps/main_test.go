@@ -9,7 +9,9 @@ import (
 	"bytes"
 	"cmp"
 	"errors"
+	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,6 +30,11 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if *list {
+		printPrograms()
+		os.Exit(0)
+	}
 	os.Exit(sandbox.Main(func() int {
 		leave, err := prepare()
 		if err != nil {
@@ -44,8 +51,7 @@ func TestMain(m *testing.M) {
 }
 
 // prepare makes the unpacked programs and the account known to all processes of
-// this run. Both end with it: the environment is the process's own, and so are
-// the mounts.
+// this run. Both are mounts of the process's own, which end with it.
 func prepare() (leave func() error, err error) {
 	if os.Geteuid() != 0 {
 		return func() error { return nil }, nil
@@ -54,26 +60,38 @@ func prepare() (leave func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	for variable, patterns := range map[string][]string{
-		"PATH":            {root + "/usr/bin", root + "/usr/sbin", root + "/usr/lib/postgresql/*/bin", "/usr/sbin", "/usr/lib/postgresql/*/bin"},
-		"LD_LIBRARY_PATH": {root + "/usr/lib/*-linux-gnu*", root + "/lib/*-linux-gnu*"},
-	} {
-		var dirs []string
-		for _, pattern := range patterns {
-			found, err := filepath.Glob(pattern)
-			if err != nil {
-				return nil, err
-			}
-			dirs = append(dirs, found...)
+	// Many programs know where they are installed, so the unpacked ones lie over the
+	// machine's own.
+	var covered []string
+	uncover := func() (err error) {
+		for _, dir := range covered {
+			err = errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
 		}
-		if value := os.Getenv(variable); value != "" {
-			dirs = append(dirs, value)
-		}
-		if err := os.Setenv(variable, strings.Join(dirs, ":")); err != nil {
-			return nil, err
-		}
+		return err
 	}
-	return addAccount()
+	for _, dir := range []string{"/etc", "/usr"} {
+		if _, err := os.Stat(root + dir); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := unix.Mount("overlay", dir, "overlay", unix.MS_RDONLY, fmt.Sprintf("lowerdir=%s%s:%[2]s", root, dir)); err != nil {
+			return nil, errors.Join(fmt.Errorf("lay %s over %s: %w: is the module overlay loaded?", root, dir, err), uncover())
+		}
+		covered = append(covered, dir)
+	}
+	// The first two, as interpreters elsewhere lack what the unpacked ones have.
+	dirs := []string{"/usr/sbin", "/usr/bin"}
+	for _, pattern := range []string{"/usr/lib/postgresql/*/bin", "/usr/lib/jvm/java-17-*/bin"} {
+		found, _ := filepath.Glob(pattern) // the patterns are right
+		dirs = append(dirs, found...)
+	}
+	if err := os.Setenv("PATH", strings.Join(append(dirs, os.Getenv("PATH")), ":")); err != nil {
+		return nil, errors.Join(err, uncover())
+	}
+	remove, err := addAccount()
+	if err != nil {
+		return nil, errors.Join(err, uncover())
+	}
+	return func() error { return errors.Join(remove(), uncover()) }, nil
 }
 
 // addAccount adds the account to the /etc/passwd that this run sees.

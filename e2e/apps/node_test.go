@@ -20,9 +20,6 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// agentTimeout is how long a process of the agent may take.
-const agentTimeout = 20 * time.Second
-
 // node is a sandbox whose agent is a process.
 type node struct {
 	*sandbox.Sandbox
@@ -39,9 +36,9 @@ func mustNode(t *testing.T) *node {
 	return &node{Sandbox: s, binary: filepath.Join(bin, "podshunt-agent")}
 }
 
-// mustStart runs the agent until the test ends, and returns its first status.
-// The annotations are those of pods, by namespace/name.
-func (n *node) mustStart(t *testing.T, hazards string, annotations map[string]string) api.Status {
+// mustStart runs the agent, with more flags, until the test ends, and returns its
+// first status. The annotations are those of pods, by namespace/name.
+func (n *node) mustStart(t *testing.T, annotations map[string]string, flags ...string) api.Status {
 	t.Helper()
 	podsFile := filepath.Join(n.Base, "pods.yaml")
 	text := "pods:\n"
@@ -52,8 +49,10 @@ func (n *node) mustStart(t *testing.T, hazards string, annotations map[string]st
 	if err := os.WriteFile(podsFile, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(n.binary, "run", "--pods-file="+podsFile, "--kernel-hazards="+hazards, "--cgroup="+n.Cgroup,
-		"--run-dir="+filepath.Dir(n.AttachmentsDir), "--socket="+n.AgentSocket, "--pin-dir="+filepath.Join(n.BPF, "podshunt"))
+	cmd := exec.Command(n.binary, append([]string{
+		"run", "--pods-file=" + podsFile, "--cgroup=" + n.Cgroup, "--run-dir=" + filepath.Dir(n.AttachmentsDir),
+		"--socket=" + n.AgentSocket, "--pin-dir=" + filepath.Join(n.BPF, "podshunt"),
+	}, flags...)...)
 	var log bytes.Buffer
 	cmd.Stderr = &log
 	if err := cmd.Start(); err != nil {
@@ -68,14 +67,14 @@ func (n *node) mustStart(t *testing.T, hazards string, annotations map[string]st
 			if err != nil {
 				t.Errorf("agent: %v", err)
 			}
-		case <-time.After(agentTimeout):
+		case <-time.After(*programTimeout):
 			t.Errorf("the agent does not end; kill: %v; %v", cmd.Process.Kill(), <-ended)
 		}
 		if t.Failed() {
 			t.Logf("log of the agent:\n%s", &log)
 		}
 	})
-	for deadline := time.Now().Add(agentTimeout); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(*programTimeout); ; time.Sleep(20 * time.Millisecond) {
 		status, err := show[api.Status](n, "status")
 		if err == nil {
 			return status

@@ -25,11 +25,17 @@ import (
 var bare = flag.Bool("bare", false, "accept the kernel's hazards without the advice of docs/limits.md: some programs fail")
 
 const (
-	optedIn = api.AnnotationShortcut + ": enabled"
+	optedIn  = api.AnnotationShortcut + ": enabled"
+	optedOut = api.AnnotationShortcut + ": disabled"
+
+	// Reasons of the agent for a connection on TCP.
+	notOptedIn = "not opted in by " + api.AnnotationShortcut
+	excluded   = "server port in " + api.AnnotationExcludePorts
 
 	// Reasons of the agent for a direction on TCP.
 	notSeen    = "the receiver has not been seen to read yet"
 	draining   = "the receiver has TCP bytes to read first"
+	trial      = "the receiver has yet to show by TCP that it reads such messages by recv"
 	unobserved = "the receiver is inside a read, or reads by splice or another call that is not seen"
 )
 
@@ -38,6 +44,8 @@ type program struct {
 	name    string
 	version string
 	run     func(*stage)
+	// stays is why all of it is on TCP with the default settings, where it is so.
+	stays string
 	// toProxy is set where the proxy reads by splice, if it is let: the reasons for
 	// which what is sent to it stays on TCP.
 	toProxy []string
@@ -46,6 +54,14 @@ type program struct {
 	// The advice for that case: annotations of one of the pods, which keep the
 	// program on TCP, and the reason that the agent then shows.
 	pod, annotations, reason string
+}
+
+// asksBeforeReading are the hazards of programs that use FIONREAD.
+func asksBeforeReading() []string { return []string{"fionread-tcp", "fionread-redirected"} }
+
+// exclude are the annotations of a pod that keeps one of its ports on TCP.
+func exclude(port uint16) string {
+	return fmt.Sprintf("%s, %s: '%d'", optedIn, api.AnnotationExcludePorts, port)
 }
 
 // namespace is where the pods of the program are.
@@ -67,13 +83,11 @@ func fatal(hazards []api.Hazard, names ...string) bool {
 }
 
 func programs() []program {
-	splice, fionread := []string{"splice"}, []string{"fionread-tcp", "fionread-redirected"}
-	exclude := fmt.Sprintf("%s, %s: '%d'", optedIn, api.AnnotationExcludePorts, webPort)
-	const excluded = "server port in " + api.AnnotationExcludePorts
-	const optedOut = api.AnnotationShortcut + ": disabled"
-	const notOptedIn = "not opted in by " + api.AnnotationShortcut
+	splice, fionread := []string{"splice"}, asksBeforeReading()
+	exclude := exclude(webPort)
 	nginx, haproxy := version("nginx", "-v"), version("haproxy", "-v")
-	return []program{
+	newer := version(append(newerHAProxy(), "-v")...)
+	return slices.Concat([]program{
 		{name: "redis", version: version("redis-server", "--version"), run: redis},
 		{name: "memcached", version: version("memcached", "--version"), run: memcached},
 		{name: "nginx, sendfile", version: nginx, run: nginxSendfile},
@@ -85,19 +99,32 @@ func programs() []program {
 		{name: "haproxy, TCP", version: haproxy, run: haproxyTCP},
 		{name: "haproxy, TCP, splice", version: haproxy, run: haproxyTCPSplice, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "haproxy, HTTP, splice", version: haproxy, run: haproxyHTTPSplice, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy, TCP, POST", version: haproxy, run: haproxyPosts("mode tcp")},
+		{name: "haproxy, TCP, splice, POST", version: haproxy, run: haproxyPosts("mode tcp", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy, HTTP, POST", version: haproxy, run: haproxyPosts("mode http")},
+		{name: "haproxy, HTTP, splice, POST", version: haproxy, run: haproxyPosts("mode http", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "haproxy 3, HTTP, POST", version: newer, run: newerPosts("mode http")},
+		{name: "haproxy 3, HTTP, splice, POST", version: newer, run: newerPosts("mode http", spliceAll), hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, proxy, buffering, POST", version: nginx, run: nginxPosts("on"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, proxy, no buffering, POST", version: nginx, run: nginxPosts("off"), hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "nginx, PUT of 20 MB", version: nginx, run: nginxPut20, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},
+		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen, trial}},
+		{name: "Go SOCKS proxy, POST", version: runtime.Version(), run: goSocksProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: blocking},
 		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3},
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},
-		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen}},
-		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, unobserved}},
+		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen, trial}},
+		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, trial, unobserved}},
 		{name: "Go CONNECT proxy", version: runtime.Version(), run: goConnectProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
+		{name: "gRPC, keepalive", version: grpc.Version, run: grpcKeepalive},
 		{name: "OpenSSH", version: version("ssh", "-V"), run: openssh},
 		{name: "rsync", version: version("rsync", "--version"), run: rsync},
-	}
+	}, databases(), languages(), frontends(), brokers(), halfClosing(), encrypted())
 }
 
-var versionPattern = regexp.MustCompile(`[0-9]+(\.[0-9]+)+[^\s,]*`)
+var versionPattern = regexp.MustCompile(`[0-9]+(\.[0-9]+)+[^\s,)"]*`)
 
 // version returns what a program says of itself, or why it does not.
 func version(command ...string) string {
@@ -121,12 +148,12 @@ func TestPrograms(t *testing.T) {
 	var hazards []api.Hazard
 
 	t.Run("tcp", func(t *testing.T) {
-		hazards = n.mustStart(t, "refuse", map[string]string{"default/opted-in": optedIn}).Hazards
+		hazards = n.mustStart(t, map[string]string{"default/opted-in": optedIn}, "--kernel-hazards=refuse").Hazards
 		n.mustRefuseFatal(t, hazards)
 		for i, p := range all {
 			t.Run(p.name, func(t *testing.T) {
 				defer func() { rows[i].tcp = result(t) }()
-				s := newStage(t, n, p.namespace())
+				s := newStage(t, n, n.mustCast(t, p.namespace()))
 				if got := s.perform(p); got != (traffic{}) {
 					t.Errorf("got %+v, want nothing of pods that are not opted in", got)
 				}
@@ -145,12 +172,12 @@ func TestPrograms(t *testing.T) {
 				annotations[p.namespace()+"/"+p.pod] = p.annotations
 			}
 		}
-		n.mustStart(t, "accept", annotations)
+		n.mustStart(t, annotations, "--kernel-hazards=accept")
 		for i, p := range all {
 			r := &rows[i]
 			t.Run(p.name, func(t *testing.T) {
 				defer func() { r.shortcut = result(t) }()
-				s := newStage(t, n, p.namespace())
+				s := newStage(t, n, n.mustCast(t, p.namespace()))
 				r.traffic = s.perform(p)
 				if diff := gocmp.Diff(answers[i], s.answers); diff != "" {
 					t.Errorf("answers (-tcp +shortcut):\n%s", diff)
@@ -162,7 +189,7 @@ func TestPrograms(t *testing.T) {
 				case p.advised(hazards):
 					r.note = "kept on TCP: " + p.reason
 					wantRefused(t, p.reason, r.traffic, flows)
-				case r.traffic.shortcut == 0:
+				case r.traffic.shortcut == 0 && p.stays == "":
 					t.Errorf("got %+v, want some bytes by the shortcut", r.traffic)
 				case p.toProxy != nil && fatal(hazards, "splice"):
 					r.note = "what is sent to the proxy is on TCP: it reads by splice"

@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -23,43 +24,89 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-const (
-	// programTimeout is how long one run of a program may take: a connection that stalls fails by it.
-	programTimeout = 2 * time.Minute
-	// endTimeout is how long a server may take to end.
-	endTimeout = 10 * time.Second
-	// large is the size of large bodies: more than all buffers of a connection together.
-	large = 16 << 20
-)
+// programTimeout is how long one run of a program may take: a connection that stalls fails by it.
+var programTimeout = flag.Duration("program-timeout", 2*time.Minute, "how long one run of a program may take")
+
+// large is the size of large bodies: more than all buffers of a connection together.
+const large = 16 << 20
 
 // stage is where one run of a program takes place. Its methods fail the test
 // where something goes wrong, and undo at the end what they have made.
 type stage struct {
 	testing.TB
-	node                  *node
-	client, proxy, server *sandbox.Pod
-	ctx                   context.Context
+	cast
+	node *node
+	ctx  context.Context
 	// dir is a directory of the account's.
 	dir string
 	// answers are what the program has delivered: the same on TCP and with the shortcut.
 	answers []string
 }
 
-func newStage(t testing.TB, n *node, namespace string) *stage {
+// cast are the pods of a program. What is learned of a pod lasts for several runs.
+type cast struct{ client, proxy, server *sandbox.Pod }
+
+// mustCast makes pods, which end with the test.
+func (n *node) mustCast(t testing.TB, namespace string) (c cast) {
 	t.Helper()
-	s := &stage{TB: t, node: n}
-	for name, pod := range map[string]**sandbox.Pod{"client": &s.client, "proxy": &s.proxy, "server": &s.server} {
+	for name, pod := range map[string]**sandbox.Pod{"client": &c.client, "proxy": &c.proxy, "server": &c.server} {
 		*pod = n.MustAddPod(t, name, sandbox.PodOptions{Namespace: namespace})
-		t.Cleanup(func() { s.check("delete pod", n.DelPod(*pod)) })
+		t.Cleanup(func() {
+			if err := n.DelPod(*pod); err != nil {
+				t.Errorf("delete pod: %v", err)
+			}
+		})
 	}
+	return c
+}
+
+func newStage(t testing.TB, n *node, c cast) *stage {
+	t.Helper()
+	s := &stage{TB: t, node: n, cast: c}
 	s.dir = t.TempDir()
 	// The directory that it is in is root's alone.
 	s.must("open directory", os.Chmod(filepath.Dir(s.dir), 0o711))
 	s.must("give directory", os.Chown(s.dir, accountID, accountID))
-	ctx, cancel := context.WithTimeout(t.Context(), programTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), *programTimeout)
 	t.Cleanup(cancel)
 	s.ctx = ctx
+	s.watch()
 	return s
+}
+
+// watch logs the flows when most of the time is over: with the deadline the
+// connections of a program that stalls end.
+func (s *stage) watch() {
+	over, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-over:
+		case <-time.After(*programTimeout * 3 / 4):
+			s.logFlows()
+		}
+	}()
+	s.Cleanup(func() {
+		close(over)
+		<-ended
+	})
+}
+
+// logFlows logs the table of flows, and how much of each is unread, which only the
+// other format has.
+func (s *stage) logFlows() {
+	s.Helper()
+	for _, format := range []string{"text", "json"} {
+		out, err := exec.Command(s.node.binary, "flows", "-o", format, "--socket="+s.node.AgentSocket).CombinedOutput()
+		s.Logf("flows (%v):\n%s", err, out)
+	}
+}
+
+// Fatalf logs the flows as well.
+func (s *stage) Fatalf(format string, args ...any) {
+	s.Helper()
+	s.logFlows()
+	s.TB.Fatalf(format, args...)
 }
 
 func (s *stage) must(what string, err error) {
@@ -104,7 +151,12 @@ func (s *stage) file(name string, from io.Reader) string {
 
 // command prepares a process of the account's.
 func (s *stage) command(name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(s.ctx, name, args...)
+	return s.commandUntil(s.ctx, name, args...)
+}
+
+// commandUntil is command with a context that ends the process.
+func (s *stage) commandUntil(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = s.dir
 	cmd.Env = append(os.Environ(), "HOME="+s.dir, "USER="+accountName)
 	cmd.WaitDelay = time.Second
@@ -138,9 +190,9 @@ func (s *stage) run(p *sandbox.Pod, stdin io.Reader, name string, args ...string
 // address when it listens on the port.
 func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name string, args ...string) netip.AddrPort {
 	s.Helper()
-	cmd := s.command(name, args...)
-	// It outlives the context, to be ended in its own way.
-	cmd.Cancel = func() error { return nil }
+	// It outlives the run's context, to be ended in its own way: one that is killed
+	// leaves its children and their ports to the next run.
+	cmd := s.commandUntil(context.WithoutCancel(s.ctx), name, args...)
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	s.must("start "+name, p.Start(cmd))
@@ -153,7 +205,7 @@ func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name stri
 		_ = cmd.Process.Signal(end) // it fails if the server has ended, which shows elsewhere
 		select {
 		case <-ended:
-		case <-time.After(endTimeout):
+		case <-time.After(*programTimeout):
 			s.Errorf("%s does not end; kill: %v", name, cmd.Process.Kill())
 			<-ended
 		}
@@ -170,7 +222,7 @@ func (s *stage) listening(p *sandbox.Pod, port uint16) netip.AddrPort {
 	s.Helper()
 	address := netip.AddrPortFrom(p.IPv4, port)
 	for ; ; time.Sleep(20 * time.Millisecond) {
-		c, err := s.node.Node.Dial("tcp", address.String(), time.Second)
+		c, err := s.node.Node.Dial("tcp", address.String(), *programTimeout)
 		if err == nil {
 			c.Close()
 			return address
@@ -190,7 +242,7 @@ func (s *stage) listen(p *sandbox.Pod, port uint16) (net.Listener, netip.AddrPor
 
 // dial connects from a pod; the connection has the deadline of the run.
 func (s *stage) dial(p *sandbox.Pod, address string) (net.Conn, error) {
-	c, err := p.Dial("tcp", address, programTimeout)
+	c, err := p.Dial("tcp", address, *programTimeout)
 	if err != nil {
 		return nil, err
 	}

@@ -56,8 +56,8 @@ StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 Subsystem sftp internal-sftp
-SetEnv PATH=%s LD_LIBRARY_PATH=%s
-`, port, s.dir, os.Getenv("PATH"), os.Getenv("LD_LIBRARY_PATH"))))
+SetEnv PATH=%s
+`, port, s.dir, os.Getenv("PATH"))))
 	s.serve(s.server, port, syscall.SIGTERM, sshd, "-D", "-e", "-f", conf)
 	return accountName + "@" + s.server.IPv4.String(), []string{
 		"-F", "none", "-i", filepath.Join(s.dir, "user"), "-o", fmt.Sprint("Port=", port), "-o", "IdentitiesOnly=yes",

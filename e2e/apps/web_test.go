@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -78,8 +79,13 @@ func (s *stage) put(c *http.Client, address netip.AddrPort, path string, seed in
 
 func (s *stage) request(c *http.Client, method string, address netip.AddrPort, path string, body, want io.Reader) {
 	s.Helper()
+	s.requestURL(c, method, "http://"+address.String(), path, body, want)
+}
+
+func (s *stage) requestURL(c *http.Client, method, server, path string, body, want io.Reader) {
+	s.Helper()
 	what := method + " " + path
-	r, err := http.NewRequestWithContext(s.ctx, method, fmt.Sprintf("http://%s%s", address, path), body)
+	r, err := http.NewRequestWithContext(s.ctx, method, server+path, body)
 	s.must(what, err)
 	answer, err := c.Do(r)
 	s.must(what, err)
@@ -114,6 +120,13 @@ http {
 	uwsgi_temp_path unused;
 	scgi_temp_path unused;
 	client_max_body_size 0;
+	# A connection that stalls has to be there when the flows are shown.
+	client_header_timeout 1h;
+	client_body_timeout 1h;
+	send_timeout 1h;
+	proxy_connect_timeout 1h;
+	proxy_send_timeout 1h;
+	proxy_read_timeout 1h;
 	root files;
 	sendfile %s;
 	server { listen %d; location / { dav_methods PUT; } }
@@ -221,21 +234,32 @@ func haproxyHTTPSplice(s *stage) {
 }
 
 func (s *stage) haproxy(options ...string) {
-	origin := s.origin()
+	s.bodies(s.httpClient(s.client), s.haproxyBefore(s.origin(), options...))
+}
+
+// haproxyBefore passes connections or requests on to another address.
+func (s *stage) haproxyBefore(origin netip.AddrPort, options ...string) netip.AddrPort {
+	s.Helper()
+	return s.haproxyBy([]string{"haproxy"}, origin, options...)
+}
+
+// haproxyBy is haproxyBefore with the command that starts it.
+func (s *stage) haproxyBy(command []string, origin netip.AddrPort, options ...string) netip.AddrPort {
+	s.Helper()
 	conf := s.file("haproxy.cfg", strings.NewReader(fmt.Sprintf(`
 global
 	maxconn 100
 	nbthread 2
 defaults
-	timeout connect 10s
-	timeout client 1m
-	timeout server 1m
+	timeout connect 1h
+	timeout client 1h
+	timeout server 1h
 	%s
 listen front
 	bind :%d
 	server origin %s
 `, strings.Join(options, "\n\t"), webPort, origin)))
-	s.bodies(s.httpClient(s.client), s.serve(s.proxy, webPort, syscall.SIGTERM, "haproxy", "-db", "-f", conf))
+	return s.serve(s.proxy, webPort, syscall.SIGTERM, command[0], append(slices.Clone(command[1:]), "-db", "-f", conf)...)
 }
 
 // reverseProxy passes requests on to another address.

@@ -7,7 +7,7 @@
 set -euo pipefail
 
 out=${1:?usage: debs.sh DIRECTORY}
-update=$(cd "$(dirname "$0")/../.." && pwd)/hack/apt-update.sh
+here=$(realpath "$(dirname "$0")")
 packages=(
 	containerd runc libseccomp2 libbtrfs0
 	iptables libip4tc2 libip6tc2 libxtables12 libnfnetlink0 libnetfilter-conntrack3 libmnl0 libnftnl11
@@ -18,11 +18,11 @@ packages=(
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-download() { apt-get download -q -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=600 "${packages[@]}"; }
-if ! download; then # perhaps a machine that has no lists yet
-	"$update"
-	download
-fi
+# shellcheck source=hack/apt.sh
+. "$here/../../hack/apt.sh"
+apt_alone "$work/apt"
+apt-get update -q
+apt-get download -q "${packages[@]}"
 for deb in *.deb; do
 	dpkg-deb -x "$deb" root
 done

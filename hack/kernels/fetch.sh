@@ -3,58 +3,46 @@
 #
 # Fetches the newest Debian cloud kernel of a series (5.10, 6.1, 6.12, 7.3) and
 # makes .cache/kernels/SERIES/{vmlinuz,base.cpio} of it: busybox, the modules that
-# the tests need, and an init that runs one test binary. apt gets sources, lists
-# and state of its own in .cache/apt; nothing is installed but the tools. Ends
-# with 3 if no suite has such a kernel.
+# the tests need, and an init that runs one test binary, on
+# the root file system of /dev/vda if there is one. apt works beside the
+# machine's own, in .cache/apt; nothing is installed but the tools. Ends with 3 if
+# no suite has such a kernel.
 set -euo pipefail
 
 series=${1:?usage: fetch.sh SERIES, such as 6.1}
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org}
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 out=$top/.cache/kernels/$series
 apt=$top/.cache/apt
-modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls smc"
+# The virtio ones are for a guest with a disk.
+modules="veth bridge br_netfilter nf_tables nft_nat nft_chain_nat nft_masq nft_ct inet_diag tcp_diag tls smc virtio_pci virtio_blk"
+# shellcheck source=hack/apt.sh
+. "$top/hack/apt.sh"
 
 # What this file makes is made anew when it changes.
 [ "$out/base.cpio" -nt "$0" ] && exit 0
 # apt does not wait for itself, and test.sh fetches for two machines side by side.
-mkdir -p "$apt"/{lists/partial,cache/archives/partial}
+mkdir -p "$apt"
 exec 9>"$apt/lock"
 flock 9
-for tool in qemu-system-x86_64 busybox depmod cpio xz; do
+for tool in qemu-system-x86_64 busybox depmod cpio xz mke2fs; do
 	command -v "$tool" >/dev/null && continue
-	apt-get update -q
-	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends qemu-system-x86 busybox-static kmod cpio xz-utils
+	apt_install qemu-system-x86 busybox-static kmod cpio xz-utils e2fsprogs
 	break
 done
 
-: >"$apt/status"
+main=$(archive)
+security=$(archive -security)
 # The small suites: 5.10 is in the first, 6.1 and 6.12 in the second, all later ones in the third.
-cat >"$apt/sources" <<SOURCES
-deb $mirror/debian-security bullseye-security main
-deb $mirror/debian-security bookworm-security main
-deb $mirror/debian trixie-backports main
+apt_beside "$apt" <<SOURCES
+deb $security bullseye-security main
+deb $security bookworm-security main
+deb $main trixie-backports main
 SOURCES
-cat >"$apt/conf" <<CONF
-Dir::State "$apt";
-Dir::State::status "$apt/status";
-Dir::Cache "$apt/cache";
-Dir::Etc::sourcelist "$apt/sources";
-Dir::Etc::sourceparts "-";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
-Acquire::IndexTargets::deb::DEP-11-icons-small::DefaultEnabled "false";
-Acquire::IndexTargets::deb::DEP-11-icons::DefaultEnabled "false";
-CONF
-export APT_CONFIG=$apt/conf
 newest() {
 	apt-cache search --names-only "^linux-image-$series\\.[0-9]+.*-cloud-amd64\$" | cut -d' ' -f1 | sort -V | tail -n 1
 }
-# A suite that is gone must not hide the others. Lists of an hour ago may name files that are replaced.
-find "$apt/lists" -maxdepth 1 -name '*_InRelease' -mmin -60 | grep -q . || apt-get update -q || true
 image=$(newest)
-[ -n "$image" ] || { echo "kernels: no suite of $mirror has a cloud kernel of series $series" >&2; exit 3; }
+[ -n "$image" ] || { echo "kernels: no suite of $main and $security has a cloud kernel of series $series" >&2; exit 3; }
 release=${image#linux-image-}
 # From 6.19 on linux-image is empty: its parts have packages of their own.
 packages=$(apt-cache search --names-only "^linux-(base|binary|modules)-${release//+/\\+}\$" | cut -d' ' -f1)
@@ -96,6 +84,15 @@ mount -t tmpfs tmp /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 for module in $modules; do modprobe \$module 2>/dev/null; done
+if [ -b /dev/vda ]; then
+	mkdir /disk
+	mount -t ext4 /dev/vda /disk
+	mount -t tmpfs tmpfs /disk/job
+	cp -a /job/. /disk/job/
+	umount /sys/fs/cgroup /tmp
+	for dir in dev proc sys; do mount -o move /\$dir /disk/\$dir; done
+	exec switch_root /disk /bin/sh /job/begin
+fi
 cd /job
 sh ./run >/dev/ttyS1 2>&1
 echo "exit status \$?" >/dev/ttyS1
@@ -104,6 +101,6 @@ INIT
 chmod +x root/init
 (cd root && find . | cpio -o -H newc --quiet) >base.cpio
 mkdir -p "$out"
-cp "$vmlinuz" "$out/vmlinuz"
+cp --remove-destination "$vmlinuz" "$out/vmlinuz"
 mv base.cpio "$out/base.cpio"
 echo "kernels: $series is $release"
