@@ -122,7 +122,7 @@ struct sending {
 	__u32 proved; /* the largest burst that the receiver has taken by recv */
 	__u32 bulk; /* bytes that it has taken so of bursts above BURST_SMALL */
 	__u32 answered; /* low word of the sender's own read_bytes, at the last message */
-	__u32 reserved[2];
+	__u64 grown; /* what the receiver had read when limit grew last */
 };
 
 enum read_state { READ_SEEN = 1, READ_UNSERVED = 2 };

@@ -289,6 +289,24 @@ static __always_inline void count_queued(struct sending *dir, __u64 end, __u64 r
 }
 
 /*
+ * The reader has read all that met the limit. It may leave more unread the next
+ * time: as much as it has read since the limit grew last, as on TCP
+ * (tcp_rcv_space_adjust), or twice as much as before.
+ */
+static __always_inline void grow(struct sending *dir, __u64 read, const struct settings *set)
+{
+	__u64 limit = read - dir->grown;
+
+	dir->flags &= ~SENDING_SPILLED;
+	dir->grown = read;
+	if (dir->limit >= set->budget)
+		return;
+	if (limit < 2ULL * dir->limit)
+		limit = 2ULL * dir->limit;
+	dir->limit = limit < set->budget ? limit : set->budget;
+}
+
+/*
  * A program may use splice, FIONREAD and the like on a connection that it has only
  * read by recv so far: HAProxy splices the first body that is large enough, nginx
  * asks FIONREAD after a recv that has filled its buffer. Nothing can help it once
@@ -405,12 +423,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	}
 	unread = end - read;
 	count_queued(dir, end, read);
-	/* A reader that has read as much may leave more unread the next time, as on TCP. */
-	if (dir->flags & SENDING_SPILLED && read >= dir->redirect_end) {
-		dir->flags &= ~SENDING_SPILLED;
-		if (dir->limit < set->budget)
-			dir->limit *= 2;
-	}
+	if (dir->flags & SENDING_SPILLED && read >= dir->redirect_end)
+		grow(dir, read, set);
 	trial = on_trial(dir, &pair->side[own & 1].receiving, reader, set, unread, size);
 
 	if (!(pair->state & PAIR_SERVER_JOINED))

@@ -250,7 +250,7 @@ type ShortcutSending struct {
 	Proved        uint32
 	Bulk          uint32
 	Answered      uint32
-	Reserved      [2]uint32
+	Grown         uint64
 }
 
 type ShortcutSettings struct {
