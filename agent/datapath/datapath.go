@@ -91,7 +91,7 @@ func DefaultConfig() Config {
 	return Config{
 		PinDir:     api.PinDir,
 		MountBPFFS: true,
-		Budget:     1 << 20,
+		Budget:     8 << 20, // a stream with both ends on one core needs as much (docs/measurements.md)
 		PodBudget:  16 << 20,
 
 		RefreshInterval: 30 * time.Second,
