@@ -83,7 +83,8 @@ enum verdict {
 };
 
 enum sending_flag {
-	SENDING_SPILLED = 1, /* it has met its limit, and the receiver has not read all of that since */
+	SENDING_SPILLED =
+		1, /* it has met its limit, and the receiver has not read all of that since */
 	SENDING_LEARNED = 2, /* what the receiver has proved is remembered for the port */
 };
 
@@ -179,7 +180,8 @@ struct pair {
 	__u16 dialled_port;
 	__u16 server_port;
 	__u16 port_in_doubt; /* the server's pod has redirected dialled_port to server_port */
-	__u32 misfit[SIDE_MAX]; /* enum misfit_reason, what has been remembered of what the side did */
+	__u32 misfit
+		[SIDE_MAX]; /* enum misfit_reason, what has been remembered of what the side did */
 	__u32 client_seq;
 	__u32 server_seq;
 

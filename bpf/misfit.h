@@ -107,7 +107,7 @@ static __always_inline bool is_misfit(__u64 client, __u64 server, __u32 port)
  * gets no more: what it does not remember harms its own connections alone.
  */
 static __always_inline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
-						   __u32 limit)
+							 __u32 limit)
 {
 	struct learned_key key = { .server = server, .client = client, .port = port };
 	struct learned_value *known = bpf_map_lookup_elem(&learned, &key);

@@ -251,8 +251,8 @@ static __always_inline bool recount(const struct pair *pair, __u32 peer, const s
  * reckoned with when it said what may be sent. A buffer that the application has
  * not fixed grows up to tcp_rmem (tcp_clamp_window).
  */
-static __always_inline bool has_room(const struct pair *pair, __u32 peer, const struct tcp_sock *own,
-				     __s64 bytes)
+static __always_inline bool has_room(const struct pair *pair, __u32 peer,
+				     const struct tcp_sock *own, __s64 bytes)
 {
 	struct sock *sk = (struct sock *)pair->sock[peer];
 	__s64 by_tcp = own->snd_wnd + own->snd_wnd / 4;
@@ -462,8 +462,7 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		return OUTCOME_NOT_SEEN;
 	if (trial)
 		return OUTCOME_TRIAL;
-	if (!dir->shortcut && reader->drains < set->trial_drains &&
-	    edge_triggered(pair, peer & 1))
+	if (!dir->shortcut && reader->drains < set->trial_drains && edge_triggered(pair, peer & 1))
 		return OUTCOME_EDGE;
 	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
 		return OUTCOME_REFRESH;
@@ -473,8 +472,7 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		dir->drained_seq = write_seq;
 	}
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
-	cost = unread + size +
-	       MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
+	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
 	if (unread && (!dir->shortcut || cost > limit) && recount(pair, peer & 1, set)) {
 		dir->missed += unread;
 		unread = 0;

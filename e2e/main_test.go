@@ -65,9 +65,11 @@ func (n *node) places() []string {
 // mustStart returns when the agent answers.
 func (n *node) mustStart(t testing.TB, flags ...string) {
 	t.Helper()
-	args := slices.Concat([]string{"run", "--pods-file=" + n.podsFile, "--kernel-hazards=accept", "--cgroup=" + n.Cgroup,
+	args := slices.Concat([]string{
+		"run", "--pods-file=" + n.podsFile, "--kernel-hazards=accept", "--cgroup=" + n.Cgroup,
 		// The shortcut from the second message on, however long a test takes.
-		"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0"}, n.places(), flags)
+		"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0",
+	}, n.places(), flags)
 	cmd := exec.Command(n.binary, args...)
 	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {
