@@ -83,9 +83,10 @@ enum verdict {
 };
 
 enum sending_flag {
-	SENDING_SPILLED =
-		1, /* it has met its limit, and the receiver has not read all of that since */
-	SENDING_LEARNED = 2, /* what the receiver has proved is remembered for the port */
+	/* It has met its limit, and the receiver has not read all of that since. */
+	SENDING_SPILLED = 1,
+	/* What the receiver has proved is remembered for the port. */
+	SENDING_LEARNED = 2,
 };
 
 /*
