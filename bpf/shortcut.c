@@ -710,8 +710,8 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 		disqualify_flags(pair, side, flags & ~RECV_SERVED);
 	if (!(flags & MSG_DONTWAIT))
 		reader->sleeper = (__u32)bpf_get_current_pid_tgid();
-	/* None of these takes bytes from the stream. */
-	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
+	/* None of these takes bytes from the stream, but MSG_OOB does with redirected ones. */
+	if (flags & (MSG_PEEK | MSG_ERRQUEUE) || (flags & MSG_OOB && bytes == 1))
 		return;
 	reader->unfilled = unfilled;
 	/* Several threads may read one socket at once, and a guard may find it misfit. */
@@ -1437,8 +1437,12 @@ static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 	pair = pair_of(self);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	/* After close, or shutdown of both sides, nobody comes to recv. */
-	if (pair && tp && tp->inet_conn.icsk_inet.sk.sk_shutdown == SEND_SHUTDOWN && may_sleep(tp))
-		take_out(pair, self->side & 1);
+	if (!pair || !tp || tp->inet_conn.icsk_inet.sk.sk_shutdown != SEND_SHUTDOWN ||
+	    !may_sleep(tp))
+		return;
+	/* If redirected bytes are unread, on_ack tries again. */
+	pair->side[self->side & 1].sending.leave = true;
+	take_out(pair, self->side & 1);
 }
 
 /*
