@@ -359,23 +359,41 @@ func (d *demo) converse(port uint16, dial netip.AddrPort) (_ *conversation, err 
 	return c, c.exchange()
 }
 
-// exchange sends messages there and back. The first ones go by TCP: each
-// receiver has to be seen reading.
+// exchange sends messages there and back, as a client and a server do that each
+// wait for the other. The first ones go by TCP: each receiver has to show how it
+// reads.
 func (c *conversation) exchange() error {
+	const messages, size = 200, 1000
 	deadline := time.Now().Add(timeout)
 	if err := errors.Join(c.client.SetDeadline(deadline), c.server.SetDeadline(deadline)); err != nil {
 		return err
 	}
-	message := make([]byte, 1000)
-	for range 10 {
-		for _, way := range [][2]net.Conn{{c.client, c.server}, {c.server, c.client}} {
-			if _, err := way[0].Write(message); err != nil {
-				return err
-			}
-			if _, err := io.ReadFull(way[1], message); err != nil {
-				return err
-			}
+	answered := make(chan error, 1)
+	go func() { answered <- echo(c.server, messages*size) }()
+	buf := make([]byte, 4*size)
+	for range messages {
+		if _, err := c.client.Write(buf[:size]); err != nil {
+			return err
 		}
+		if _, err := io.ReadAtLeast(c.client, buf, size); err != nil {
+			return err
+		}
+	}
+	return <-answered
+}
+
+// echo sends back what it reads, until that is so many bytes.
+func echo(c net.Conn, bytes int) error {
+	buf := make([]byte, 4096)
+	for bytes > 0 {
+		n, err := c.Read(buf)
+		if err != nil {
+			return err
+		}
+		if _, err := c.Write(buf[:n]); err != nil {
+			return err
+		}
+		bytes -= n
 	}
 	return nil
 }
