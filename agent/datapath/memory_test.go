@@ -312,8 +312,9 @@ func TestUnreadMemory(t *testing.T) {
 			if got := bytes + messages*messageCost; got > tc.limit {
 				t.Errorf("got %d bytes in %d messages unread by shortcut: they cost %d, want at most %d", bytes, messages, got, tc.limit)
 			}
-			if limit := 2*tc.limit + noise; cost.messages > limit {
-				t.Errorf("messages grew by %d KiB, want at most %d", cost.messages>>10, limit>>10)
+			// TCP's own segments may be of the same size (6.1).
+			if got, limit := cost.messages-max(cost.tcp, 0), 2*tc.limit+noise; got > limit {
+				t.Errorf("messages grew by %d KiB beside what TCP accounts for, want at most %d", got>>10, limit>>10)
 			}
 			if got, limit := cost.all-max(cost.tcp, 0), 2*tc.limit+noiseOfAll; got > limit {
 				t.Errorf("slabs grew by %d KiB beside what TCP accounts for, want at most %d", got>>10, limit>>10)
@@ -512,7 +513,7 @@ func TestPodBudget(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				atOnce(c)
-				c.PodBudget = podBudget
+				c.Budget, c.PodBudget = podBudget, podBudget
 			})
 			pods, cookies := n.mustEnrol(t, "client", "server")
 			n.mustSetPolicy(t, between(datapath.Allow, cookies...))

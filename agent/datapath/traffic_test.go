@@ -552,14 +552,18 @@ func TestStalledReader(t *testing.T) {
 // shortOfMemory: a stalled reader that makes TCP exceed tcp_mem stops the sender
 // as on TCP, and the shortcut goes on when there is memory again.
 func shortOfMemory(t *testing.T) {
-	n := mustNode(t, nil)
+	n := mustNode(t, func(c *datapath.Config) { c.Budget, c.PodBudget = 16<<20, 64<<20 })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	// Other limits are far away.
+	if err := pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
+		t.Fatal(err)
+	}
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	n.warmUp(t, c, s)
-	// Less than the first limit of a direction.
-	restore := mustLimitTCPMemory(t, 64<<10)
+	n.grow(t, c, s)
+	restore := mustLimitTCPMemory(t, 4<<20)
 	before := n.counts(t)
 	accepted := writeUnread(t, c)
 	if got := n.since(t, before); got["message_memory"] == 0 || got["message_budget"] != 0 || got["message_redirect_refused"] != 0 {
