@@ -45,7 +45,7 @@ demo: build cni ## two pods on this machine, plain TCP and shortcut side by side
 
 # One package at a time: kernel tests share the machine.
 test: build cni ## all tests; none may be skipped (root)
-	REQUIRE_ROOT=1 $(GOTEST) -exec "$(SUDO)" -p 1 -count=1 -timeout 10m $(TESTFLAGS) ./...
+	REQUIRE_ROOT=1 $(GOTEST) -exec "$(SUDO)" -p 1 -count=1 -timeout 25m $(TESTFLAGS) ./...
 
 test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 	$(SUDO) hack/kernels/test.sh $(KERNELS)

@@ -7,7 +7,7 @@
 # file system; the file is not written to, so that several guests may share it. What
 # the binary prints is in VM_OUTPUT, if that is set, while it runs. Ends with the
 # binary's exit status, or 125 if the guest did not come to an end in VM_TIMEOUT
-# seconds (default 1800).
+# seconds (default 2700).
 set -euo pipefail
 
 series=${1:?usage: run.sh SERIES BINARY [ARGUMENT]...}
@@ -51,7 +51,7 @@ printf 'export REQUIRE_ROOT=1 PODSHUNT_BIN=/job/bin PATH=%s HOME=/tmp\nexec ./te
 cat "$kernel/base.cpio" "$work/job.cpio" >"$work/initrd"
 
 # One thread for both CPUs: with one for each, the kernel's text patching has been seen to race.
-timeout --foreground "${VM_TIMEOUT:-1800}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
+timeout --foreground "${VM_TIMEOUT:-2700}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
 	-smp 2 -m "${VM_MEMORY:-2048}" "${disk[@]}" -nographic -no-reboot -nodefaults -display none \
 	-kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 panic=-1 quiet" \
 	-serial "file:$work/console" -serial "file:$output" </dev/null || true

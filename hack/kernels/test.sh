@@ -41,7 +41,7 @@ series() {
 	fi
 	for suite in datapath agent chain conformance; do
 		echo "== Linux $1: $suite"
-		flags=(-test.v=test2json -test.short -test.timeout 20m -test.run "${tests[$suite]}")
+		flags=(-test.v=test2json -test.short -test.timeout 40m -test.run "${tests[$suite]}")
 		# What would harm the machine harms the guest only.
 		[[ $suite != conformance ]] || flags+=(-mptcp)
 		[[ $suite != datapath ]] || flags+=(-own-machine)
