@@ -69,13 +69,13 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 			if err != nil {
 				t.Errorf("agent: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(2 * time.Minute):
 			t.Error("the agent does not stop")
 		}
 	}
 	t.Cleanup(a.stop)
 	// It measures the kernel first, which takes long where QEMU emulates the CPU.
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := net.DialTimeout("unix", a.AgentSocket, time.Second)
 		if err == nil {
 			conn.Close()
