@@ -3,8 +3,8 @@
 package datapath_test
 
 import (
+	"errors"
 	"net"
-	"os"
 	"testing"
 	"time"
 
@@ -39,63 +39,49 @@ func TestBlockingListener(t *testing.T) {
 			}
 			for i, want := range tc.want {
 				before := n.counts(t)
-				accepted := make(chan net.Conn, 1)
+				served := make(chan error, 1)
 				go func() {
-					defer close(accepted)
 					fd, _, err := unix.Accept4(int(listener.Fd()), unix.SOCK_CLOEXEC|tc.acceptFlags)
-					if err != nil {
-						t.Errorf("accept: %v", err)
-						return
+					if err == nil {
+						// The mode stays as it was accepted until all is acknowledged.
+						err = errors.Join(serveTwice(fd), unix.Close(fd))
 					}
-					f := os.NewFile(uintptr(fd), "accepted")
-					defer f.Close()
-					// It shares the mode with what net makes of it, so that comes first.
-					buf := make([]byte, 1)
-					for {
-						n, _, err := unix.Recvfrom(fd, buf, 0)
-						if err == unix.EAGAIN || err == unix.EINTR {
-							time.Sleep(time.Millisecond)
-							continue
-						}
-						if n != 1 || err != nil {
-							t.Errorf("recv gives %d, %v", n, err)
-						}
-						break
-					}
-					if _, err := unix.Write(fd, buf); err != nil {
-						t.Errorf("answer: %v", err)
-					}
-					c, err := net.FileConn(f)
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					accepted <- c
+					served <- err
 				}()
 				c := pods[0].MustDial(t, "tcp4", address.String())
-				if _, err := c.Write([]byte("x")); err != nil {
+				for _, request := range []string{"x", "y"} {
+					mustWrite(t, c, request)
+					mustRead(t, c, request)
+				}
+				if err := <-served; err != nil {
 					t.Fatal(err)
-				}
-				if n, err := c.Read(make([]byte, 1)); n != 1 || err != nil {
-					t.Fatalf("got %d bytes and %v of the answer, want 1", n, err)
-				}
-				s, ok := <-accepted
-				if !ok {
-					t.FailNow()
 				}
 				if got := n.since(t, before); got[want] != 1 {
 					t.Errorf("connection %d: got %v, want %s", i, got, want)
 				}
-				// The answer is acknowledged at the latest with the next request.
-				if _, err := c.Write([]byte("y")); err != nil {
-					t.Fatal(err)
-				}
-				if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
-					t.Fatalf("got %d bytes and %v of the second request, want 1", n, err)
-				}
 				c.Close()
-				s.Close()
 			}
 		})
 	}
+}
+
+// serveTwice answers two requests of one byte. The second comes with the
+// acknowledgement of the first answer, at the latest.
+func serveTwice(fd int) error {
+	buf := make([]byte, 1)
+	for range 2 {
+		for end := time.Now().Add(deadline); ; time.Sleep(time.Millisecond) {
+			_, _, err := unix.Recvfrom(fd, buf, 0)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) || time.Now().After(end) {
+				return err
+			}
+		}
+		if _, err := unix.Write(fd, buf); err != nil {
+			return err
+		}
+	}
+	return nil
 }
