@@ -145,12 +145,7 @@ func (d *Datapath) writePolicy(want map[podPair][]entry) error {
 			delete(want, pods)
 		}
 	}
-	var err error
-	if len(want) > 0 {
-		d.generationDue = true
-		err = d.replacePairs(want)
-	}
-	return errors.Join(err, d.raiseGeneration())
+	return errors.Join(d.replacePairs(want), d.raiseGeneration())
 }
 
 // raiseGeneration lets all directions ask the policy map again, if they have not
@@ -178,8 +173,11 @@ func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 			deleted = true
 		}
 	}
-	if deleted && len(want) > 0 {
-		if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Generation++ }); err != nil {
+	if len(want) == 0 {
+		return nil
+	}
+	if deleted {
+		if err := d.raiseGeneration(); err != nil {
 			return err
 		}
 	}
@@ -210,8 +208,10 @@ func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 // replacePair writes what differs and deletes what is stale. Overrides go in
 // before the base changes and stale ones go out after it, so that no port is
 // allowed meanwhile that neither policy allows; if one cannot be written, nothing
-// is left for the pair. Room is how many entries more the map can take.
+// is left for the pair. Room is how many entries more the map can take. From here on
+// the generation is due.
 func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
+	d.generationDue = true
 	table := d.objects.Maps[bpf.ShortcutMapPolicies]
 	have := d.policy[pods]
 	var failure error
