@@ -234,7 +234,9 @@ struct learned_value {
 	__u32 proved;
 	__u32 bulk;
 	__u32 drains;
+	__u32 limit;
 	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
+	__u32 reserved;
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");

@@ -289,21 +289,29 @@ static __always_inline void count_queued(struct sending *dir, __u64 end, __u64 r
 }
 
 /*
- * The reader has read all that met the limit. It may leave more unread the next
- * time: as much as it has read since the limit grew last, as on TCP
- * (tcp_rcv_space_adjust), or twice as much as before.
+ * The reader has read all, and the direction takes the shortcut for the first time
+ * or since it met its limit. The reader may leave as much unread as it has read
+ * since the limit grew last, as on TCP (tcp_rcv_space_adjust), and twice as much as
+ * the limit that it met.
  */
 static __always_inline void grow(struct sending *dir, __u64 read, const struct settings *set)
 {
-	__u64 limit = read - dir->grown;
+	__u64 limit = read - dir->grown, least = dir->limit;
 
+	if (dir->flags & SENDING_SPILLED)
+		least *= 2;
+	else if (dir->switches)
+		return;
 	dir->flags &= ~SENDING_SPILLED;
 	dir->grown = read;
-	if (dir->limit >= set->budget)
+	if (limit < least)
+		limit = least;
+	if (limit > set->budget)
+		limit = set->budget;
+	if (limit <= dir->limit)
 		return;
-	if (limit < 2ULL * dir->limit)
-		limit = 2ULL * dir->limit;
-	dir->limit = limit < set->budget ? limit : set->budget;
+	dir->limit = limit;
+	dir->flags &= ~SENDING_LEARNED;
 }
 
 /*
@@ -423,8 +431,6 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	}
 	unread = end - read;
 	count_queued(dir, end, read);
-	if (dir->flags & SENDING_SPILLED && read >= dir->redirect_end)
-		grow(dir, read, set);
 	trial = on_trial(dir, &pair->side[own & 1].receiving, reader, set, unread, size);
 
 	if (!(pair->state & PAIR_SERVER_JOINED))
@@ -471,6 +477,8 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 			return OUTCOME_DRAINING;
 		dir->drained_seq = write_seq;
 	}
+	if (!dir->shortcut && !unread)
+		grow(dir, read, set);
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
 	if (unread && (!dir->shortcut || cost > limit) && recount(pair, peer & 1, set)) {
@@ -549,6 +557,8 @@ static __always_inline void learn(const struct pair *pair, __u32 own, const stru
 		known->bulk = dir->bulk;
 	if (known->drains < drains)
 		known->drains = drains;
+	if (known->limit < dir->limit)
+		known->limit = dir->limit;
 }
 
 /* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
@@ -952,6 +962,8 @@ static __always_inline void start_direction(struct pair *pair, __u32 from, __u32
 		reader->drains = known->drains;
 		dir->proved = known->proved;
 		dir->bulk = known->bulk;
+		if (dir->limit < known->limit)
+			dir->limit = known->limit;
 	}
 }
 

@@ -52,7 +52,8 @@ type Config struct {
 	MountBPFFS bool
 	// Budget is how many bytes the receiver of one direction may leave unread, each
 	// message counting 1024 more, before the direction spills to TCP. A direction
-	// begins with 128 KiB, and has as much as its receiver has read after that was met.
+	// begins with 128 KiB, or with what its receiver has read by TCP, and grows with
+	// what it reads.
 	Budget uint32
 	// PodBudget is the same for all receivers of a pod together.
 	PodBudget uint64
