@@ -365,6 +365,62 @@ func TestLimitGrows(t *testing.T) {
 	}
 }
 
+// TestLimitBeginsProved: a direction begins with a limit of what its receiver has
+// read in its trial, and with the limit of earlier connections to the port.
+func TestLimitBeginsProved(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) {
+		onTrial(c)
+		c.Budget, c.PodBudget = 16<<20, 64<<20
+	})
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	// Room for it beside what TCP may send.
+	if err := pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
+		t.Fatal(err)
+	}
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustListenOn(t, pods[1])
+	const size, cost = 8 << 10, 8<<10 + messageCost
+	talk := func() (net.Conn, net.Conn) {
+		t.Helper()
+		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		for n.mustFlow(t).ToServer.ShortcutBytes == 0 {
+			request(t, c, s, 64<<10)
+		}
+		return c, s
+	}
+	holds := func(c, s net.Conn) int {
+		t.Helper()
+		b := newBacklog(c, s, 5)
+		_, bytes := n.redirected(t, func() { n.fill(t, b, size) })
+		b.read(t)
+		return bytes
+	}
+	end := func(c, s net.Conn) {
+		t.Helper()
+		if err := finish(c, s); err != nil {
+			t.Error(err)
+		}
+		n.closeAll(t, c, s)
+	}
+
+	c, s := talk()
+	proved := int(n.mustFlow(t).ToServer.TCPBytes)
+	if proved < 4*firstLimit {
+		t.Fatalf("got %d bytes in the trial, want many more than a direction begins with", proved)
+	}
+	if got, want := holds(c, s), proved/cost*size; got != want {
+		t.Errorf("got %d bytes by shortcut until the first spill, want %d", got, want)
+	}
+	request(t, c, s, 1) // the limit grows, and is remembered
+	end(c, s)
+
+	c, s = talk()
+	if got := holds(c, s); got < 2*proved/cost*size {
+		t.Errorf("the next connection: got %d bytes by shortcut until a spill, want at least %d", got, 2*proved/cost*size)
+	}
+	end(c, s)
+}
+
 // TestRestedReader: a reader that rests gets what is waiting for it, and what
 // follows, as soon as on TCP. Where redirected bytes count as bytes of the
 // receive buffer, TCP's would be dropped if they exceeded it, and sent again

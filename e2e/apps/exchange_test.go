@@ -19,7 +19,12 @@ import (
 // with: the files of a shelf by GET, and the digest of whatever is PUT.
 
 // blocking is why programs stay on TCP that read from sockets in blocking mode.
-const blocking = "blocking"
+const (
+	blocking = "blocking"
+	// blockingClient is for clients that begin with such a connection, which their pod
+	// and the port are then known for: accepted, their other connections are quick.
+	blockingClient = "a blocking client"
+)
 
 // languages are programs that make such exchanges.
 func languages() []program {

@@ -88,7 +88,7 @@ func programs() []program {
 	nginx, haproxy := version("nginx", "-v"), version("haproxy", "-v")
 	newer := version(append(newerHAProxy(), "-v")...)
 	return slices.Concat([]program{
-		{name: "redis", version: version("redis-server", "--version"), run: redis},
+		{name: "redis", version: version("redis-server", "--version"), run: redis, stays: blockingClient},
 		{name: "memcached", version: version("memcached", "--version"), run: memcached},
 		{name: "nginx, sendfile", version: nginx, run: nginxSendfile},
 		{name: "nginx, no sendfile", version: nginx, run: nginxNoSendfile},
@@ -111,7 +111,7 @@ func programs() []program {
 		{name: "Go TCP proxy, POST", version: runtime.Version(), run: goCopyProxy, toProxy: []string{notSeen, trial}},
 		{name: "Go SOCKS proxy, POST", version: runtime.Version(), run: goSocksProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "Python http.server, curl", version: version("python3", "--version"), run: pythonServer, stays: blocking},
-		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3},
+		{name: "iperf3", version: version("iperf3", "--version"), run: iperf3, stays: blockingClient},
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},
 		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen, trial}},
@@ -189,7 +189,7 @@ func TestPrograms(t *testing.T) {
 				case p.advised(hazards):
 					r.note = "kept on TCP: " + p.reason
 					wantRefused(t, p.reason, r.traffic, flows)
-				case r.traffic.shortcut == 0 && p.stays == "":
+				case r.traffic.shortcut == 0 && (p.stays == "" || p.stays == blockingClient):
 					t.Errorf("got %+v, want some bytes by the shortcut", r.traffic)
 				case p.toProxy != nil && fatal(hazards, "splice"):
 					r.note = "what is sent to the proxy is on TCP: it reads by splice"
