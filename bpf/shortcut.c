@@ -1287,6 +1287,12 @@ static __always_inline void take_out(struct pair *pair, __u32 side)
 	count(OUTCOME_SOCKET_LEFT, 0);
 }
 
+/* A context's sk may be NULL. */
+static __always_inline struct member *member_of(struct bpf_sock *sk)
+{
+	return sk ? bpf_sk_storage_get(&members, sk, NULL, 0) : NULL;
+}
+
 /* What a watched socket shows holds for the port, until somebody listens there anew. */
 static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
@@ -1323,9 +1329,7 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 	struct pair *pair;
 	__u32 own;
 
-	if (!sk)
-		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = member_of(sk);
 	if (!self)
 		return;
 	if (!self->pair) {
@@ -1398,9 +1402,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct member *self;
 
-	if (!sk)
-		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = member_of(sk);
 	if (!self)
 		return;
 	mark_gone(self);
@@ -1419,9 +1421,7 @@ static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct member *self;
 
-	if (!sk)
-		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = member_of(sk);
 	if (!self)
 		return;
 	mark_gone(self);
@@ -1441,9 +1441,7 @@ static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 	struct tcp_sock *tp;
 	struct pair *pair;
 
-	if (!sk)
-		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = member_of(sk);
 	if (!self)
 		return;
 	pair = pair_of(self);
@@ -1476,6 +1474,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->proved = 0;
 	known->bulk = 0;
 	known->drains = 0;
+	known->limit = 0;
 	known->non_blocking = false;
 	__sync_fetch_and_and(&known->reasons, ~MISFIT_BLOCKING);
 }

@@ -72,7 +72,9 @@ type ShortcutLearnedValue struct {
 	Proved      uint32
 	Bulk        uint32
 	Drains      uint32
+	Limit       uint32
 	NonBlocking uint32
+	Reserved    uint32
 }
 
 type ShortcutMember struct {

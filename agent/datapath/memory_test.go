@@ -419,6 +419,18 @@ func TestLimitBeginsProved(t *testing.T) {
 		t.Errorf("the next connection: got %d bytes by shortcut until a spill, want at least %d", got, 2*proved/cost*size)
 	}
 	end(c, s)
+
+	// Another program, on the same port.
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = pods[1].MustListen(t, "tcp4", address.String())
+	c, s = talk()
+	proved = int(n.mustFlow(t).ToServer.TCPBytes)
+	if got, want := holds(c, s), proved/cost*size; got != want {
+		t.Errorf("after another listen: got %d bytes by shortcut until the first spill, want %d", got, want)
+	}
+	end(c, s)
 }
 
 // TestRestedReader: a reader that rests gets what is waiting for it, and what

@@ -119,8 +119,8 @@ func programs() []program {
 		{name: "Go CONNECT proxy", version: runtime.Version(), run: goConnectProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
 		{name: "gRPC, keepalive", version: grpc.Version, run: grpcKeepalive},
-		{name: "OpenSSH", version: version("ssh", "-V"), run: openssh},
-		{name: "rsync", version: version("rsync", "--version"), run: rsync},
+		{name: "OpenSSH", version: version("ssh", "-V"), run: openssh, stays: blockingClient},
+		{name: "rsync", version: version("rsync", "--version"), run: rsync, stays: blockingClient},
 	}, databases(), languages(), frontends(), brokers(), halfClosing(), encrypted())
 }
 
