@@ -43,6 +43,8 @@ type entry struct {
 	cookie uint64
 	// netnsErr is why the cookie cannot be read at present; a cookie read before stays valid.
 	netnsErr error
+	// refused is why a process that may look like the pod's does not count.
+	refused error
 
 	// told is what was last logged about the attachment.
 	told string

@@ -215,11 +215,11 @@ func (r *Registry) Sync() {
 		return
 	}
 	// Without the lock: a pod that starts does not wait for a look at all processes.
-	found, err := r.finder.Find(uids)
+	found, refused, err := r.finder.Find(uids)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.complain("search", "processes not searched for pods without an attachment", err)
-	r.settle(uids, found)
+	r.settle(uids, found, refused)
 	r.sync()
 }
 
@@ -449,6 +449,9 @@ func (r *Registry) add(e *entry, w *Wish, unknown string) {
 		out(r.cfg.Refusal, KernelRefused)
 	case wants && e.cookie == 0:
 		p.Reason = "no process of it is found yet"
+		if e.refused != nil {
+			p.Reason += ", and one in a cgroup of its name does not count: " + e.refused.Error()
+		}
 		if len(p.Addresses) == 0 {
 			p.Reason = "waiting for its network"
 		}

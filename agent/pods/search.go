@@ -38,7 +38,7 @@ type search struct {
 
 // forget makes it a search for a pod that was not found.
 func (s *search) forget() {
-	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.lost, s.by = "", stamp{}, 0, nil, false, ""
+	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.refused, s.lost, s.by = "", stamp{}, 0, nil, nil, false, ""
 }
 
 // search brings r.searches in line with the source, and adds their pods to r.pods.
@@ -105,7 +105,7 @@ func (r *Registry) missing() map[string]bool {
 }
 
 // settle takes up the result of a search for uids.
-func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
+func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns, refused map[string]error) {
 	now := r.cfg.Now()
 	r.nextSearch = now.Add(searchInterval)
 	for _, s := range r.searches {
@@ -119,7 +119,11 @@ func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns) {
 			if n, ok := found[uid]; ok {
 				s.attachment.Netns, s.cookie, s.by = n.Path, n.Cookie, uid
 				s.delay = searchInterval
+				s.refused = nil
 				break
+			}
+			if err := refused[uid]; err != nil {
+				s.refused = err
 			}
 		}
 	}

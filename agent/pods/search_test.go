@@ -77,20 +77,33 @@ func newClusterFixture(t testing.TB, change func(*Config)) (*fixture, *fakeSourc
 			change(cfg)
 		}
 	})
-	if err := os.MkdirAll(f.cfg.Proc, 0o700); err != nil {
+	// The first process of the node, with its mounts.
+	first := filepath.Join(f.cfg.Proc, "1")
+	for _, dir := range []string{"root/cg/kubepods", "root/cg/open"} {
+		if err := os.MkdirAll(filepath.Join(first, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(first, "root/cg/open"), 0o777); err != nil {
 		t.Fatal(err)
 	}
+	write(t, filepath.Join(first, "mountinfo"), "41 31 0:38 / /cg rw - cgroup2 cgroup2 rw\n")
 	return f, source
 }
 
 // process makes a process of a pod.
 func (f *fixture) process(t testing.TB, pid int, uid string, cookie uint64) {
 	t.Helper()
+	f.processIn(t, pid, "/kubepods/pod"+uid+"/c", cookie)
+}
+
+func (f *fixture) processIn(t testing.TB, pid int, cgroup string, cookie uint64) {
+	t.Helper()
 	dir := filepath.Join(f.cfg.Proc, fmt.Sprint(pid))
 	if err := os.MkdirAll(filepath.Join(dir, "ns"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	write(t, filepath.Join(dir, "cgroup"), "0::/kubepods/pod"+uid+"/c\n")
+	write(t, filepath.Join(dir, "cgroup"), "0::"+cgroup+"\n")
 	write(t, filepath.Join(dir, "stat"), fmt.Sprintf("%d (c) S %s%d\n", pid, strings.Repeat("0 ", 18), pid))
 	write(t, filepath.Join(dir, "ns", "net"), fmt.Sprint(cookie))
 }
@@ -222,6 +235,34 @@ func TestUIDClaimedTwice(t *testing.T) {
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"victim": contested, "thief": "in"}, f.states())
 	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
+}
+
+// A user of the node has made a cgroup that is named as the pod's is.
+func TestForgedCgroup(t *testing.T) {
+	f, source := newClusterFixture(t, nil)
+	f.processIn(t, 100, "/open/pod"+uid1+"/c", 10)
+	source.set(map[string]Wish{"web": enabled(uid1)})
+	f.Sync()
+	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet, and one in a cgroup of its name does not count: " +
+		"others than root may make cgroups in " + filepath.Join(f.cfg.Proc, "1/root/cg/open") +
+		fmt.Sprintf(": its owner is %d, its mode 0777", os.Geteuid())}, f.states())
+	wantDiff(t, "enrolled", []uint64(nil), f.kernel.enrolled)
+
+	f.process(t, 101, uid1, 11)
+	f.now = f.now.Add(2 * searchInterval)
+	f.Sync()
+	wantDiff(t, "states", map[string]string{"web": "in"}, f.states())
+	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
+
+	// It ends, and the other is all there is again.
+	f.kill(t, 101)
+	f.now = f.now.Add(2 * searchInterval)
+	f.Sync()
+	wantDiff(t, "enrolled", []uint64{}, f.kernel.enrolled)
+	f.kill(t, 100)
+	f.now = f.now.Add(4 * searchInterval)
+	f.Sync()
+	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet"}, f.states())
 }
 
 // A process of the pod's own UID comes before one of the hash that it has, too.

@@ -3,7 +3,8 @@
 // Package proc finds the network namespaces of pods among the processes of the
 // node: the kubelet runs the processes of a pod in a cgroup that is named after
 // its UID. It serves pods that no CNI request tells of, because they are older
-// than the plugin's entry in the conflist. It only reads.
+// than the plugin's entry in the conflist. A cgroup counts only where nobody but
+// root can have made it. It only reads.
 package proc
 
 import (
@@ -12,19 +13,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 )
-
-// podCgroup matches the part of a cgroup's path that is a pod's. The cgroupfs
-// driver of the kubelet writes pod<uid>, its systemd driver
-// kubepods-burstable-pod<uid>.slice with underscores in the UID, and a runtime
-// that is not told of systemd takes that with its own suffix for a name. The UID
-// of a static pod may be a hash.
-var podCgroup = regexp.MustCompile(
-	`^(?:.*-)?pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice(?::.*)?)?$`)
 
 // Finder looks through the processes of a node.
 type Finder struct {
@@ -54,23 +46,45 @@ type process struct {
 
 // Find returns the network namespaces of those pods that have a process, by UID.
 // It takes the namespace of the oldest process, which is that of the sandbox:
-// those that follow may have made one of their own.
-func (f Finder) Find(uids map[string]bool) (map[string]Netns, error) {
+// those that follow may have made one of their own. Of a pod that it has not found
+// refused tells why a process does not count that is in a cgroup of the pod's name.
+func (f Finder) Find(uids map[string]bool) (found map[string]Netns, refused map[string]error, err error) {
+	err = f.inNode(func() error {
+		found, refused, err = f.find(uids)
+		return err
+	})
+	return found, refused, err
+}
+
+func (f Finder) find(uids map[string]bool) (found map[string]Netns, refused map[string]error, err error) {
 	pids, err := f.pids()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	cgroups := f.readMounts()
+	pod := func(pid int) (string, error) {
+		data, err := os.ReadFile(f.path(pid, "cgroup"))
+		if err != nil {
+			return "", nil // the process has ended
+		}
+		return cgroups.pod(string(data), uids)
 	}
 	processes := map[string][]process{}
+	refused = map[string]error{}
 	for _, pid := range pids {
-		uid := f.pod(pid)
-		if !uids[uid] {
+		uid, err := pod(pid)
+		if uid == "" {
+			continue
+		}
+		if err != nil {
+			refused[uid] = cmp.Or(refused[uid], err)
 			continue
 		}
 		if start, err := f.start(pid); err == nil {
 			processes[uid] = append(processes[uid], process{pid, start})
 		}
 	}
-	found := map[string]Netns{}
+	found = map[string]Netns{}
 	for uid, list := range processes {
 		slices.SortFunc(list, func(a, b process) int {
 			return cmp.Or(cmp.Compare(a.start, b.start), cmp.Compare(a.pid, b.pid))
@@ -79,14 +93,15 @@ func (f Finder) Find(uids map[string]bool) (map[string]Netns, error) {
 			path := f.path(p.pid, "ns", "net")
 			cookie, err := f.NetnsCookie(path)
 			// The process may have ended meanwhile, and another one have its number.
-			if err != nil || f.pod(p.pid) != uid || slices.Contains(f.HostNetns, cookie) {
+			if now, refusal := pod(p.pid); err != nil || now != uid || refusal != nil || slices.Contains(f.HostNetns, cookie) {
 				continue
 			}
 			found[uid] = Netns{Path: path, Cookie: cookie}
+			delete(refused, uid)
 			break
 		}
 	}
-	return found, nil
+	return found, refused, nil
 }
 
 func (f Finder) path(pid int, file ...string) string {
@@ -110,30 +125,6 @@ func (f Finder) pids() ([]int, error) {
 		}
 	}
 	return pids, nil
-}
-
-// pod returns the UID of the pod that a process belongs to, or "".
-func (f Finder) pod(pid int) string {
-	data, err := os.ReadFile(f.path(pid, "cgroup"))
-	if err != nil {
-		return ""
-	}
-	return podUID(string(data))
-}
-
-// podUID returns the UID of the pod in the content of a cgroup file, or "". Each
-// line is a hierarchy, "0::/path" that of cgroup2. The outermost match counts: a
-// container that may make cgroups can name them as it likes, but only below its own.
-func podUID(content string) string {
-	for line := range strings.Lines(content) {
-		_, path, _ := strings.Cut(strings.TrimSpace(line), "/")
-		for part := range strings.SplitSeq(path, "/") {
-			if match := podCgroup.FindStringSubmatch(part); match != nil {
-				return strings.ReplaceAll(match[1], "_", "-")
-			}
-		}
-	}
-	return ""
 }
 
 // start returns when a process was started.

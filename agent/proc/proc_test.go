@@ -19,36 +19,6 @@ const (
 	hash = "0123456789abcdef0123456789abcdef"
 )
 
-func TestPodUID(t *testing.T) {
-	const systemd = "0f1e2d3c_1111_4222_8333_444455556666"
-	for _, tc := range []struct{ name, content, want string }{
-		{"cgroupfs", "0::/kubepods/besteffort/pod" + uid1 + "/c1\n", uid1},
-		{"cgroupfs guaranteed", "0::/kubepods/pod" + uid1 + "/c1\n", uid1},
-		{"systemd", "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + systemd + ".slice/cri-containerd-c1.scope\n", uid1},
-		{"systemd guaranteed", "0::/kubepods.slice/kubepods-pod" + systemd + ".slice/crio-c1.scope\n", uid1},
-		{"systemd below a root", "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod" + systemd + ".slice/x.scope\n", uid1},
-		{"the pod's own cgroup", "0::/kubepods/pod" + uid1 + "\n", uid1},
-		{"v1", "12:cpu,cpuacct:/kubepods/burstable/pod" + uid1 + "/c1\n1:name=systemd:/kubepods/burstable/pod" + uid1 + "/c1\n", uid1},
-		{"hybrid", "9:name=systemd:/user.slice\n0::/kubepods/burstable/pod" + uid1 + "/c1\n", uid1},
-		{"seen from another cgroup namespace", "0::/../../pod" + uid1 + "/c1\n", uid1},
-		{"static", "0::/kubepods/burstable/pod" + hash + "/c1\n", hash},
-		{"named by a container", "0::/kubepods/pod" + uid1 + "/c1/pod" + uid2 + "\n", uid1},
-		{"systemd and a runtime without", "0::/system.slice/containerd.service/kubepods-burstable-pod" + systemd + ".slice:cri-containerd:c1\n", uid1},
-		{"no pod", "0::/system.slice/kubelet.service\n", ""},
-		{"kubepods", "0::/kubepods/burstable\n", ""},
-		{"short UID", "0::/kubepods/pod0f1e2d3c/c1\n", ""},
-		{"upper case", "0::/kubepods/pod" + strings.ToUpper(uid1) + "/c1\n", ""},
-		{"empty", "", ""},
-		{"no path", "0::\n", ""},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			if got := podUID(tc.content); got != tc.want {
-				t.Errorf("got %q, want %q", got, tc.want)
-			}
-		})
-	}
-}
-
 // fakeProcess is a process of a fake procfs; its network namespace is a file that
 // holds the cookie.
 type fakeProcess struct {
@@ -66,6 +36,18 @@ func mustWrite(t testing.TB, path, content string) {
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// mustFakeNode makes a procfs with the node's first process, which has a hierarchy of
+// cgroups on /cg.
+func mustFakeNode(t testing.TB) (root string) {
+	t.Helper()
+	root = t.TempDir()
+	mustWrite(t, filepath.Join(root, "1", "mountinfo"), "41 31 0:38 / /cg rw - cgroup2 cgroup2 rw\n")
+	if err := os.MkdirAll(filepath.Join(root, "1", "root", "cg", "kubepods"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return root
 }
 
 func (p fakeProcess) mustAdd(t testing.TB, root string) {
@@ -147,7 +129,7 @@ func TestFind(t *testing.T) {
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			root := t.TempDir()
+			root := mustFakeNode(t)
 			for _, p := range tc.processes {
 				p.mustAdd(t, root)
 			}
@@ -155,7 +137,7 @@ func TestFind(t *testing.T) {
 				tc.change(t, root)
 			}
 			f := Finder{Root: root, HostNetns: []uint64{1}, NetnsCookie: readCookie}
-			got, err := f.Find(map[string]bool{uid1: true, uid2: true})
+			got, _, err := f.Find(map[string]bool{uid1: true, uid2: true})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -173,13 +155,13 @@ func TestFind(t *testing.T) {
 // The number of a process that ends is given to a process of another pod between
 // the look at its cgroup and that at its network namespace.
 func TestFindReusedPID(t *testing.T) {
-	root := t.TempDir()
+	root := mustFakeNode(t)
 	fakeProcess{10, 5, uid1, 100}.mustAdd(t, root)
 	f := Finder{Root: root, NetnsCookie: func(path string) (uint64, error) {
 		fakeProcess{10, 9, uid2, 200}.mustAdd(t, root)
 		return readCookie(path)
 	}}
-	got, err := f.Find(map[string]bool{uid1: true})
+	got, _, err := f.Find(map[string]bool{uid1: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +172,7 @@ func TestFindReusedPID(t *testing.T) {
 
 func TestFindWithoutProcfs(t *testing.T) {
 	f := Finder{Root: filepath.Join(t.TempDir(), "none"), NetnsCookie: readCookie}
-	if _, err := f.Find(map[string]bool{uid1: true}); !os.IsNotExist(err) {
+	if _, _, err := f.Find(map[string]bool{uid1: true}); !os.IsNotExist(err) {
 		t.Errorf("got error %v, want %v", err, os.ErrNotExist)
 	}
 }
