@@ -13,7 +13,7 @@ import (
 // frontends are what else stands before web servers, or asks them.
 func frontends() []program {
 	return []program{
-		{name: "Varnish and nginx", version: version("varnishd", "-V"), run: varnish, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn},
+		{name: "Varnish and nginx", version: version("varnishd", "-V"), run: varnish, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn, stays: blocking},
 		{name: "curl", version: version("curl", "--version"), run: curl},
 	}
 }
