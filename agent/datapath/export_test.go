@@ -3,6 +3,8 @@
 package datapath
 
 import (
+	"errors"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -35,4 +37,23 @@ func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 		d.objects.Maps[bpf.ShortcutMapControl] = writable
 		readOnly.Close()
 	}
+}
+
+// MissReads calls do while no read is observed, as if the kernel did not run the
+// observer.
+func (d *Datapath) MissReads(tb testing.TB, do func()) {
+	tb.Helper()
+	pin := filepath.Join(d.cfg.PinDir, pinObserve+d.observer)
+	if err := errors.Join(os.Remove(pin), d.links[0].Close()); err != nil { // load attaches it before all others
+		tb.Fatal(err)
+	}
+	others := d.links[1:]
+	defer func() {
+		d.links = nil
+		if err := d.attachObserver(d.cfg.PinDir, d.observer, d.objects.Programs[observerPrograms()[d.observer]]); err != nil {
+			tb.Error(err)
+		}
+		d.links = append(d.links, others...)
+	}()
+	do()
 }
