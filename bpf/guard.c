@@ -69,7 +69,7 @@ static __always_inline struct pair *find_pair(struct sock *sk, __u32 *side)
 	if (!self)
 		return NULL;
 	*side = self->side & 1;
-	return pair_of(self);
+	return pair_of(self, sk);
 }
 
 static __always_inline bool left(const struct pair *pair, __u32 side)

@@ -172,12 +172,19 @@ static __always_inline void disqualify_flags(struct pair *pair, __u32 side, __u3
 		disqualify(pair, side, side, MISFIT_RECV_FLAGS);
 }
 
-/* What a socket's storage leads to, or NULL: a record of a pair may be used again for another. */
-static __always_inline struct pair *pair_of(const struct member *self)
+/*
+ * The pair of a socket by its storage, or NULL. A record may be used again for
+ * another pair, and an id too: a client's socket that connects once more has the
+ * cookie of before, while the first server's socket may still be open and be read.
+ */
+static __always_inline struct pair *pair_of(const struct member *self, const void *sk)
 {
 	struct pair *pair = bpf_map_lookup_elem(&pairs, &self->pair);
 
-	return pair && pair->state >> PAIR_STATE_BITS == self->pair ? pair : NULL;
+	if (!pair || pair->state >> PAIR_STATE_BITS != self->pair ||
+	    pair->sock[self->side & 1] != (__u64)sk)
+		return NULL;
+	return pair;
 }
 
 #endif

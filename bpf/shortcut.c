@@ -625,7 +625,7 @@ int deliver(struct sk_msg_md *msg)
 	if (!self)
 		goto pass;
 	own = self->side & 1;
-	pair = pair_of(self);
+	pair = pair_of(self, sk);
 	if (!pair)
 		goto pass;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -691,7 +691,7 @@ static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 	self = bpf_sk_storage_get(&members, sk, NULL, 0);
 	if (!self)
 		return;
-	pair = pair_of(self);
+	pair = pair_of(self, sk);
 	if (!pair)
 		return;
 	reader = &pair->side[self->side & 1].receiving;
@@ -711,7 +711,7 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 	self = bpf_sk_storage_get(&members, sk, NULL, 0);
 	if (!self)
 		return;
-	pair = pair_of(self);
+	pair = pair_of(self, sk);
 	if (!pair)
 		return;
 	side = self->side & 1;
@@ -1337,7 +1337,7 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 		return;
 	}
 	own = self->side & 1;
-	pair = pair_of(self);
+	pair = pair_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!pair || !tp)
 		return;
@@ -1365,9 +1365,9 @@ static __always_inline void withdraw(const struct pair *pair)
 }
 
 /* The second one of the two sockets to go deletes the pair. */
-static __always_inline void mark_gone(const struct member *self)
+static __always_inline void mark_gone(const struct member *self, const struct bpf_sock *sk)
 {
-	struct pair *pair = pair_of(self);
+	struct pair *pair = pair_of(self, sk);
 	__u64 gone, other, state;
 
 	if (!pair)
@@ -1405,7 +1405,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	self = member_of(sk);
 	if (!self)
 		return;
-	mark_gone(self);
+	mark_gone(self, sk);
 	/* The SOCKHASH would keep redirected bytes, for whoever reads next. */
 	if (disconnected(ctx, sk))
 		leave(sk, bpf_get_socket_cookie(ctx));
@@ -1424,7 +1424,7 @@ static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 	self = member_of(sk);
 	if (!self)
 		return;
-	mark_gone(self);
+	mark_gone(self, sk);
 	leave(sk, bpf_get_socket_cookie(ctx));
 	count(OUTCOME_REUSED, 0);
 }
@@ -1444,7 +1444,7 @@ static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 	self = member_of(sk);
 	if (!self)
 		return;
-	pair = pair_of(self);
+	pair = pair_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	/* After close, or shutdown of both sides, nobody comes to recv. */
 	if (!pair || !tp || tp->inet_conn.icsk_inet.sk.sk_shutdown != SEND_SHUTDOWN ||

@@ -3,10 +3,12 @@
 package datapath_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -101,4 +103,44 @@ func TestReusedSocket(t *testing.T) {
 			n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
 		})
 	}
+}
+
+// TestReusedID: a client's socket that connects again has a flow with the id of its
+// first one. What the server's socket of the first still reads is not taken for
+// reads of the second: an unload waits for what is unread there, and nothing is lost.
+func TestReusedID(t *testing.T) {
+	const late, unread = "sent to the first", "sent to second"
+	n := mustNode(t, nil)
+	pods, cookies := n.mustEnrol(t, "client", "server")
+	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	c, first := rawPair(t, pods[0], l, address)
+	pingPong(t, c, first, 10, 100)
+	id := n.mustFlow(t).ID
+	mustWrite(t, c, late)
+	if err := c.disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	n.closeAll(t) // the reset ends it at the server
+	c.mustConnect(t, address)
+	second := l.mustAccept(t)
+	pingPong(t, c, second, 10, 100)
+	if got := n.mustFlow(t).ID; got != id {
+		t.Fatalf("got a flow with id %d, want %d as before: the test shows nothing", got, id)
+	}
+	mustRead(t, first, late)
+	mustWrite(t, c, unread)
+	if got := n.mustFlow(t).ToServer; !got.Redirected || got.Unread != uint64(len(unread)) {
+		t.Fatalf("got %+v, want a redirected message unread", got)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := n.Unload(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("unload: got %v, want a timeout", err)
+	}
+	mustRead(t, second, unread)
+	if _, err := unix.Write(first.fd, []byte("x")); err == nil {
+		t.Error("a write to the first connection gives no error")
+	}
+	pingPong(t, c, second, 10, 100)
 }
