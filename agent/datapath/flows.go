@@ -172,22 +172,48 @@ func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error)
 // what is remembered of pods that do not take part any more. It ends the flows
 // whose sockets are gone although the programs were not told, as when another
 // program on the cgroup has switched their callbacks off. Guards go when the last
-// flow has ended.
+// flow has ended. Nobody waits while it reads the maps that connections fill.
 func (d *Datapath) Sweep(age time.Duration) error {
+	table, err := d.cloneMaps(bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapPairs, bpf.ShortcutMapSockets, bpf.ShortcutMapLearned)
+	if err != nil || table == nil {
+		return err
+	}
+	defer closeMaps(table)
+	limit := uint64(max(0, monotonic()-age))
+	handshakes := errors.Join(
+		sweep(table[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
+		sweep(table[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
+	)
+	found, err := findContents(table, limit)
+	if err != nil {
+		return errors.Join(handshakes, err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
-		return nil
+		return handshakes
 	}
-	limit := uint64(max(0, monotonic()-age))
-	return errors.Join(
-		sweep(d.objects.Maps[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
-		sweep(d.objects.Maps[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
-		d.sweepPairs(limit),
-		d.forgetReleased(),
-		d.settleShares(),
-		d.updateGuards(),
-	)
+	return errors.Join(handshakes, d.endFlows(found.ended), d.settle(found), d.updateGuards())
+}
+
+// cloneMaps returns handles of maps that may be read without the lock, or nil
+// once the removal has begun.
+func (d *Datapath) cloneMaps(names ...string) (map[string]*ebpf.Map, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil, nil
+	}
+	table := map[string]*ebpf.Map{}
+	for _, name := range names {
+		m, err := d.objects.Maps[name].Clone()
+		if err != nil {
+			closeMaps(table)
+			return nil, fmt.Errorf("open map %s once more: %w", name, err)
+		}
+		table[name] = m
+	}
+	return table, nil
 }
 
 func sweep[K comparable, V any](m *ebpf.Map, stale func(K, V) bool) error {

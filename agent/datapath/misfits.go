@@ -51,7 +51,7 @@ func (d *Datapath) Misfits() ([]Misfit, error) {
 	if d.unloaded {
 		return nil, nil
 	}
-	all, err := d.learned()
+	all, err := readLearned(d.objects.Maps[bpf.ShortcutMapLearned])
 	if err != nil {
 		return nil, err
 	}
@@ -72,8 +72,8 @@ func (d *Datapath) Misfits() ([]Misfit, error) {
 	return misfits, nil
 }
 
-func (d *Datapath) learned() (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
-	all, err := entries[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue](d.objects.Maps[bpf.ShortcutMapLearned])
+func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
+	all, err := entries[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue](m)
 	if err != nil {
 		return nil, fmt.Errorf("read the map of what is learned: %w", err)
 	}
@@ -90,14 +90,15 @@ func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) 
 	if d.unloaded {
 		return 0, ErrUnloaded
 	}
-	return d.forget(forget)
-}
-
-func (d *Datapath) forget(forget func(server, client uint64, port uint16) bool) (int, error) {
-	all, err := d.learned()
+	all, err := readLearned(d.objects.Maps[bpf.ShortcutMapLearned])
 	if err != nil {
 		return 0, err
 	}
+	return d.forget(all, forget)
+}
+
+// forget deletes what is chosen of all, from there and from the map.
+func (d *Datapath) forget(all map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, forget func(server, client uint64, port uint16) bool) (int, error) {
 	forgotten := 0
 	for key, value := range all {
 		if !forget(key.Server, key.Client, uint16(key.Port)) {
@@ -107,23 +108,10 @@ func (d *Datapath) forget(forget func(server, client uint64, port uint16) bool) 
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return forgotten, fmt.Errorf("delete from the map of what is learned: %w", err)
 		}
+		delete(all, key)
 		if value.Reasons != 0 {
 			forgotten++
 		}
 	}
 	return forgotten, nil
-}
-
-// forgetReleased deletes what is known of pods that do not take part any more.
-func (d *Datapath) forgetReleased() error {
-	pods, err := entries[uint64, uint32](d.objects.Maps[bpf.ShortcutMapPods])
-	if err != nil {
-		return fmt.Errorf("read the pods map: %w", err)
-	}
-	_, err = d.forget(func(server, client uint64, _ uint16) bool {
-		_, serverIn := pods[server]
-		_, clientIn := pods[client]
-		return !serverIn || client != 0 && !clientIn
-	})
-	return err
 }

@@ -11,40 +11,59 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// sweepPairs ends flows that are older than limit (CLOCK_MONOTONIC) and none of
-// whose sockets is in the SOCKHASH, although none has left it. The kernel takes a
-// socket out when it is closed; that the program is not told means that another one
-// on the cgroup has switched its callbacks off.
-func (d *Datapath) sweepPairs(limit uint64) error {
-	pairs, err := entries[uint64, bpf.ShortcutPair](d.objects.Maps[bpf.ShortcutMapPairs])
-	if err != nil {
-		return fmt.Errorf("read the pairs map: %w", err)
-	}
-	const left = uint64(bpf.ShortcutPairStatePAIR_CLIENT_LEFT | bpf.ShortcutPairStatePAIR_SERVER_LEFT)
-	for id, p := range pairs {
-		if p.SinceNs >= limit || p.State&left != 0 {
-			continue
-		}
-		there, err := d.anySocket(p.Cookie)
-		if err != nil {
-			return err
-		}
-		if there {
-			continue
-		}
-		_, err = d.objects.Programs[bpf.ShortcutProgEndFlow].Run(&ebpf.RunOptions{Context: bpf.ShortcutFlowId{Id: id}})
-		if err != nil {
-			return fmt.Errorf("end a flow whose sockets are gone: %w", err)
-		}
-	}
-	return nil
+// contents is what a sweep has found in the maps that connections fill.
+type contents struct {
+	ended   []uint64     // flows to be ended
+	flows   []podCookies // of all others
+	learned map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue
 }
 
-// anySocket tells whether one of the cookies is that of a socket in the SOCKHASH.
-func (d *Datapath) anySocket(cookies [2]uint64) (bool, error) {
+type podCookies [2]uint64
+
+// findContents reads the maps. Flows to be ended are older than limit
+// (CLOCK_MONOTONIC), and none of their sockets is in the SOCKHASH, although none has
+// left it. The kernel takes a socket out when it is closed; that the program is not
+// told means that another one on the cgroup has switched its callbacks off.
+func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err error) {
+	const left = uint64(bpf.ShortcutPairStatePAIR_CLIENT_LEFT | bpf.ShortcutPairStatePAIR_SERVER_LEFT)
+	type suspect struct {
+		id            uint64
+		cookies, pods [2]uint64
+	}
+	var suspects []suspect
+	err = eachBatch(table[bpf.ShortcutMapPairs], func(ids []uint64, pairs []bpf.ShortcutPair) {
+		for i, p := range pairs {
+			if p.SinceNs < limit && p.State&left == 0 {
+				suspects = append(suspects, suspect{ids[i], p.Cookie, p.Netns})
+			} else {
+				found.flows = append(found.flows, p.Netns)
+			}
+		}
+	})
+	if err != nil {
+		return contents{}, fmt.Errorf("read the pairs map: %w", err)
+	}
+	for _, s := range suspects {
+		there, err := anySocket(table[bpf.ShortcutMapSockets], s.cookies)
+		if err != nil {
+			return contents{}, err
+		}
+		if there {
+			found.flows = append(found.flows, s.pods)
+		} else {
+			found.ended = append(found.ended, s.id)
+		}
+	}
+	found.learned, err = readLearned(table[bpf.ShortcutMapLearned])
+	return found, err
+}
+
+// anySocket tells whether one of the cookies is that of a socket in the SOCKHASH,
+// for which the kernel has no batches.
+func anySocket(sockets *ebpf.Map, cookies [2]uint64) (bool, error) {
 	for _, cookie := range cookies {
 		var value uint64
-		err := d.objects.Maps[bpf.ShortcutMapSockets].Lookup(cookie, &value)
+		err := sockets.Lookup(cookie, &value)
 		if err == nil {
 			return true, nil
 		}
@@ -55,22 +74,38 @@ func (d *Datapath) anySocket(cookies [2]uint64) (bool, error) {
 	return false, nil
 }
 
-// settleShares makes what pods are said to have of the maps what they have, once
-// two sweeps have found the same difference: the maps go on changing meanwhile.
-// Pods that have gone and have nothing left are deleted.
-func (d *Datapath) settleShares() error {
-	shares, err := entries[uint64, bpf.ShortcutShare](d.objects.Maps[bpf.ShortcutMapShares])
-	if err != nil {
-		return fmt.Errorf("read the shares map: %w", err)
+func (d *Datapath) endFlows(ids []uint64) error {
+	for _, id := range ids {
+		_, err := d.objects.Programs[bpf.ShortcutProgEndFlow].Run(&ebpf.RunOptions{Context: bpf.ShortcutFlowId{Id: id}})
+		if err != nil {
+			return fmt.Errorf("end a flow whose sockets are gone: %w", err)
+		}
 	}
-	has, err := d.countShares()
-	if err != nil {
-		return err
-	}
+	return nil
+}
+
+// settle deletes what is known of pods that do not take part any more. It makes what
+// pods are said to have of the maps what they have, once two sweeps have found the
+// same difference: the maps go on changing meanwhile. Pods that have gone and have
+// nothing left are deleted.
+func (d *Datapath) settle(found contents) error {
 	pods, err := entries[uint64, uint32](d.objects.Maps[bpf.ShortcutMapPods])
 	if err != nil {
 		return fmt.Errorf("read the pods map: %w", err)
 	}
+	_, err = d.forget(found.learned, func(server, client uint64, _ uint16) bool {
+		_, serverIn := pods[server]
+		_, clientIn := pods[client]
+		return !serverIn || client != 0 && !clientIn
+	})
+	if err != nil {
+		return err
+	}
+	shares, err := entries[uint64, bpf.ShortcutShare](d.objects.Maps[bpf.ShortcutMapShares])
+	if err != nil {
+		return fmt.Errorf("read the shares map: %w", err)
+	}
+	has := found.shares()
 	var errs []error
 	drift := map[uint64]bpf.ShortcutShare{}
 	for netns, said := range shares {
@@ -90,35 +125,27 @@ func (d *Datapath) settleShares() error {
 	return errors.Join(errs...)
 }
 
-// countShares counts what pods have of the maps.
-func (d *Datapath) countShares() (map[uint64]bpf.ShortcutShare, error) {
-	pairs, err := entries[uint64, bpf.ShortcutPair](d.objects.Maps[bpf.ShortcutMapPairs])
-	if err != nil {
-		return nil, fmt.Errorf("read the pairs map: %w", err)
-	}
-	learned, err := d.learned()
-	if err != nil {
-		return nil, err
-	}
+// shares counts what pods have of the maps.
+func (c contents) shares() map[uint64]bpf.ShortcutShare {
 	has := map[uint64]bpf.ShortcutShare{}
 	add := func(netns uint64, flows, learned uint32) {
 		share := has[netns]
 		has[netns] = bpf.ShortcutShare{Flows: share.Flows + flows, Learned: share.Learned + learned}
 	}
-	for _, p := range pairs {
-		add(p.Netns[client], 1, 0)
-		if p.Netns[server] != p.Netns[client] {
-			add(p.Netns[server], 1, 0)
+	for _, pods := range c.flows {
+		add(pods[client], 1, 0)
+		if pods[server] != pods[client] {
+			add(pods[server], 1, 0)
 		}
 	}
-	for key := range learned {
+	for key := range c.learned {
 		if key.Client != 0 {
 			add(key.Client, 0, 1)
 		} else {
 			add(key.Server, 0, 1)
 		}
 	}
-	return has, nil
+	return has
 }
 
 func drop(m *ebpf.Map, key uint64) error {
