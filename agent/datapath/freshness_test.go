@@ -28,14 +28,11 @@ import (
 func TestRefresh(t *testing.T) {
 	// 10 round trips take far less time, also on a busy machine.
 	const interval = 10 * time.Second
-	n := mustNode(t, func(c *datapath.Config) {
+	n := mustTwoPods(t, func(c *datapath.Config) {
 		atOnce(c)
 		c.RefreshInterval = interval
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 	before := n.counts(t)
@@ -45,9 +42,9 @@ func TestRefresh(t *testing.T) {
 
 	// What goes by TCP for another reason keeps the connection fresh as well.
 	time.Sleep(interval - 3*time.Second)
-	n.mustSetPolicy(t, between(datapath.Hold, cookies...))
+	n.mustSetPolicy(t, between(datapath.Hold, n.cookies...))
 	pingPong(t, c, s, 1, 100)
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
 	before = n.counts(t)
 	time.Sleep(4 * time.Second)
 	pingPong(t, c, s, 10, 100)
@@ -375,11 +372,8 @@ func TestGenerationAfterCrash(t *testing.T) {
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, atOnce)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-			l, address := mustListenOn(t, pods[1])
-			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+			n := mustTwoPods(t, atOnce)
+			c, s := n.connect(t)
 			pingPong(t, c, s, 10, 100)
 			n.mustCount(t, nil, paired())
 			n.mustClose(t)
@@ -407,7 +401,7 @@ func TestGenerationAfterCrash(t *testing.T) {
 			}
 
 			n.mustOpen(t)
-			n.mustSetPolicy(t, tc.rules(cookies, address.Port()))
+			n.mustSetPolicy(t, tc.rules(n.cookies, n.address.Port()))
 			before := n.counts(t)
 			pingPong(t, c, s, 10, 100)
 			n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
@@ -418,11 +412,8 @@ func TestGenerationAfterCrash(t *testing.T) {
 // TestGenerationDue: flows that could not be told of a change are told with the
 // next call, although that finds nothing to change.
 func TestGenerationDue(t *testing.T) {
-	n := mustNode(t, atOnce)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, atOnce)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 	restore := n.MakeControlsReadOnly(t)
@@ -438,9 +429,9 @@ func TestGenerationDue(t *testing.T) {
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
 
 	// The same by changes to one pair.
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
 	restore = n.MakeControlsReadOnly(t)
-	refused := []datapath.PairRules{{Client: cookies[0], Server: cookies[1]}}
+	refused := []datapath.PairRules{{Client: n.cookies[0], Server: n.cookies[1]}}
 	for i := range 2 {
 		if err := n.UpdatePolicy(refused); !errors.Is(err, unix.EPERM) {
 			t.Errorf("update %d: got %v, want %v", i, err, unix.EPERM)
@@ -459,10 +450,7 @@ func TestGenerationDue(t *testing.T) {
 // agent runs or not. Then messages go by TCP and nothing is paired, until there
 // is a new lease.
 func TestLease(t *testing.T) {
-	n := mustNode(t, atOnce)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, atOnce)
 	lease := func(until time.Duration) {
 		t.Helper()
 		if err := n.SetLease(until); err != nil {
@@ -470,7 +458,7 @@ func TestLease(t *testing.T) {
 		}
 	}
 	lease(time.Hour)
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
@@ -483,7 +471,7 @@ func TestLease(t *testing.T) {
 		}
 		time.Sleep(short + 50*time.Millisecond)
 		pingPong(t, c, s, 10, 100)
-		other, otherS := connect(t, pods[0].Netns, l, "tcp4", address)
+		other, otherS := n.connect(t)
 		pingPong(t, other, otherS, 10, 100)
 		if !agent {
 			n.mustOpen(t)
@@ -505,7 +493,7 @@ func TestLease(t *testing.T) {
 	before := n.counts(t)
 	time.Sleep(short + 50*time.Millisecond)
 	pingPong(t, c, s, 10, 100)
-	other, otherS := connect(t, pods[0].Netns, l, "tcp4", address)
+	other, otherS := n.connect(t)
 	pingPong(t, other, otherS, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 38})
 }
@@ -517,12 +505,12 @@ type streaming struct {
 	done chan error
 }
 
-func (n *node) mustStream(t *testing.T, from *sandbox.Pod, l net.Listener, address netip.AddrPort, streams int) *streaming {
+func (n *twoPods) mustStream(t *testing.T, streams int) *streaming {
 	t.Helper()
-	work := &streaming{n: n, done: make(chan error, 1)}
+	work := &streaming{n: n.node, done: make(chan error, 1)}
 	var loads []func() error
 	for i := range streams {
-		c, s := connect(t, from.Netns, l, "tcp4", address)
+		c, s := n.connect(t)
 		limit := time.Now().Add(4 * deadline)
 		if err := errors.Join(c.SetDeadline(limit), s.SetDeadline(limit)); err != nil {
 			t.Fatal(err)
@@ -567,14 +555,11 @@ func (w *streaming) mustStop(t *testing.T) {
 // TestRefreshUnderLoad: streams that send a message by TCP ten times a second go
 // on byte for byte, and by the shortcut.
 func TestRefreshUnderLoad(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) {
+	n := mustTwoPods(t, func(c *datapath.Config) {
 		atOnce(c)
 		c.RefreshInterval = 100 * time.Millisecond
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	work := n.mustStream(t, pods[0], l, address, 3)
+	work := n.mustStream(t, 3)
 	for range 5 {
 		work.mustCount(t, "message_refresh", 20)
 		work.mustCount(t, "message_shortcut", 100)
@@ -585,12 +570,9 @@ func TestRefreshUnderLoad(t *testing.T) {
 // TestLeaseUnderLoad: the lease runs out and comes back under streams, which go
 // on byte for byte; nothing is paired meanwhile.
 func TestLeaseUnderLoad(t *testing.T) {
-	n := mustNode(t, atOnce)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, atOnce)
 	const streams, rounds = 3, 10
-	work := n.mustStream(t, pods[0], l, address, streams)
+	work := n.mustStream(t, streams)
 	lease := func(until time.Duration) {
 		t.Helper()
 		if err := n.SetLease(until); err != nil {
@@ -603,7 +585,7 @@ func TestLeaseUnderLoad(t *testing.T) {
 		lease(time.Duration(1+round) * time.Millisecond)
 		work.mustCount(t, "message_stale", 100)
 		before := n.counts(t)
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		c, s := n.connect(t)
 		pingPong(t, c, s, 5, 100)
 		got := n.since(t, before)
 		delete(got, "message_stale")

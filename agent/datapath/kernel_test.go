@@ -182,6 +182,30 @@ func connect(tb testing.TB, from *sandbox.Netns, l net.Listener, network string,
 	return client, server
 }
 
+// twoPods is a node with a client and a server that may use the shortcut.
+type twoPods struct {
+	*node
+	pods    []*sandbox.Pod // client, server
+	cookies []uint64
+	l       net.Listener // of the server
+	address netip.AddrPort
+}
+
+func mustTwoPods(tb testing.TB, change func(*datapath.Config)) *twoPods {
+	tb.Helper()
+	n := &twoPods{node: mustNode(tb, change)}
+	n.pods, n.cookies = n.mustEnrol(tb, "client", "server")
+	n.mustSetPolicy(tb, between(datapath.Allow, n.cookies...))
+	n.l, n.address = mustListenOn(tb, n.pods[1])
+	return n
+}
+
+// connect makes a connection from the client to the server.
+func (n *twoPods) connect(tb testing.TB) (client, server net.Conn) {
+	tb.Helper()
+	return connect(tb, n.pods[0].Netns, n.l, "tcp4", n.address)
+}
+
 // pingPong exchanges messages of one size and checks every byte.
 func pingPong(tb testing.TB, a, b io.ReadWriter, rounds, size int) {
 	tb.Helper()

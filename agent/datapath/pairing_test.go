@@ -487,11 +487,8 @@ func TestNotPaired(t *testing.T) {
 
 // TestRelease: a pod that is released goes on by TCP with its next message.
 func TestRelease(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
@@ -499,7 +496,7 @@ func TestRelease(t *testing.T) {
 	if _, err := c.Write([]byte("one ")); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Release(cookies[1]); err != nil {
+	if err := n.Release(n.cookies[1]); err != nil {
 		t.Fatal(err)
 	}
 	n.mustSetPolicy(t, nil)
@@ -520,7 +517,7 @@ func TestRelease(t *testing.T) {
 		}
 	}
 	before = n.counts(t)
-	c2, s2 := connect(t, pods[0].Netns, l, "tcp4", address)
+	c2, s2 := n.connect(t)
 	pingPong(t, c2, s2, 3, 100)
 	n.mustCount(t, before, map[string]uint64{})
 	c.Close()
@@ -531,16 +528,13 @@ func TestRelease(t *testing.T) {
 // TestAbortedConnections: clients that reset as soon as they are connected, or
 // do not wait for that, leave nothing.
 func TestAbortedConnections(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, nil)
 	const connections = 500
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
 		for {
-			s, err := l.Accept()
+			s, err := n.l.Accept()
 			if err != nil {
 				return
 			}
@@ -550,13 +544,13 @@ func TestAbortedConnections(t *testing.T) {
 			s.Close()
 		}
 	}()
-	err := pods[0].Do(func() error {
+	err := n.pods[0].Do(func() error {
 		for i := range connections {
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 			if err != nil {
 				return err
 			}
-			if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: address.Addr().As4(), Port: int(address.Port())}); err != unix.EINPROGRESS {
+			if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: n.address.Addr().As4(), Port: int(n.address.Port())}); err != unix.EINPROGRESS {
 				return errors.Join(fmt.Errorf("connect: %w", err), unix.Close(fd))
 			}
 			if i%2 == 0 {
@@ -581,7 +575,7 @@ func TestAbortedConnections(t *testing.T) {
 	if counts["connection_paired"] == 0 {
 		t.Errorf("got %v, want some connections paired before they are reset", counts)
 	}
-	l.Close()
+	n.l.Close()
 	<-served
 }
 
@@ -645,11 +639,8 @@ func recvAll(tb testing.TB, from io.Writer, fd int, message []byte) {
 // TestWaitall: MSG_WAITALL gets the full count in the first read, and in all
 // that follow, because its receiver stays on TCP.
 func TestWaitall(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, func(c *datapath.Config) { c.Sleepers = true })
+	c, s := n.connect(t)
 	fd := int(blocking(t, s).(blockingSocket))
 	message := bytes.Repeat([]byte("0123456789"), 10)
 	recvAll(t, c, fd, message)
@@ -667,11 +658,8 @@ func TestWaitall(t *testing.T) {
 
 // TestLowat: messages to a receiver with SO_RCVLOWAT go by TCP, and poll keeps to it.
 func TestLowat(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	setLowat := func(bytes int) {
 		control(t, s.(*net.TCPConn), func(fd int) error {
@@ -718,11 +706,8 @@ func TestLowat(t *testing.T) {
 // TestHalfClose: after one end has said that it is done, it still gets all of
 // the other's bytes by the shortcut, and then the end.
 func TestHalfClose(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	if _, err := c.Write([]byte("last")); err != nil {
 		t.Fatal(err)

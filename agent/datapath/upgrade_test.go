@@ -163,11 +163,8 @@ func mustDetach(tb testing.TB, pin string) {
 func TestDeletedLink(t *testing.T) {
 	for _, name := range []string{"link_track", "link_deliver", "link_observe_"} {
 		t.Run(name, func(t *testing.T) {
-			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-			l, address := mustListenOn(t, pods[1])
-			old, oldS := connect(t, pods[0].Netns, l, "tcp4", address)
+			n := mustTwoPods(t, nil)
+			old, oldS := n.connect(t)
 			pingPong(t, old, oldS, 10, 100)
 			pins, err := filepath.Glob(filepath.Join(n.cfg.PinDir, name+"*"))
 			if err != nil || len(pins) != 1 {
@@ -177,7 +174,7 @@ func TestDeletedLink(t *testing.T) {
 			n.mustClose(t)
 			mustDetach(t, pins[0])
 			pingPong(t, old, oldS, 10, 100)
-			middle, middleS := connect(t, pods[0].Netns, l, "tcp4", address)
+			middle, middleS := n.connect(t)
 			pingPong(t, middle, middleS, 10, 100)
 			n.mustOpen(t)
 			// The old flow's socket has the program even if the map has none.
@@ -186,7 +183,7 @@ func TestDeletedLink(t *testing.T) {
 			}
 
 			before = n.counts(t)
-			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+			c, s := n.connect(t)
 			pingPong(t, c, s, 10, 100)
 			n.mustCount(t, before, paired())
 			pingPong(t, old, oldS, 10, 100)
@@ -202,12 +199,9 @@ func TestDeletedLink(t *testing.T) {
 // TestDetachedTrack: pins whose pairing was detached, as by an unload of a former
 // build that was killed, are taken over and pair again; an unload ends as ever.
 func TestDetachedTrack(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, nil)
 	for _, open := range []bool{true, false} {
-		old, oldS := connect(t, pods[0].Netns, l, "tcp4", address)
+		old, oldS := n.connect(t)
 		pingPong(t, old, oldS, 10, 100)
 		objects := mustObjects(t, n.cfg.PinDir)
 		n.mustClose(t)
@@ -225,11 +219,11 @@ func TestDetachedTrack(t *testing.T) {
 			n.mustOpen(t)
 			return
 		}
-		plain, plainS := connect(t, pods[0].Netns, l, "tcp4", address)
+		plain, plainS := n.connect(t)
 		pingPong(t, plain, plainS, 10, 100)
 		n.mustOpen(t)
 		before := n.counts(t)
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		c, s := n.connect(t)
 		pingPong(t, c, s, 10, 100)
 		n.mustCount(t, before, paired())
 		pingPong(t, old, oldS, 10, 100)
@@ -239,11 +233,8 @@ func TestDetachedTrack(t *testing.T) {
 // TestConfigChanges: what the next process may change of what it takes over,
 // and what not.
 func TestConfigChanges(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 7 })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, func(c *datapath.Config) { c.MaxFlows = 7 })
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 5000)
 	n.mustCount(t, nil, paired())
 
@@ -321,11 +312,8 @@ func TestUnfinishedPins(t *testing.T) {
 // read, nothing is left in the kernel and the connection goes on by TCP. After
 // that the datapath can be loaded anew.
 func TestUnload(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
@@ -383,7 +371,7 @@ func TestUnload(t *testing.T) {
 		t.Fatal(err)
 	}
 	pingPong(t, c, s, 100, 1000)
-	if _, err := n.Enrol(pods[0].Path); !errors.Is(err, datapath.ErrUnloaded) {
+	if _, err := n.Enrol(n.pods[0].Path); !errors.Is(err, datapath.ErrUnloaded) {
 		t.Errorf("enrol: got %v, want %v", err, datapath.ErrUnloaded)
 	}
 	if err := n.SetPolicy(nil); !errors.Is(err, datapath.ErrUnloaded) {
@@ -401,13 +389,13 @@ func TestUnload(t *testing.T) {
 		t.Errorf("map usage after loading anew (-want +got):\n%s", diff)
 	}
 	n.mustCount(t, nil, map[string]uint64{})
-	for _, pod := range pods {
+	for _, pod := range n.pods {
 		if _, err := n.Enrol(pod.Path); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	c2, s2 := connect(t, pods[0].Netns, l, "tcp4", address)
+	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
+	c2, s2 := n.connect(t)
 	pingPong(t, c2, s2, 10, 100)
 	pingPong(t, c, s, 10, 100) // on TCP until it reconnects
 	n.mustCount(t, nil, paired())
@@ -416,11 +404,8 @@ func TestUnload(t *testing.T) {
 // TestUnloadGivenUp: after an unload that has timed out, the next process
 // redirects again.
 func TestUnloadGivenUp(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	pingPong(t, c, s, 10, 100)
 	message := traffic{seed: 1, bytes: 1000, maxWrite: 1000, maxRead: 1000}
 	if err := message.write(c); err != nil {
