@@ -23,7 +23,7 @@ import (
 func brokers() []program {
 	return []program{
 		{name: "RabbitMQ", version: version("sh", "-c", "ls -d /usr/lib/rabbitmq/lib/rabbitmq_server-*"), run: rabbitMQ},
-		{name: "mosquitto", version: version("mosquitto", "-h"), run: mosquitto},
+		{name: "mosquitto", version: version("mosquitto", "-h"), run: mosquitto, stays: blockingClient},
 		{name: "NATS", version: version("nats-server", "--version"), run: natsServer},
 		{name: "etcd", version: version("etcd", "--version"), run: etcd},
 	}
