@@ -20,18 +20,18 @@ import (
 
 // view is what the pods of the node are at one moment.
 type view struct {
-	pods      []pods.Pod // one per network namespace
-	byCookie  map[uint64]*pods.Pod
-	byAddress map[netip.Addr]*pods.Pod
-	cluster   policy.Cluster
-	misfits   map[question]datapath.Misfit
-	now       time.Time
+	pods        []pods.Pod // one per network namespace
+	byCookie    map[uint64]*pods.Pod
+	byAddress   map[netip.Addr]*pods.Pod
+	cluster     policy.Cluster
+	unsupported map[question]datapath.UnsupportedPort
+	now         time.Time
 	// decisions are those that have been asked for: many connections are between
 	// the same two pods, and to find out reads all policies of their namespaces.
 	decisions map[question]policy.Decision
 }
 
-// question is about the connections between two network namespaces. Of a misfit
+// question is about the connections between two network namespaces. Of an unsupported port
 // that the server has caused, client is 0.
 type question struct {
 	client, server uint64
@@ -41,7 +41,7 @@ type question struct {
 func newView(attachments []pods.Pod, cluster policy.Cluster, now time.Time) *view {
 	v := &view{
 		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
-		misfits: map[question]datapath.Misfit{}, now: now, decisions: map[question]policy.Decision{},
+		unsupported: map[question]datapath.UnsupportedPort{}, now: now, decisions: map[question]policy.Decision{},
 	}
 	for _, a := range attachments {
 		if a.NetnsCookie == 0 {
@@ -85,9 +85,9 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 	if decision.Verdict != policy.Allow {
 		return decision.String()
 	}
-	m, ok := v.misfits[question{0, server.NetnsCookie, port}]
+	m, ok := v.unsupported[question{0, server.NetnsCookie, port}]
 	if !ok {
-		if m, ok = v.misfits[question{client.NetnsCookie, server.NetnsCookie, port}]; !ok {
+		if m, ok = v.unsupported[question{client.NetnsCookie, server.NetnsCookie, port}]; !ok {
 			return ""
 		}
 	}
@@ -95,8 +95,8 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 		strings.Join(m.Reasons, ", "))
 }
 
-func (v *view) describeMisfit(m datapath.Misfit) api.Misfit {
-	described := api.Misfit{Port: m.Port, Reasons: m.Reasons, Since: m.Since}
+func (v *view) describeUnsupported(m datapath.UnsupportedPort) api.UnsupportedPort {
+	described := api.UnsupportedPort{Port: m.Port, Reasons: m.Reasons, Since: m.Since}
 	if p := v.byCookie[m.Netns]; p != nil {
 		described.Pod = p.Pod
 	}
@@ -134,7 +134,7 @@ func (v *view) paired(flows []datapath.Flow) []api.Flow {
 			}
 		}
 		described = append(described, api.Flow{
-			Client: end(client, f.Client), Server: end(server, address), Dialled: f.Dialled,
+			Client: end(client, f.Client), Server: end(server, address), OrigDst: f.OrigDst,
 			Paired: true, Since: f.Since,
 			ToServer: direction(f.ToServer), ToClient: direction(f.ToClient),
 		})
@@ -156,8 +156,8 @@ func (v *view) detail(f datapath.Flow, d datapath.Direction, client, server *pod
 		return cmp.Or(v.why(client, server, f.Server.Port()), policy.NoRule.String())
 	case d.ReadFlags != 0:
 		return flagNames(d.ReadFlags)
-	case d.Unserved:
-		return strings.Join(f.Misfits, ", ")
+	case d.Unsupported:
+		return strings.Join(f.Unsupported, ", ")
 	}
 	return ""
 }
@@ -198,10 +198,10 @@ func (v *view) unpaired(sockets []socket, known []datapath.Flow) []api.Flow {
 		var from, to *pods.Pod
 		if client != nil {
 			from = v.byCookie[client.netns]
-			f.Client, f.Dialled = end(from, client.local), client.remote
+			f.Client, f.OrigDst = end(from, client.local), client.remote
 		} else {
 			from = v.byAddress[server.remote.Addr()]
-			f.Client, f.Dialled = end(from, server.remote), server.local
+			f.Client, f.OrigDst = end(from, server.remote), server.local
 		}
 		if server != nil {
 			to = v.byCookie[server.netns]
@@ -324,7 +324,7 @@ func sortFlows(flows []api.Flow) {
 		return cmp.Or(
 			cmp.Compare(a.Client.Pod.String(), b.Client.Pod.String()),
 			a.Client.Address.Compare(b.Client.Address),
-			a.Dialled.Compare(b.Dialled),
+			a.OrigDst.Compare(b.OrigDst),
 		)
 	})
 }

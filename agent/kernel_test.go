@@ -204,7 +204,7 @@ func (c connection) flow(t testing.TB, a *agent) api.Flow {
 	t.Helper()
 	var found []api.Flow
 	for _, f := range mustShow[[]api.Flow](t, a, "flows") {
-		if f.Client.Address.String() == c.client.LocalAddr().String() && f.Dialled.String() == c.client.RemoteAddr().String() {
+		if f.Client.Address.String() == c.client.LocalAddr().String() && f.OrigDst.String() == c.client.RemoteAddr().String() {
 			found = append(found, f)
 		}
 	}
@@ -395,9 +395,9 @@ func TestForget(t *testing.T) {
 	}
 	c.mustPing(t)
 	port := uint16(l.Addr().(*net.TCPAddr).Port)
-	misfits := mustShow[api.Status](t, a, "status").Misfits
-	if len(misfits) != 1 || misfits[0].Pod.Name != "web" || misfits[0].Port != port || !slices.Equal(misfits[0].Reasons, []string{"SO_ZEROCOPY"}) {
-		t.Errorf("got %+v, want the server's port with SO_ZEROCOPY", misfits)
+	unsupported := mustShow[api.Status](t, a, "status").UnsupportedPorts
+	if len(unsupported) != 1 || unsupported[0].Pod.Name != "web" || unsupported[0].Port != port || !slices.Equal(unsupported[0].Reasons, []string{"SO_ZEROCOPY"}) {
+		t.Errorf("got %+v, want the server's port with SO_ZEROCOPY", unsupported)
 	}
 	again := mustConnect(t, client, web, l)
 	again.mustPing(t)
@@ -453,7 +453,7 @@ func TestDoctor(t *testing.T) {
 	}
 	var out bytes.Buffer
 	_ = run(t.Context(), []string{"doctor"}, &out, t.Output())
-	for _, want := range []string{"HAZARD", "sleeping-recv", "consequence", "podshunt"} {
+	for _, want := range []string{"HAZARD", "blocking-recv", "consequence", "podshunt"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("got\n%s\nwant it to contain %q", out.String(), want)
 		}

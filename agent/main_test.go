@@ -300,7 +300,7 @@ func TestUnpaired(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			var got []string
 			for _, f := range testView().unpaired(tc.sockets, tc.known) {
-				got = append(got, fmt.Sprintf("%s %s > %s > %s %s: %s", f.Client.Pod, f.Client.Address, f.Dialled, f.Server.Pod, f.Server.Address, f.Reason))
+				got = append(got, fmt.Sprintf("%s %s > %s > %s %s: %s", f.Client.Pod, f.Client.Address, f.OrigDst, f.Server.Pod, f.Server.Address, f.Reason))
 			}
 			wantDiff(t, "flows", tc.want, got)
 		})
@@ -311,9 +311,9 @@ func TestPaired(t *testing.T) {
 	since := time.Unix(1000, 0)
 	flow := datapath.Flow{
 		ID: 1, ClientNetns: 1, ServerNetns: 2, Joined: true, Since: since,
-		Client: at("10.0.0.1:5000"), Dialled: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
+		Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
 		ToServer: datapath.Direction{
-			Shortcut: true, Verdict: datapath.Allow, Reason: "unserved", ReadFlags: 0x100 | 0x10,
+			Shortcut: true, Verdict: datapath.Allow, Reason: "unsupported", ReadFlags: 0x100 | 0x10,
 			ShortcutBytes: 1, TCPBytes: 2, Unread: 3, Switches: 4,
 		},
 		ToClient: datapath.Direction{Verdict: datapath.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed"},
@@ -327,21 +327,21 @@ func TestPaired(t *testing.T) {
 
 	client := api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "client"}, Address: flow.Client}
 	toServer := &api.Direction{
-		Shortcut: true, Reason: "unserved", Detail: "MSG_WAITALL 0x10", ShortcutBytes: 1, TCPBytes: 2, UnreadBytes: 3, Switches: 4,
+		Shortcut: true, Reason: "unsupported", Detail: "MSG_WAITALL 0x10", ShortcutBytes: 1, TCPBytes: 2, UnreadBytes: 3, Switches: 4,
 	}
 	wantDiff(t, "flows", []api.Flow{
 		{
-			Client: client, Dialled: flow.Dialled, Paired: true, Since: since,
+			Client: client, OrigDst: flow.OrigDst, Paired: true, Since: since,
 			Server:   api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "web"}, Address: flow.Server},
 			ToServer: toServer, ToClient: &api.Direction{Reason: "not allowed", Detail: "server paused by podshunt.io/paused-until"},
 		},
 		{
-			Client: client, Dialled: flow.Dialled, Paired: true, Since: since,
+			Client: client, OrigDst: flow.OrigDst, Paired: true, Since: since,
 			Server:   api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "out"}},
 			ToServer: toServer, ToClient: &api.Direction{Reason: "not allowed", Detail: "default/out: not opted in"},
 		},
 		{
-			Client: api.FlowEnd{Address: flow.Client}, Dialled: flow.Dialled, Paired: true, Since: since,
+			Client: api.FlowEnd{Address: flow.Client}, OrigDst: flow.OrigDst, Paired: true, Since: since,
 			ToServer: &api.Direction{},
 			ToClient: &api.Direction{Reason: "not allowed", Detail: "the other end is not a pod of this node that takes part"},
 		},
@@ -351,18 +351,18 @@ func TestPaired(t *testing.T) {
 func TestWriteFlows(t *testing.T) {
 	flows := testView().paired([]datapath.Flow{
 		{
-			ClientNetns: 1, ServerNetns: 2, Joined: true, Client: at("10.0.0.1:5000"), Dialled: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
+			ClientNetns: 1, ServerNetns: 2, Joined: true, Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
 			ToServer: datapath.Direction{Shortcut: true, Verdict: datapath.Allow, ShortcutBytes: 1 << 30, TCPBytes: 12, Reason: "budget"},
 			ToClient: datapath.Direction{Verdict: datapath.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed", TCPBytes: 1536},
 		},
-		{ClientNetns: 1, ServerNetns: 2, Client: at("10.0.0.1:5001"), Dialled: at("10.0.0.2:8080")},
+		{ClientNetns: 1, ServerNetns: 2, Client: at("10.0.0.1:5001"), OrigDst: at("10.0.0.2:8080")},
 	})
 	flows = append(flows, api.Flow{
-		Client: api.FlowEnd{Address: at("192.0.2.1:6000")}, Dialled: at("10.0.0.2:80"),
+		Client: api.FlowEnd{Address: at("192.0.2.1:6000")}, OrigDst: at("10.0.0.2:80"),
 		Server: api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "web"}, Address: at("10.0.0.2:80")}, Reason: "other end",
 	})
 	flows = append(flows, api.Flow{
-		Client: flows[0].Client, Dialled: at("10.96.0.1:22"), Server: flows[2].Server, Reason: "port",
+		Client: flows[0].Client, OrigDst: at("10.96.0.1:22"), Server: flows[2].Server, Reason: "port",
 	})
 	var out bytes.Buffer
 	if err := writeFlows(&out, flows); err != nil {
@@ -399,10 +399,10 @@ func TestWriteStatus(t *testing.T) {
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
 		},
-		CNI:         &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
-		Guards:      []string{"flags", "splice"},
-		Misfits:     []api.Misfit{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
-		SourceError: "no file", PolicyError: "map full",
+		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
+		Guards:           []string{"flags", "splice"},
+		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
+		SourceError:      "no file", PolicyError: "map full",
 		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
 	}

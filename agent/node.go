@@ -67,10 +67,10 @@ func (n *node) Status() (api.Status, error) {
 	}
 	status.Guards = n.datapath.Guards()
 	status.Lease = n.lease.state()
-	misfits, err1 := n.datapath.Misfits()
+	unsupported, err1 := n.datapath.UnsupportedPorts()
 	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
-	for _, m := range misfits {
-		status.Misfits = append(status.Misfits, v.describeMisfit(m))
+	for _, m := range unsupported {
+		status.UnsupportedPorts = append(status.UnsupportedPorts, v.describeUnsupported(m))
 	}
 	var err2, err3 error
 	status.Maps, err2 = n.datapath.Maps()
@@ -102,12 +102,12 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	defer n.listing.Unlock()
 	snapshot := n.registry.Snapshot()
 	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
-	misfits, err := n.datapath.Misfits()
+	unsupported, err := n.datapath.UnsupportedPorts()
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range misfits {
-		v.misfits[question{m.Client, m.Netns, m.Port}] = m
+	for _, m := range unsupported {
+		v.unsupported[question{m.Client, m.Netns, m.Port}] = m
 	}
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()

@@ -257,7 +257,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	cfg.datapath.Sleepers = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
+	cfg.datapath.AllowBlocking = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
 	cfg.datapath.Guards = guardsIn(examination.Hazards)
 	src, err := openSource(cfg, examination.Refusal, log)
 	if err != nil {

@@ -81,11 +81,11 @@ func writeStatus(w io.Writer, s api.Status) error {
 	if len(s.Pods) == 0 {
 		t.row("none")
 	}
-	if len(s.Misfits) > 0 {
+	if len(s.UnsupportedPorts) > 0 {
 		t.row()
 		t.row("NOT PAIRED", "SERVER PORT", "FROM", "USED", "SINCE")
 	}
-	for _, m := range s.Misfits {
+	for _, m := range s.UnsupportedPorts {
 		from := "everywhere"
 		if m.Client != nil {
 			from = podText(*m.Client)
@@ -143,8 +143,8 @@ func writeFlows(w io.Writer, flows []api.Flow) error {
 	for _, f := range flows {
 		client, server := endText(f.Client), endText(f.Server)
 		dialled := ""
-		if f.Dialled != f.Server.Address {
-			dialled = "  dialled " + f.Dialled.String()
+		if f.OrigDst != f.Server.Address {
+			dialled = "  dialled " + f.OrigDst.String()
 		}
 		if !f.Paired {
 			t.row(client, server, "both", "tcp", "", "", f.Reason)

@@ -91,8 +91,8 @@ type Status struct {
 	// Guards are those attached at present; there are none while no pod takes part.
 	Guards []string    `json:"guards,omitempty"`
 	Pods   []PodStatus `json:"pods"`
-	// Misfits are the server ports whose new connections are not paired.
-	Misfits []Misfit `json:"misfits,omitempty"`
+	// UnsupportedPorts are the server ports whose new connections are not paired.
+	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
 	// SourceError is why the source of pod annotations cannot be read at present; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
@@ -156,9 +156,9 @@ type Examination struct {
 	Refusal   string `json:"refusal,omitempty"`
 }
 
-// Misfit is a server port of a pod with a connection that used what the shortcut
+// UnsupportedPort is a server port of a pod with a connection that used what the shortcut
 // does not serve.
-type Misfit struct {
+type UnsupportedPort struct {
 	// Pod is the zero PodRef for a pod that has gone.
 	Pod PodRef `json:"pod"`
 	// Client is the pod whose connections alone are concerned, as it was the one that
@@ -169,7 +169,7 @@ type Misfit struct {
 	Since   time.Time `json:"since"`
 }
 
-// ForgetRequest names misfits: all, those of a pod, or one port of it.
+// ForgetRequest names unsupported ports: all, those of a pod, or one port of it.
 type ForgetRequest struct {
 	// Pod is namespace/name; empty means all pods.
 	Pod string
@@ -177,7 +177,7 @@ type ForgetRequest struct {
 	Port uint16
 }
 
-// ForgetResult tells how many misfits were forgotten.
+// ForgetResult tells how many unsupported ports were forgotten.
 type ForgetResult struct {
 	Forgotten int `json:"forgotten"`
 }
@@ -215,9 +215,9 @@ type Outcome struct {
 type Flow struct {
 	Client FlowEnd `json:"client"`
 	Server FlowEnd `json:"server"`
-	// Dialled is where the client connected to; it differs from the server's
+	// OrigDst is where the client connected to; it differs from the server's
 	// own address when a Service or another NAT lies between.
-	Dialled netip.AddrPort `json:"dialled"`
+	OrigDst netip.AddrPort `json:"originalDestination"`
 	// Paired is false for a connection that podshunt left alone; Reason then says why.
 	Paired bool   `json:"paired"`
 	Reason string `json:"reason,omitempty"`

@@ -5,5 +5,5 @@
 // made by bpf2go. Only agent/datapath imports it. `make generate` rebuilds it.
 package bpf
 
-//go:generate go tool bpf2go -target bpfel,bpfeb -output-stem shortcut -type pair -type sending -type receiving -type policy_key -type policy -type settings -type outcome -type pair_state -type verdict -type read_state -type learned_key -type learned_value -type share -type flow_id -type misfit_reason Shortcut shortcut.c
+//go:generate go tool bpf2go -target bpfel,bpfeb -output-stem shortcut -type flow -type sending -type receiving -type policy_key -type policy -type settings -type outcome -type flow_state -type verdict -type read_state -type learned_key -type learned_value -type share -type flow_id -type unsupported Shortcut shortcut.c
 //go:generate go tool bpf2go -target bpfel,bpfeb -output-stem guard -no-global-types Guard guard.c

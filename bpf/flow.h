@@ -23,7 +23,7 @@ struct client_key {
 };
 
 /* What a listener knows of a connection to come. */
-struct hint {
+struct syn {
 	__u64 server_netns;
 	__u64 written_ns; /* CLOCK_MONOTONIC */
 	__u32 server_port;
@@ -40,7 +40,7 @@ enum claim {
  * Both sides know both initial sequence numbers, no NAT rewrites them, and
  * nobody else can guess them.
  */
-struct handshake_key {
+struct pending_key {
 	__u32 client_seq;
 	__u32 server_seq;
 	__be32 addr[4];
@@ -48,38 +48,38 @@ struct handshake_key {
 	__u32 reserved;
 };
 
-struct handshake {
-	__u64 pair;
+struct pending {
+	__u64 flow;
 	__u64 written_ns;
 };
 
-/* A socket's way to its pair record. */
-struct member {
-	__u64 pair; /* 0: a server's socket that is not paired, and watched for its mode */
+/* A socket's way to its flow record. */
+struct sk_flow {
+	__u64 flow; /* 0: a server's socket that is not paired, and watched for its mode */
 	__u32 side;
 	__u32 reserved;
 };
 
 enum side_index { SIDE_CLIENT, SIDE_SERVER, SIDE_MAX };
 
-enum pair_state {
-	PAIR_CLIENT_JOINED = 1,
-	PAIR_SERVER_JOINED = 2,
-	PAIR_CLIENT_GONE = 4,
-	PAIR_SERVER_GONE = 8,
-	/* No more redirects to this socket: it leaves the SOCKHASH as soon as it has read all. */
-	PAIR_CLIENT_LEAVES = 16,
-	PAIR_SERVER_LEAVES = 32,
-	PAIR_CLIENT_LEFT = 64,
-	PAIR_SERVER_LEFT = 128,
-	/* The pair's id stands above these bits: a compare-and-swap fails on a recycled record. */
-	PAIR_STATE_BITS = 8,
+enum flow_state {
+	FLOW_CLIENT_JOINED = 1,
+	FLOW_SERVER_JOINED = 2,
+	FLOW_CLIENT_GONE = 4,
+	FLOW_SERVER_GONE = 8,
+	/* No more redirects to this socket: it is evicted as soon as it has read all. */
+	FLOW_CLIENT_EVICTING = 16,
+	FLOW_SERVER_EVICTING = 32,
+	FLOW_CLIENT_EVICTED = 64,
+	FLOW_SERVER_EVICTED = 128,
+	/* The flow's id stands above these bits: a compare-and-swap fails on a recycled record. */
+	FLOW_STATE_BITS = 8,
 };
 
 enum verdict {
 	VERDICT_REFUSE, /* leave new connections alone, paired ones go by TCP */
 	VERDICT_ALLOW,
-	VERDICT_HOLD, /* pair new connections, but keep them on TCP */
+	VERDICT_HOLD, /* flow new connections, but keep them on TCP */
 };
 
 enum sending_flag {
@@ -108,8 +108,8 @@ struct sending {
 	__u32 switches; /* from TCP to the shortcut */
 	__u32 last_size; /* of the last message, in bytes */
 	__u8 shortcut; /* how the last message went */
-	__u8 leave; /* the sending socket should leave the SOCKHASH */
-	__u8 peer_leave; /* its peer should */
+	__u8 evict; /* the sending socket is to be evicted */
+	__u8 evict_peer; /* its peer should */
 	__u8 flags; /* enum sending_flag */
 	__u64 redirect_end; /* position behind the last redirected byte */
 
@@ -127,29 +127,29 @@ struct sending {
 	__u64 grown; /* what the receiver had read when limit grew last */
 };
 
-enum read_state { READ_SEEN = 1, READ_UNSERVED = 2 };
+enum read_state { READ_SEEN = 1, READ_UNSUPPORTED = 2 };
 
 /* What the kernel does not serve on a shortcut socket as on a plain one. */
-enum misfit_reason {
-	MISFIT_WAITALL = 1, /* recv with MSG_WAITALL */
-	MISFIT_OOB = 2, /* send or recv with MSG_OOB */
-	MISFIT_RECV_FLAGS = 4, /* recv with another flag that is not served */
-	MISFIT_LOWAT = 8, /* SO_RCVLOWAT above 1 */
-	MISFIT_FIONREAD = 16,
-	MISFIT_SPLICE = 32,
-	MISFIT_ULP = 64, /* kTLS or another upper layer protocol */
-	MISFIT_ZEROCOPY = 128, /* SO_ZEROCOPY */
-	MISFIT_MPTCP_LISTENER = 256,
-	MISFIT_BLOCKING = 512, /* a server's socket in blocking mode */
-	MISFIT_REASONS = 10,
+enum unsupported {
+	UNSUPPORTED_WAITALL = 1, /* recv with MSG_WAITALL */
+	UNSUPPORTED_OOB = 2, /* send or recv with MSG_OOB */
+	UNSUPPORTED_RECV_FLAGS = 4, /* recv with another flag that is not served */
+	UNSUPPORTED_LOWAT = 8, /* SO_RCVLOWAT above 1 */
+	UNSUPPORTED_FIONREAD = 16,
+	UNSUPPORTED_SPLICE = 32,
+	UNSUPPORTED_ULP = 64, /* kTLS or another upper layer protocol */
+	UNSUPPORTED_ZEROCOPY = 128, /* SO_ZEROCOPY */
+	UNSUPPORTED_MPTCP_LISTENER = 256,
+	UNSUPPORTED_BLOCKING = 512, /* a server's socket in blocking mode */
+	UNSUPPORTED_MAX = 10,
 };
 
 /* One receiver, written by the receive observer and by the guards. */
 struct receiving {
 	__u64 read_bytes;
 	enum read_state state;
-	__u32 unserved_flags; /* of recv */
-	__u32 sleeper; /* the last thread that read without MSG_DONTWAIT, or 0 */
+	__u32 unsupported_flags; /* of recv */
+	__u32 blocking_reader; /* the last thread that read without MSG_DONTWAIT, or 0 */
 	__u32 reads; /* finished recv calls, here and on earlier connections to the port */
 	__u32 drains; /* recv calls that found nothing right after one that was not filled: the same */
 	__u32 unfilled; /* the last recv call was not filled */
@@ -166,8 +166,8 @@ struct side {
  * the kernel's 48 byte element header and the 8 byte key, what the two sockets
  * write lies on cache lines of its own.
  */
-struct pair {
-	__u64 state; /* id << PAIR_STATE_BITS | enum pair_state */
+struct flow {
+	__u64 state; /* id << FLOW_STATE_BITS | enum flow_state */
 
 	__u64 cookie[SIDE_MAX];
 	__u64 sock[SIDE_MAX]; /* kernel address of the tcp_sock */
@@ -175,14 +175,14 @@ struct pair {
 	__u64 since_ns; /* CLOCK_MONOTONIC */
 
 	__be32 client_addr[4];
-	__be32 dialled_addr[4]; /* differs from server_addr behind a Service */
+	__be32 orig_dst_addr[4]; /* differs from server_addr behind a Service */
 	__be32 server_addr[4];
 	__u16 client_port;
-	__u16 dialled_port;
+	__u16 orig_dst_port;
 	__u16 server_port;
-	__u16 port_in_doubt; /* the server's pod has redirected dialled_port to server_port */
-	__u32 misfit
-		[SIDE_MAX]; /* enum misfit_reason, what has been remembered of what the side did */
+	__u16 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
+	__u32 unsupported
+		[SIDE_MAX]; /* enum unsupported, what has been remembered of what the side did */
 	__u32 client_seq;
 	__u32 server_seq;
 
@@ -190,10 +190,10 @@ struct pair {
 };
 
 _Static_assert(sizeof(struct client_key) == 32, "no padding in keys");
-_Static_assert(sizeof(struct handshake_key) == 32, "no padding in keys");
+_Static_assert(sizeof(struct pending_key) == 32, "no padding in keys");
 _Static_assert(sizeof(struct sending) == 2 * 64, "two cache lines");
 _Static_assert(sizeof(struct receiving) == 64, "a cache line");
-_Static_assert(sizeof(struct pair) == 8 + 64 + 64 + 6 * 64, "whole cache lines behind the state");
+_Static_assert(sizeof(struct flow) == 8 + 64 + 64 + 6 * 64, "whole cache lines behind the state");
 
 /*
  * Key of the policy, a longest-prefix match: the client's and the server's
@@ -228,7 +228,7 @@ struct learned_key {
 
 struct learned_value {
 	__u64 since_ns; /* CLOCK_MONOTONIC, of the first reason */
-	__u32 reasons; /* enum misfit_reason: new connections are not paired */
+	__u32 reasons; /* enum unsupported: new connections are not paired */
 	/* What the program has proved as a receiver: flow.h, struct sending and receiving. */
 	__u32 reads;
 	__u32 proved;
@@ -251,17 +251,17 @@ struct settings {
 	__u32 generation; /* of the policy: raised after every change of it */
 	__u32 redirect; /* 0 sends every message by TCP */
 	__u32 budget; /* bytes: the highest limit of a direction */
-	__u32 sleepers; /* let sockets take part whose reads may sleep: see should_leave */
+	__u32 allow_blocking; /* let sockets take part whose reads may sleep: see should_evict */
 	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, as for limit */
 	__u64 refresh_ns; /* how long a direction does without TCP, 0 for ever */
 	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted, 0 for ever */
 	__u32 trial_reads; /* see on_trial */
 	__u32 trial_bytes;
 	__u32 trial_drains; /* see edge_triggered */
-	__u32 flow_share; /* entries of pairs that one pod may have */
+	__u32 flow_share; /* entries of flows that one pod may have */
 	__u32 learned_share;
 	__u32 no_mptcp_listeners; /* keep out what they accept: see kernel_socket */
-	__u32 splice_seen; /* a guard disqualifies receivers that use splice: see recount */
+	__u32 splice_seen; /* a guard marks receivers unsupported that use splice: see recount */
 	__u32 reserved;
 };
 

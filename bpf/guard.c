@@ -4,7 +4,7 @@
 /*
  * Guards: where the kernel allows trampolines, these see a call that it does not
  * serve on a shortcut socket before it is served. They are loaded one by one, and
- * attached only while a pod takes part. Each looks at the sockets of pairs alone.
+ * attached only while a pod takes part. Each looks at the sockets of flows alone.
  */
 
 #include <stdbool.h>
@@ -16,7 +16,7 @@
 
 #include "flow.h"
 #include "kernel.h"
-#include "misfit.h"
+#include "unsupported.h"
 
 #define FIONREAD 0x541B /* include/uapi/asm-generic/ioctls.h */
 #define MAY_READ 4 /* include/linux/fs.h */
@@ -59,22 +59,22 @@ static __always_inline bool take_mark(__u64 of)
 	return true;
 }
 
-static __always_inline struct pair *find_pair(struct sock *sk, __u32 *side)
+static __always_inline struct flow *find_flow(struct sock *sk, __u32 *side)
 {
-	struct member *self;
+	struct sk_flow *self;
 
 	if (!sk)
 		return NULL;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	if (!self)
 		return NULL;
 	*side = self->side & 1;
-	return pair_of(self, sk);
+	return flow_of(self, sk);
 }
 
-static __always_inline bool left(const struct pair *pair, __u32 side)
+static __always_inline bool evicted(const struct flow *flow, __u32 side)
 {
-	return pair->state & (side == SIDE_CLIENT ? PAIR_CLIENT_LEFT : PAIR_SERVER_LEFT);
+	return flow->state & (side == SIDE_CLIENT ? FLOW_CLIENT_EVICTED : FLOW_SERVER_EVICTED);
 }
 
 /*
@@ -83,30 +83,30 @@ static __always_inline bool left(const struct pair *pair, __u32 side)
  * From the first call on everything goes by TCP, where splice is served.
  */
 
-static __always_inline bool redirected(const struct pair *pair, __u32 side)
+static __always_inline bool redirected(const struct flow *flow, __u32 side)
 {
-	const struct sending *toward = &pair->side[side ^ 1].sending;
+	const struct sending *toward = &flow->side[side ^ 1].sending;
 
 	return *(volatile __u32 *)&toward->busy ||
 	       *(volatile __u64 *)&toward->redirect_end >
-		       pair->side[side].receiving.read_bytes + toward->missed;
+		       flow->side[side].receiving.read_bytes + toward->missed;
 }
 
 SEC("fentry/do_splice")
 int splice_begins(__u64 *ctx)
 {
 	struct socket *socket = bpf_sock_from_file((struct file *)ctx[0]);
-	struct pair *pair;
+	struct flow *flow;
 	__u32 side;
 
 	if (!socket)
 		return 0;
-	pair = find_pair(socket->sk, &side);
-	if (!pair || left(pair, side))
+	flow = find_flow(socket->sk, &side);
+	if (!flow || evicted(flow, side))
 		return 0;
 	/* A full barrier: either deliver sees that, or we see it at work. */
-	disqualify(pair, side, side, MISFIT_SPLICE);
-	if (redirected(pair, side))
+	mark_unsupported(flow, side, side, UNSUPPORTED_SPLICE);
+	if (redirected(flow, side))
 		set_mark(ctx[0]);
 	return 0;
 }
@@ -134,12 +134,12 @@ int splice_refused(__u64 *ctx)
 SEC("fentry/tcp_splice_read")
 int splice_seen(__u64 *ctx)
 {
-	struct pair *pair;
+	struct flow *flow;
 	__u32 side;
 
-	pair = find_pair(((struct socket *)ctx[0])->sk, &side);
-	if (pair && !left(pair, side))
-		disqualify(pair, side, side, MISFIT_SPLICE);
+	flow = find_flow(((struct socket *)ctx[0])->sk, &side);
+	if (flow && !evicted(flow, side))
+		mark_unsupported(flow, side, side, UNSUPPORTED_SPLICE);
 	return 0;
 }
 
@@ -157,15 +157,15 @@ static __always_inline bool sets_ulp(const __u64 *ctx)
 SEC("fentry/security_socket_setsockopt")
 int ulp_begins(__u64 *ctx)
 {
-	struct pair *pair;
+	struct flow *flow;
 	__u32 side;
 
 	if (!sets_ulp(ctx))
 		return 0;
-	pair = find_pair(((struct socket *)ctx[0])->sk, &side);
-	if (!pair || left(pair, side))
+	flow = find_flow(((struct socket *)ctx[0])->sk, &side);
+	if (!flow || evicted(flow, side))
 		return 0;
-	remember(pair, side, MISFIT_ULP);
+	remember(flow, side, UNSUPPORTED_ULP);
 	set_mark(ctx[0]);
 	return 0;
 }
@@ -180,14 +180,14 @@ int ulp_refused(__u64 *ctx)
 SEC("fentry/tcp_ioctl")
 int fionread_seen(__u64 *ctx)
 {
-	struct pair *pair;
+	struct flow *flow;
 	__u32 side;
 
 	if ((int)ctx[1] != FIONREAD)
 		return 0;
-	pair = find_pair((struct sock *)ctx[0], &side);
-	if (pair)
-		disqualify(pair, side, side, MISFIT_FIONREAD);
+	flow = find_flow((struct sock *)ctx[0], &side);
+	if (flow)
+		mark_unsupported(flow, side, side, UNSUPPORTED_FIONREAD);
 	return 0;
 }
 
@@ -196,15 +196,15 @@ int fionread_seen(__u64 *ctx)
 SEC("fentry/tcp_bpf_recvmsg")
 int flags_of_recv(__u64 *ctx)
 {
-	__u32 flags = (__u32)ctx[3] & ~RECV_SERVED;
-	struct pair *pair;
+	__u32 flags = (__u32)ctx[3] & ~RECV_SUPPORTED;
+	struct flow *flow;
 	__u32 side;
 
 	if (!flags)
 		return 0;
-	pair = find_pair((struct sock *)ctx[0], &side);
-	if (pair)
-		disqualify_flags(pair, side, flags);
+	flow = find_flow((struct sock *)ctx[0], &side);
+	if (flow)
+		mark_unsupported_flags(flow, side, flags);
 	return 0;
 }
 
@@ -212,14 +212,14 @@ SEC("fentry/tcp_bpf_sendmsg")
 int flags_of_send(__u64 *ctx)
 {
 	struct msghdr *msg = (struct msghdr *)ctx[1];
-	struct pair *pair;
+	struct flow *flow;
 	__u32 side;
 
 	if (!(msg->msg_flags & MSG_OOB))
 		return 0;
-	pair = find_pair((struct sock *)ctx[0], &side);
-	if (pair)
-		disqualify(pair, side ^ 1, side, MISFIT_OOB);
+	flow = find_flow((struct sock *)ctx[0], &side);
+	if (flow)
+		mark_unsupported(flow, side ^ 1, side, UNSUPPORTED_OOB);
 	return 0;
 }
 

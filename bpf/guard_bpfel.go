@@ -17,11 +17,11 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	GuardMapControl        = "control"
+	GuardMapFlows          = "flows"
 	GuardMapLearned        = "learned"
 	GuardMapMarks          = "marks"
-	GuardMapMembers        = "members"
-	GuardMapPairs          = "pairs"
 	GuardMapShares         = "shares"
+	GuardMapSkFlows        = "sk_flows"
 	GuardProgFionreadSeen  = "fionread_seen"
 	GuardProgFlagsOfRecv   = "flags_of_recv"
 	GuardProgFlagsOfSend   = "flags_of_send"
@@ -91,11 +91,11 @@ type GuardProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardMapSpecs struct {
 	Control *ebpf.MapSpec `ebpf:"control"`
+	Flows   *ebpf.MapSpec `ebpf:"flows"`
 	Learned *ebpf.MapSpec `ebpf:"learned"`
 	Marks   *ebpf.MapSpec `ebpf:"marks"`
-	Members *ebpf.MapSpec `ebpf:"members"`
-	Pairs   *ebpf.MapSpec `ebpf:"pairs"`
 	Shares  *ebpf.MapSpec `ebpf:"shares"`
+	SkFlows *ebpf.MapSpec `ebpf:"sk_flows"`
 }
 
 // GuardVariableSpecs contains global variables before they are loaded into the kernel.
@@ -125,21 +125,21 @@ func (o *GuardObjects) Close() error {
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardMaps struct {
 	Control *ebpf.Map `ebpf:"control"`
+	Flows   *ebpf.Map `ebpf:"flows"`
 	Learned *ebpf.Map `ebpf:"learned"`
 	Marks   *ebpf.Map `ebpf:"marks"`
-	Members *ebpf.Map `ebpf:"members"`
-	Pairs   *ebpf.Map `ebpf:"pairs"`
 	Shares  *ebpf.Map `ebpf:"shares"`
+	SkFlows *ebpf.Map `ebpf:"sk_flows"`
 }
 
 func (m *GuardMaps) Close() error {
 	return _GuardClose(
 		m.Control,
+		m.Flows,
 		m.Learned,
 		m.Marks,
-		m.Members,
-		m.Pairs,
 		m.Shares,
+		m.SkFlows,
 	)
 }
 

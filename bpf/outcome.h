@@ -11,11 +11,11 @@
 enum outcome {
 	/* Messages, in bytes and number. The first is the shortcut, all others went by TCP. */
 	OUTCOME_SHORTCUT,
-	OUTCOME_UNKNOWN_SOCKET, /* in the SOCKHASH, but its pair record is gone */
+	OUTCOME_UNKNOWN_SOCKET, /* in the SOCKHASH, but its flow record is gone */
 	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
-	OUTCOME_LEFT, /* either socket has left, or is about to (flow.h, struct sending) */
+	OUTCOME_EVICTED, /* either socket is evicted, or about to be (flow.h, struct sending) */
 	OUTCOME_STALE, /* the agent has not vouched for the policy for too long */
 	OUTCOME_NOT_ALLOWED, /* policy */
 	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
@@ -23,7 +23,7 @@ enum outcome {
 	OUTCOME_ZEROCOPY, /* the sender has SO_ZEROCOPY: only TCP sends completions */
 	OUTCOME_LOWAT, /* the receiver has SO_RCVLOWAT above 1 */
 	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
-	OUTCOME_UNSERVED, /* either end was seen to use a call that is not served: enum misfit_reason */
+	OUTCOME_UNSUPPORTED, /* either end was seen to use a call that is not served: enum unsupported */
 	OUTCOME_TRIAL, /* the receiver has not yet proved by TCP that it takes such messages by recv */
 	OUTCOME_EDGE, /* the receiver waits for an edge of epoll, and may do so after a recv that was not filled */
 	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
@@ -38,24 +38,24 @@ enum outcome {
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
 	OUTCOME_PAIRING_STALE, /* as OUTCOME_STALE */
-	OUTCOME_MISFIT, /* the server port is known for what is not served, or for an MPTCP listener */
-	OUTCOME_SHARE, /* one of the pods has its share of pairs */
+	OUTCOME_UNSUPPORTED_PORT, /* the server port is known for what is not served, or for an MPTCP listener */
+	OUTCOME_SHARE, /* one of the pods has its share of flows */
 	OUTCOME_KERNEL_SOCKET, /* either end is a socket of the kernel's own, such as AF_SMC's */
 	OUTCOME_MPTCP,
-	OUTCOME_SLEEPER, /* reads of the client's socket may sleep */
+	OUTCOME_BLOCKING_CLIENT, /* reads of the client's socket may sleep */
 	OUTCOME_BLOCKING_SERVER, /* the listener is in blocking mode, and may accept into it */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
-	OUTCOME_HINTS_FULL,
-	OUTCOME_HINT_LOST, /* evicted or replaced before the handshake ended, or none was left (SYN cookies) */
-	OUTCOME_HANDSHAKES_FULL,
-	OUTCOME_PAIRS_FULL,
+	OUTCOME_SYNS_FULL,
+	OUTCOME_SYN_LOST, /* dropped or replaced before the handshake ended, or none was left (SYN cookies) */
+	OUTCOME_PENDING_FULL,
+	OUTCOME_FLOWS_FULL,
 	OUTCOME_SOCKETS_FULL,
 	OUTCOME_SOCKET_BUSY, /* another product's sk_msg program holds the socket */
 	OUTCOME_NO_MEMORY, /* socket storage or psock could not be allocated */
 	OUTCOME_UNMATCHED, /* a client announced itself, but the sequence numbers differ */
 	OUTCOME_CLIENT_CLOSED, /* the client's socket closed before the server's joined */
-	OUTCOME_REUSED, /* a socket has left because it connects or listens once more */
-	OUTCOME_SOCKET_LEFT, /* a socket has left the SOCKHASH and goes on as a plain one */
+	OUTCOME_REUSED, /* a socket is evicted because it connects or listens once more */
+	OUTCOME_SOCKET_EVICTED, /* a socket is taken out of the SOCKHASH and goes on as a plain one */
 	OUTCOME_MAX,
 };
 

@@ -11,7 +11,7 @@
 
 #include "flow.h"
 #include "kernel.h"
-#include "misfit.h"
+#include "unsupported.h"
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -27,7 +27,7 @@
 
 /* Defaults; the loader raises or lowers them. */
 #define POLICY_MAX 131072
-#define HANDSHAKES_MAX 16384
+#define PENDING_MAX 16384
 
 /* What a redirected message takes of the kernel beside its bytes: struct sk_msg, a slab object of 1 KiB. */
 #define MESSAGE_COST 1024
@@ -77,23 +77,23 @@ struct {
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, HANDSHAKES_MAX);
+	__uint(max_entries, PENDING_MAX);
 	__type(key, struct client_key);
-	__type(value, struct hint);
-} hints SEC(".maps");
+	__type(value, struct syn);
+} syns SEC(".maps");
 
-/* A client that found its hint waits for the server's socket. As hints. */
+/* A client that found its entry in syns waits for the server's socket. As syns. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, HANDSHAKES_MAX);
-	__type(key, struct handshake_key);
-	__type(value, struct handshake);
-} handshakes SEC(".maps");
+	__uint(max_entries, PENDING_MAX);
+	__type(key, struct pending_key);
+	__type(value, struct pending);
+} pending SEC(".maps");
 
-/* Both sockets of every pair by socket cookie. The kernel deletes on close. Full: TCP. */
+/* Both sockets of every flow by socket cookie. The kernel deletes on close. Full: TCP. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, 2 * PAIRS_MAX);
+	__uint(max_entries, 2 * FLOWS_MAX);
 	__type(key, __u64);
 	__type(value, __u64);
 } sockets SEC(".maps");
@@ -107,11 +107,11 @@ struct {
 } outcomes SEC(".maps");
 
 /* Keep the types in the BTF that bpf2go reads. */
-const enum pair_state *pair_state_type __attribute__((unused));
-const enum misfit_reason *misfit_reason_type __attribute__((unused));
+const enum flow_state *flow_state_type __attribute__((unused));
+const enum unsupported *unsupported_type __attribute__((unused));
 
-/* What a new pair starts from: the record is too large for the stack. */
-static const struct pair blank;
+/* What a new flow starts from: the record is too large for the stack. */
+static const struct flow blank;
 
 static __always_inline void count(enum outcome outcome, __u64 bytes)
 {
@@ -142,12 +142,12 @@ static __always_inline void look_up_policy(__u64 client, __u64 server, __u16 por
  * deliver: which way a message goes.
  */
 
-#define PAIR_ANY_LEAVES (PAIR_CLIENT_LEAVES | PAIR_SERVER_LEAVES)
+#define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
 
 /* The peer's memory may have been freed and used again: the cookie read last says for whom. */
-static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __u32 write_seq)
+static __always_inline bool peer_drained(const struct flow *flow, __u32 peer, __u32 write_seq)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
+	struct tcp_sock *tp = (struct tcp_sock *)flow->sock[peer];
 	__u32 copied_seq;
 	__s64 cookie;
 
@@ -155,13 +155,13 @@ static __always_inline bool peer_drained(const struct pair *pair, __u32 peer, __
 	    bpf_core_read(&cookie, sizeof(cookie),
 			  &tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter))
 		return false;
-	return copied_seq == write_seq && (__u64)cookie == pair->cookie[peer];
+	return copied_seq == write_seq && (__u64)cookie == flow->cookie[peer];
 }
 
 /* OUTCOME_SHORTCUT: none. What is found is remembered, so it has to be the peer's own. */
-static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32 peer)
+static __always_inline enum outcome peer_unsupported(const struct flow *flow, __u32 peer)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)pair->sock[peer];
+	struct tcp_sock *tp = (struct tcp_sock *)flow->sock[peer];
 	__s64 cookie;
 	void *ulp;
 	int lowat;
@@ -173,7 +173,7 @@ static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32
 		return OUTCOME_SHORTCUT;
 	if (bpf_core_read(&cookie, sizeof(cookie),
 			  &tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter) ||
-	    (__u64)cookie != pair->cookie[peer])
+	    (__u64)cookie != flow->cookie[peer])
 		return OUTCOME_PEER_GONE;
 	return ulp ? OUTCOME_ULP : OUTCOME_LOWAT;
 }
@@ -184,7 +184,7 @@ static __always_inline enum outcome peer_obstacle(const struct pair *pair, __u32
  * exceeded (__sk_mem_raise_allocated); what is between the first and that one is
  * room for messages that are sent at once.
  */
-static __always_inline bool short_of_memory(const struct tcp_sock *tp)
+static __always_inline bool memory_pressure(const struct tcp_sock *tp)
 {
 	const struct proto *prot = tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot;
 	__s64 allocated;
@@ -195,17 +195,17 @@ static __always_inline bool short_of_memory(const struct tcp_sock *tp)
 }
 
 /* The verdict on both ports, if the pod's own NAT makes two of them. */
-static __always_inline void ask_policy(const struct pair *pair, struct policy *policy)
+static __always_inline void ask_policy(const struct flow *flow, struct policy *policy)
 {
-	__u64 client = pair->netns[SIDE_CLIENT], server = pair->netns[SIDE_SERVER];
+	__u64 client = flow->netns[SIDE_CLIENT], server = flow->netns[SIDE_SERVER];
 
-	if (pair->port_in_doubt) {
-		look_up_policy(client, server, pair->dialled_port, policy);
+	if (flow->port_in_doubt) {
+		look_up_policy(client, server, flow->orig_dst_port, policy);
 		if (policy->verdict != VERDICT_ALLOW)
 			return;
 		policy->verdict = VERDICT_REFUSE;
 	}
-	look_up_policy(client, server, pair->server_port, policy);
+	look_up_policy(client, server, flow->server_port, policy);
 }
 
 /*
@@ -214,12 +214,12 @@ static __always_inline void ask_policy(const struct pair *pair, struct policy *p
  * TCP's bytes have all been copied, as the caller knows, and the queue of
  * redirected messages is empty. A recv that holds bytes and waits for more does not
  * exist in non-blocking mode; bytes that splice has taken are known by its guard.
- * A read that ended just now is counted after us: choose sees then that more is
+ * A read that ended just now is counted after us: decide sees then that more is
  * read than was sent.
  */
-static __always_inline bool recount(const struct pair *pair, __u32 peer, const struct settings *set)
+static __always_inline bool recount(const struct flow *flow, __u32 peer, const struct settings *set)
 {
-	struct sock *sk = (struct sock *)pair->sock[peer];
+	struct sock *sk = (struct sock *)flow->sock[peer];
 	struct socket *socket;
 	struct list_head *next;
 	struct sk_psock *psock;
@@ -240,7 +240,7 @@ static __always_inline bool recount(const struct pair *pair, __u32 peer, const s
 	    (void *)next != (void *)&psock->ingress_msg)
 		return false;
 	return !bpf_core_read(&cookie, sizeof(cookie), &sk->__sk_common.skc_cookie.counter) &&
-	       (__u64)cookie == pair->cookie[peer];
+	       (__u64)cookie == flow->cookie[peer];
 }
 
 /*
@@ -251,10 +251,10 @@ static __always_inline bool recount(const struct pair *pair, __u32 peer, const s
  * reckoned with when it said what may be sent. A buffer that the application has
  * not fixed grows up to tcp_rmem (tcp_clamp_window).
  */
-static __always_inline bool has_room(const struct pair *pair, __u32 peer,
+static __always_inline bool has_room(const struct flow *flow, __u32 peer,
 				     const struct tcp_sock *own, __s64 bytes)
 {
-	struct sock *sk = (struct sock *)pair->sock[peer];
+	struct sock *sk = (struct sock *)flow->sock[peer];
 	__s64 by_tcp = own->snd_wnd + own->snd_wnd / 4;
 	struct net *net;
 	int room, highest;
@@ -361,9 +361,9 @@ static __always_inline bool on_trial(struct sending *dir, const struct receiving
  * call recv once more, and to find nothing, always comes to the TCP bytes (Go,
  * envoy); so does one that waits for levels.
  */
-static __always_inline bool edge_triggered(const struct pair *pair, __u32 peer)
+static __always_inline bool edge_triggered(const struct flow *flow, __u32 peer)
 {
-	struct sock *sk = (struct sock *)pair->sock[peer];
+	struct sock *sk = (struct sock *)flow->sock[peer];
 	struct list_head *head, *next;
 	struct socket_wq *wq;
 
@@ -408,14 +408,14 @@ static __always_inline bool edge_triggered(const struct pair *pair, __u32 peer)
  * (MSG_WAITALL, SO_RCVLOWAT) waits for TCP and would not see redirected data;
  * neither would one that takes bytes by splice.
  */
-static __always_inline enum outcome choose(struct pair *pair, __u32 own, const struct settings *set,
+static __always_inline enum outcome decide(struct flow *flow, __u32 own, const struct settings *set,
 					   const struct tcp_sock *tp, __u32 size, __u64 now,
 					   __s64 **charged, __u32 *held)
 {
 	__u32 peer = own ^ 1, write_seq = tp->write_seq;
 	__u32 generation = *(volatile __u32 *)&set->generation;
-	struct sending *dir = &pair->side[own & 1].sending;
-	const struct receiving *reader = &pair->side[peer & 1].receiving;
+	struct sending *dir = &flow->side[own & 1].sending;
+	const struct receiving *reader = &flow->side[peer & 1].receiving;
 	__s64 unread, cost;
 	__u64 end, read;
 	__u32 limit;
@@ -431,14 +431,14 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	}
 	unread = end - read;
 	count_queued(dir, end, read);
-	trial = on_trial(dir, &pair->side[own & 1].receiving, reader, set, unread, size);
+	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
-	if (!(pair->state & PAIR_SERVER_JOINED))
+	if (!(flow->state & FLOW_SERVER_JOINED))
 		return OUTCOME_PEER_MISSING;
-	if (pair->state & (PAIR_CLIENT_GONE | PAIR_SERVER_GONE))
+	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
-	if (pair->state & PAIR_ANY_LEAVES)
-		return OUTCOME_LEFT;
+	if (flow->state & FLOW_ANY_EVICTING)
+		return OUTCOME_EVICTED;
 	if (!set->redirect)
 		return OUTCOME_SWITCHED_OFF;
 	if (set->lease_ns && now > set->lease_ns)
@@ -446,7 +446,7 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	if (dir->generation != generation) {
 		struct policy policy = {};
 
-		ask_policy(pair, &policy);
+		ask_policy(flow, &policy);
 		dir->generation = generation;
 		dir->verdict = policy.verdict;
 		dir->policy_reason = policy.reason;
@@ -460,20 +460,20 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_flags &
 	    1UL << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY))
 		return OUTCOME_ZEROCOPY;
-	if (reader->state & READ_UNSERVED)
-		return OUTCOME_UNSERVED;
-	if (reader->sleeper && !set->sleepers)
-		return OUTCOME_LEFT;
+	if (reader->state & READ_UNSUPPORTED)
+		return OUTCOME_UNSUPPORTED;
+	if (reader->blocking_reader && !set->allow_blocking)
+		return OUTCOME_EVICTED;
 	if (!(reader->state & READ_SEEN))
 		return OUTCOME_NOT_SEEN;
 	if (trial)
 		return OUTCOME_TRIAL;
-	if (!dir->shortcut && reader->drains < set->trial_drains && edge_triggered(pair, peer & 1))
+	if (!dir->shortcut && reader->drains < set->trial_drains && edge_triggered(flow, peer & 1))
 		return OUTCOME_EDGE;
 	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
 		return OUTCOME_REFRESH;
 	if (write_seq != dir->drained_seq) {
-		if (!peer_drained(pair, peer & 1, write_seq))
+		if (!peer_drained(flow, peer & 1, write_seq))
 			return OUTCOME_DRAINING;
 		dir->drained_seq = write_seq;
 	}
@@ -481,7 +481,7 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		grow(dir, read, set);
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
-	if (unread && (!dir->shortcut || cost > limit) && recount(pair, peer & 1, set)) {
+	if (unread && (!dir->shortcut || cost > limit) && recount(flow, peer & 1, set)) {
 		dir->missed += unread;
 		unread = 0;
 		count_queued(dir, end, end);
@@ -493,15 +493,15 @@ static __always_inline enum outcome choose(struct pair *pair, __u32 own, const s
 		dir->flags |= SENDING_SPILLED;
 		return OUTCOME_BUDGET;
 	}
-	if (!has_room(pair, peer & 1, tp, unread + size))
+	if (!has_room(flow, peer & 1, tp, unread + size))
 		return OUTCOME_RECEIVE_BUFFER;
 	*held = cost;
-	*charged = bpf_map_lookup_elem(&charges, &pair->netns[peer & 1]);
+	*charged = bpf_map_lookup_elem(&charges, &flow->netns[peer & 1]);
 	if (!*charged || **charged + cost - (__u32)dir->charge > (__s64)set->pod_budget)
 		return OUTCOME_POD_BUDGET;
-	if (short_of_memory(tp))
+	if (memory_pressure(tp))
 		return OUTCOME_MEMORY;
-	return peer_obstacle(pair, peer & 1);
+	return peer_unsupported(flow, peer & 1);
 }
 
 /*
@@ -518,35 +518,35 @@ static __always_inline void charge(struct sending *dir, __s64 *charged, __u32 co
 }
 
 /* Takes back what the direction towards a receiver is charged with, if it is still the same. */
-static __always_inline void uncharge(struct pair *pair, __u32 receiver, __u64 charge)
+static __always_inline void uncharge(struct flow *flow, __u32 receiver, __u64 charge)
 {
-	struct sending *dir = &pair->side[(receiver ^ 1) & 1].sending;
+	struct sending *dir = &flow->side[(receiver ^ 1) & 1].sending;
 	__s64 *charged;
 
 	if (!(__u32)charge ||
 	    __sync_val_compare_and_swap(&dir->charge, charge, charge & ~0xffffffffULL) != charge)
 		return;
-	charged = bpf_map_lookup_elem(&charges, &pair->netns[receiver & 1]);
+	charged = bpf_map_lookup_elem(&charges, &flow->netns[receiver & 1]);
 	if (charged)
 		__sync_fetch_and_add(charged, -(__s64)(__u32)charge);
 }
 
 /* A receiver is closed: nothing is read any more. */
-static __always_inline void uncharge_all(struct pair *pair, __u32 receiver)
+static __always_inline void uncharge_all(struct flow *flow, __u32 receiver)
 {
-	uncharge(pair, receiver, pair->side[(receiver ^ 1) & 1].sending.charge);
+	uncharge(flow, receiver, flow->side[(receiver ^ 1) & 1].sending.charge);
 }
 
 /* What the receiver of a direction has proved shortens the trial of later connections to the port. */
-static __always_inline void learn(const struct pair *pair, __u32 own, const struct settings *set)
+static __always_inline void learn(const struct flow *flow, __u32 own, const struct settings *set)
 {
-	const struct sending *dir = &pair->side[own & 1].sending;
-	__u32 reads = pair->side[(own ^ 1) & 1].receiving.reads;
-	__u32 drains = pair->side[(own ^ 1) & 1].receiving.drains;
+	const struct sending *dir = &flow->side[own & 1].sending;
+	__u32 reads = flow->side[(own ^ 1) & 1].receiving.reads;
+	__u32 drains = flow->side[(own ^ 1) & 1].receiving.drains;
 	struct learned_value *known;
 
-	known = get_learned(own == SIDE_SERVER ? pair->netns[SIDE_CLIENT] : 0,
-			    pair->netns[SIDE_SERVER], pair->server_port, set->learned_share);
+	known = get_learned(own == SIDE_SERVER ? flow->netns[SIDE_CLIENT] : 0,
+			    flow->netns[SIDE_SERVER], flow->server_port, set->learned_share);
 	if (!known)
 		return;
 	if (known->reads < reads)
@@ -562,7 +562,7 @@ static __always_inline void learn(const struct pair *pair, __u32 own, const stru
 }
 
 /* Sockets of the kernel have no file, and count as such: they are none of a pod's. */
-static __always_inline bool may_sleep(const struct tcp_sock *tp)
+static __always_inline bool is_blocking(const struct tcp_sock *tp)
 {
 	return !(tp->inet_conn.icsk_inet.sk.sk_socket->file->f_flags & O_NONBLOCK);
 }
@@ -573,31 +573,31 @@ static __always_inline bool may_sleep(const struct tcp_sock *tp)
  * 6.18.44 after a signal, a reset, a full receive buffer, and when TCP's send
  * buffer has been full and drains). So sockets whose reads may sleep are kept
  * out, unless the user accepts it. If so, two cases are avoided: a socket that is
- * read by one thread and written by another leaves, and so does one whose send
+ * read by one thread and written by another is evicted, and so is one whose send
  * buffer has been full (on_ack).
  */
-static __always_inline bool should_leave(const struct side *own, const struct settings *set,
+static __always_inline bool should_evict(const struct side *own, const struct settings *set,
 					 const struct tcp_sock *tp)
 {
-	__u32 reader = own->receiving.sleeper;
+	__u32 reader = own->receiving.blocking_reader;
 
-	return may_sleep(tp) &&
-	       (!set->sleepers || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
+	return is_blocking(tp) &&
+	       (!set->allow_blocking || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
 }
 
 /* Options that may be set at any time, and are looked at with each message. */
-static __always_inline void remember_obstacle(struct pair *pair, __u32 own, enum outcome outcome,
-					      const struct tcp_sock *tp)
+static __always_inline void remember_option(struct flow *flow, __u32 own, enum outcome outcome,
+					    const struct tcp_sock *tp)
 {
 	switch (outcome) {
 	case OUTCOME_ULP:
-		remember(pair, tp->inet_conn.icsk_ulp_ops ? own : own ^ 1, MISFIT_ULP);
+		remember(flow, tp->inet_conn.icsk_ulp_ops ? own : own ^ 1, UNSUPPORTED_ULP);
 		break;
 	case OUTCOME_ZEROCOPY:
-		remember(pair, own, MISFIT_ZEROCOPY);
+		remember(flow, own, UNSUPPORTED_ZEROCOPY);
 		break;
 	case OUTCOME_LOWAT:
-		remember(pair, own ^ 1, MISFIT_LOWAT);
+		remember(flow, own ^ 1, UNSUPPORTED_LOWAT);
 		break;
 	default:
 		break;
@@ -613,33 +613,33 @@ int deliver(struct sk_msg_md *msg)
 	__u32 size = msg->size;
 	__s64 *charged = NULL;
 	struct sending *dir;
-	struct member *self;
+	struct sk_flow *self;
 	struct tcp_sock *tp;
-	struct pair *pair;
+	struct flow *flow;
 	__u32 own, held = 0;
 	__u64 now;
 
 	if (!sk || !set)
 		goto pass;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	if (!self)
 		goto pass;
 	own = self->side & 1;
-	pair = pair_of(self, sk);
-	if (!pair)
+	flow = flow_of(self, sk);
+	if (!flow)
 		goto pass;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		goto pass;
 
-	dir = &pair->side[own].sending;
+	dir = &flow->side[own].sending;
 	now = bpf_ktime_get_coarse_ns();
-	/* A full barrier: either take_out sees us at work, or we see that a socket leaves. */
+	/* A full barrier: either evict sees us at work, or we see that a socket is to be evicted. */
 	__sync_fetch_and_or(&dir->busy, 1);
-	outcome = choose(pair, own, set, tp, size, now, &charged, &held);
-	/* SK_DROP here means that the peer has left the SOCKHASH: TCP then answers as always. */
+	outcome = decide(flow, own, set, tp, size, now, &charged, &held);
+	/* SK_DROP here means that the peer was evicted: TCP then answers as always. */
 	if (outcome == OUTCOME_SHORTCUT &&
-	    bpf_msg_redirect_hash(msg, &sockets, &pair->cookie[own ^ 1], BPF_F_INGRESS) != SK_PASS)
+	    bpf_msg_redirect_hash(msg, &sockets, &flow->cookie[own ^ 1], BPF_F_INGRESS) != SK_PASS)
 		outcome = OUTCOME_REDIRECT_REFUSED;
 	dir->last_size = size;
 	if (outcome == OUTCOME_SHORTCUT) {
@@ -653,21 +653,21 @@ int deliver(struct sk_msg_md *msg)
 		dir->reason = outcome;
 		dir->shortcut = false;
 		dir->last_tcp_ns = now;
-		remember_obstacle(pair, own, outcome, tp);
+		remember_option(flow, own, outcome, tp);
 	}
 	if (!(dir->flags & SENDING_LEARNED) &&
-	    pair->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {
+	    flow->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {
 		dir->flags |= SENDING_LEARNED;
-		learn(pair, own, set);
+		learn(flow, own, set);
 	}
-	if (!dir->leave && should_leave(&pair->side[own], set, tp)) {
-		dir->leave = true;
-		if (!set->sleepers)
-			remember(pair, own, MISFIT_BLOCKING);
+	if (!dir->evict && should_evict(&flow->side[own], set, tp)) {
+		dir->evict = true;
+		if (!set->allow_blocking)
+			remember(flow, own, UNSUPPORTED_BLOCKING);
 	}
-	if (!set->sleepers && pair->side[own ^ 1].receiving.sleeper) {
-		dir->peer_leave = true;
-		remember(pair, own ^ 1, MISFIT_BLOCKING);
+	if (!set->allow_blocking && flow->side[own ^ 1].receiving.blocking_reader) {
+		dir->evict_peer = true;
+		remember(flow, own ^ 1, UNSUPPORTED_BLOCKING);
 	}
 	__sync_fetch_and_and(&dir->busy, 0);
 pass:
@@ -683,18 +683,18 @@ pass:
 static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 {
 	struct receiving *reader;
-	struct member *self;
-	struct pair *pair;
+	struct sk_flow *self;
+	struct flow *flow;
 
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
 		return;
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	if (!self)
 		return;
-	pair = pair_of(self, sk);
-	if (!pair)
+	flow = flow_of(self, sk);
+	if (!flow)
 		return;
-	reader = &pair->side[self->side & 1].receiving;
+	reader = &flow->side[self->side & 1].receiving;
 	if (reader->unfilled && reader->drains < ~0U)
 		reader->drains++;
 	reader->unfilled = false;
@@ -703,37 +703,37 @@ static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 static __always_inline void observe_read(struct sock *sk, int bytes, bool unfilled, __u32 flags)
 {
 	struct receiving *reader;
-	struct member *self;
-	struct pair *pair;
+	struct sk_flow *self;
+	struct flow *flow;
 	__u64 charge, read;
 	__u32 side;
 
-	self = bpf_sk_storage_get(&members, sk, NULL, 0);
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	if (!self)
 		return;
-	pair = pair_of(self, sk);
-	if (!pair)
+	flow = flow_of(self, sk);
+	if (!flow)
 		return;
 	side = self->side & 1;
-	reader = &pair->side[side].receiving;
-	if (flags & ~RECV_SERVED)
-		disqualify_flags(pair, side, flags & ~RECV_SERVED);
+	reader = &flow->side[side].receiving;
+	if (flags & ~RECV_SUPPORTED)
+		mark_unsupported_flags(flow, side, flags & ~RECV_SUPPORTED);
 	if (!(flags & MSG_DONTWAIT))
-		reader->sleeper = (__u32)bpf_get_current_pid_tgid();
+		reader->blocking_reader = (__u32)bpf_get_current_pid_tgid();
 	/* None of these takes bytes from the stream, but MSG_OOB does with redirected ones. */
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE) || (flags & MSG_OOB && bytes == 1))
 		return;
 	reader->unfilled = unfilled;
-	/* Several threads may read one socket at once, and a guard may find it misfit. */
+	/* Several threads may read one socket at once, and a guard may mark it unsupported. */
 	read = __sync_fetch_and_add(&reader->read_bytes, bytes) + bytes;
 	if (reader->reads < ~0U)
 		reader->reads++;
 	if (!(reader->state & READ_SEEN))
 		__sync_fetch_and_or(&reader->state, READ_SEEN);
-	charge = *(volatile __u64 *)&pair->side[side ^ 1].sending.charge;
+	charge = *(volatile __u64 *)&flow->side[side ^ 1].sending.charge;
 	if ((__u32)charge &&
-	    (__s32)((__u32)read + pair->side[side ^ 1].sending.missed - (__u32)(charge >> 32)) >= 0)
-		uncharge(pair, side, charge);
+	    (__s32)((__u32)read + flow->side[side ^ 1].sending.missed - (__u32)(charge >> 32)) >= 0)
+		uncharge(flow, side, charge);
 }
 
 /* Kernels from 6.3 on; needs no trampoline. Fires for every socket of the node that receives. */
@@ -862,17 +862,17 @@ static __always_inline enum outcome join_failure(int err)
  * Puts a socket where deliver will find it. The socket storage comes first, so
  * that no message meets a socket of the SOCKHASH without it.
  */
-static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 pair,
+static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 flow,
 					 __u32 side, __u64 cookie)
 {
-	struct member self = { .pair = pair, .side = side };
+	struct sk_flow self = { .flow = flow, .side = side };
 	int err;
 
-	if (!bpf_sk_storage_get(&members, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
+	if (!bpf_sk_storage_get(&sk_flows, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
 		return OUTCOME_NO_MEMORY;
 	err = bpf_sock_hash_update(ctx, &sockets, &cookie, BPF_NOEXIST);
 	if (err) {
-		bpf_sk_storage_delete(&members, sk);
+		bpf_sk_storage_delete(&sk_flows, sk);
 		return join_failure(err);
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
@@ -881,15 +881,15 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 }
 
 /* Undoes join for a socket of which nothing redirected is to be read any more. */
-static __always_inline void leave(struct bpf_sock *sk, __u64 cookie)
+static __always_inline void remove_socket(struct bpf_sock *sk, __u64 cookie)
 {
 	bpf_map_delete_elem(&sockets, &cookie);
-	bpf_sk_storage_delete(&members, sk);
+	bpf_sk_storage_delete(&sk_flows, sk);
 }
 
-static __always_inline void fill_handshake_key(struct handshake_key *key, __u32 client_seq,
-					       __u32 server_seq, const __be32 client_addr[4],
-					       __u16 client_port)
+static __always_inline void fill_pending_key(struct pending_key *key, __u32 client_seq,
+					     __u32 server_seq, const __be32 client_addr[4],
+					     __u16 client_port)
 {
 	key->client_seq = client_seq;
 	key->server_seq = server_seq;
@@ -917,22 +917,22 @@ static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
 	       !bpf_core_read(&flags, sizeof(flags), &file->f_flags) && !(flags & O_NONBLOCK);
 }
 
-/* Before the SYN-ACK is sent: leave a hint for the client. ctx->sk is NULL here. */
+/* Before the SYN-ACK is sent: leave an entry for the client. ctx->sk is NULL here. */
 static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 {
-	struct hint hint = {};
+	struct syn syn = {};
 	struct client_key key;
 
-	hint.server_netns = bpf_get_netns_cookie(ctx);
-	if (!enrolled(hint.server_netns))
+	syn.server_netns = bpf_get_netns_cookie(ctx);
+	if (!enrolled(syn.server_netns))
 		return;
 	remote_address(ctx, key.addr);
-	complete_client_key(&key, remote_port(ctx), hint.server_netns);
-	hint.written_ns = bpf_ktime_get_ns();
-	hint.server_port = ctx->local_port;
-	hint.blocking = blocking_listener(ctx);
-	if (bpf_map_update_elem(&hints, &key, &hint, BPF_ANY))
-		count(OUTCOME_HINTS_FULL, 0);
+	complete_client_key(&key, remote_port(ctx), syn.server_netns);
+	syn.written_ns = bpf_ktime_get_ns();
+	syn.server_port = ctx->local_port;
+	syn.blocking = blocking_listener(ctx);
+	if (bpf_map_update_elem(&syns, &key, &syn, BPF_ANY))
+		count(OUTCOME_SYNS_FULL, 0);
 }
 
 static __always_inline void set_verdict(struct sending *dir, const struct policy *policy)
@@ -941,11 +941,11 @@ static __always_inline void set_verdict(struct sending *dir, const struct policy
 	dir->policy_reason = policy->reason;
 }
 
-static __always_inline void start_direction(struct pair *pair, __u32 from, __u32 seq,
+static __always_inline void start_direction(struct flow *flow, __u32 from, __u32 seq,
 					    __u32 generation, const struct policy *policy)
 {
-	struct receiving *reader = &pair->side[from ^ 1].receiving;
-	struct sending *dir = &pair->side[from].sending;
+	struct receiving *reader = &flow->side[from ^ 1].receiving;
+	struct sending *dir = &flow->side[from].sending;
 	const struct learned_value *known;
 
 	dir->last_seq = seq;
@@ -953,10 +953,10 @@ static __always_inline void start_direction(struct pair *pair, __u32 from, __u32
 	dir->generation = generation;
 	set_verdict(dir, policy);
 	dir->reason = OUTCOME_NOT_SEEN;
-	dir->last_tcp_ns = pair->since_ns;
+	dir->last_tcp_ns = flow->since_ns;
 	dir->limit = LIMIT_START;
-	known = find_learned(from == SIDE_SERVER ? pair->netns[SIDE_CLIENT] : 0,
-			     pair->netns[SIDE_SERVER], pair->server_port);
+	known = find_learned(from == SIDE_SERVER ? flow->netns[SIDE_CLIENT] : 0,
+			     flow->netns[SIDE_SERVER], flow->server_port);
 	if (known) {
 		reader->reads = known->reads;
 		reader->drains = known->drains;
@@ -974,28 +974,28 @@ static __always_inline bool has_share(__u64 netns, const struct settings *set)
 	return share && share->flows < set->flow_share;
 }
 
-static __always_inline void add_share(const struct pair *pair, __u32 flows)
+static __always_inline void add_share(const struct flow *flow, __u32 flows)
 {
-	__u64 netns = pair->netns[SIDE_CLIENT];
+	__u64 netns = flow->netns[SIDE_CLIENT];
 	struct share *share = bpf_map_lookup_elem(&shares, &netns);
 
 	if (share)
 		__sync_fetch_and_add(&share->flows, flows);
-	if (netns == pair->netns[SIDE_SERVER])
+	if (netns == flow->netns[SIDE_SERVER])
 		return;
-	netns = pair->netns[SIDE_SERVER];
+	netns = flow->netns[SIDE_SERVER];
 	share = bpf_map_lookup_elem(&shares, &netns);
 	if (share)
 		__sync_fetch_and_add(&share->flows, flows);
 }
 
-/* Ends a pair whose sockets are both gone, or have never joined. */
-static __always_inline void delete_pair(struct pair *pair, __u64 id)
+/* Ends a flow whose sockets are both gone, or have never joined. */
+static __always_inline void delete_flow(struct flow *flow, __u64 id)
 {
-	uncharge_all(pair, SIDE_CLIENT);
-	uncharge_all(pair, SIDE_SERVER);
-	add_share(pair, -1);
-	bpf_map_delete_elem(&pairs, &id);
+	uncharge_all(flow, SIDE_CLIENT);
+	uncharge_all(flow, SIDE_SERVER);
+	add_share(flow, -1);
+	bpf_map_delete_elem(&flows, &id);
 }
 
 /*
@@ -1010,16 +1010,16 @@ static __always_inline bool kernel_socket(const struct sock *sk)
 
 static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 netns,
 						const struct client_key *client,
-						const struct hint *hint)
+						const struct syn *syn)
 {
 	struct settings *set = get_settings();
 	struct bpf_sock *sk = ctx->sk;
 	struct policy policy = {};
-	struct handshake_key key;
-	struct handshake value;
+	struct pending_key key;
+	struct pending value;
 	enum outcome outcome;
 	struct tcp_sock *tp;
-	struct pair *pair;
+	struct flow *flow;
 	__u32 generation;
 
 	if (!set || !sk)
@@ -1028,12 +1028,12 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_PAIRING_STALE;
 	/* Before the policy: a change that comes in between is then asked for once more. */
 	generation = *(volatile __u32 *)&set->generation;
-	look_up_policy(netns, hint->server_netns, hint->server_port, &policy);
+	look_up_policy(netns, syn->server_netns, syn->server_port, &policy);
 	if (policy.verdict == VERDICT_REFUSE)
 		return OUTCOME_POLICY_REFUSED;
-	if (is_misfit(netns, hint->server_netns, hint->server_port))
-		return OUTCOME_MISFIT;
-	if (!has_share(netns, set) || !has_share(hint->server_netns, set))
+	if (is_unsupported(netns, syn->server_netns, syn->server_port))
+		return OUTCOME_UNSUPPORTED_PORT;
+	if (!has_share(netns, set) || !has_share(syn->server_netns, set))
 		return OUTCOME_SHARE;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
@@ -1044,81 +1044,81 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_KERNEL_SOCKET;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return OUTCOME_CLIENT_ULP;
-	if (!set->sleepers && may_sleep(tp))
-		return OUTCOME_SLEEPER;
-	if (!set->sleepers && hint->blocking) {
+	if (!set->allow_blocking && is_blocking(tp))
+		return OUTCOME_BLOCKING_CLIENT;
+	if (!set->allow_blocking && syn->blocking) {
 		const struct learned_value *known =
-			find_learned(0, hint->server_netns, hint->server_port);
+			find_learned(0, syn->server_netns, syn->server_port);
 
 		if (!known || !known->non_blocking)
 			return OUTCOME_BLOCKING_SERVER;
 	}
 
-	value.pair = bpf_get_socket_cookie(ctx);
-	value.written_ns = hint->written_ns;
-	if (bpf_map_update_elem(&pairs, &value.pair, &blank, BPF_NOEXIST))
-		return OUTCOME_PAIRS_FULL;
-	pair = bpf_map_lookup_elem(&pairs, &value.pair);
-	if (!pair)
-		return OUTCOME_PAIRS_FULL;
+	value.flow = bpf_get_socket_cookie(ctx);
+	value.written_ns = syn->written_ns;
+	if (bpf_map_update_elem(&flows, &value.flow, &blank, BPF_NOEXIST))
+		return OUTCOME_FLOWS_FULL;
+	flow = bpf_map_lookup_elem(&flows, &value.flow);
+	if (!flow)
+		return OUTCOME_FLOWS_FULL;
 	/* Nobody else knows the record before the socket joins. */
-	pair->cookie[SIDE_CLIENT] = value.pair;
-	pair->sock[SIDE_CLIENT] = (__u64)tp;
-	pair->netns[SIDE_CLIENT] = netns;
-	pair->netns[SIDE_SERVER] = hint->server_netns;
-	pair->since_ns = hint->written_ns;
-	__builtin_memcpy(pair->client_addr, client->addr, sizeof(pair->client_addr));
-	remote_address(ctx, pair->dialled_addr);
-	pair->client_port = client->port;
-	pair->dialled_port = remote_port(ctx);
-	pair->server_port = hint->server_port;
-	pair->client_seq = ctx->snd_nxt;
-	pair->server_seq = ctx->rcv_nxt;
-	start_direction(pair, SIDE_CLIENT, pair->client_seq, generation, &policy);
-	start_direction(pair, SIDE_SERVER, pair->server_seq, generation, &policy);
-	add_share(pair, 1);
-	pair->state = value.pair << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
+	flow->cookie[SIDE_CLIENT] = value.flow;
+	flow->sock[SIDE_CLIENT] = (__u64)tp;
+	flow->netns[SIDE_CLIENT] = netns;
+	flow->netns[SIDE_SERVER] = syn->server_netns;
+	flow->since_ns = syn->written_ns;
+	__builtin_memcpy(flow->client_addr, client->addr, sizeof(flow->client_addr));
+	remote_address(ctx, flow->orig_dst_addr);
+	flow->client_port = client->port;
+	flow->orig_dst_port = remote_port(ctx);
+	flow->server_port = syn->server_port;
+	flow->client_seq = ctx->snd_nxt;
+	flow->server_seq = ctx->rcv_nxt;
+	start_direction(flow, SIDE_CLIENT, flow->client_seq, generation, &policy);
+	start_direction(flow, SIDE_SERVER, flow->server_seq, generation, &policy);
+	add_share(flow, 1);
+	flow->state = value.flow << FLOW_STATE_BITS | FLOW_CLIENT_JOINED;
 
-	outcome = join(ctx, sk, value.pair, SIDE_CLIENT, value.pair);
+	outcome = join(ctx, sk, value.flow, SIDE_CLIENT, value.flow);
 	if (outcome != OUTCOME_PAIRED)
 		goto forget;
-	fill_handshake_key(&key, pair->client_seq, pair->server_seq, client->addr, client->port);
+	fill_pending_key(&key, flow->client_seq, flow->server_seq, client->addr, client->port);
 	/* Two connections with the same numbers cannot be told apart: neither is paired. */
-	if (bpf_map_update_elem(&handshakes, &key, &value, BPF_NOEXIST)) {
-		outcome = OUTCOME_HANDSHAKES_FULL;
-		leave(sk, value.pair);
+	if (bpf_map_update_elem(&pending, &key, &value, BPF_NOEXIST)) {
+		outcome = OUTCOME_PENDING_FULL;
+		remove_socket(sk, value.flow);
 		goto forget;
 	}
 	return OUTCOME_PAIRED;
 forget:
-	delete_pair(pair, value.pair);
+	delete_flow(flow, value.flow);
 	return outcome;
 }
 
-/* The client's handshake is done. No hint: the peer is no enrolled pod of this node. */
+/* The client's handshake is done. No entry in syns: the peer is no enrolled pod of this node. */
 static __always_inline void on_active(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	enum outcome outcome;
 	struct client_key key;
-	struct hint *hint, copy;
+	struct syn *syn, copy;
 
 	if (!enrolled(netns))
 		return;
 	local_address(ctx, key.addr);
 	complete_client_key(&key, ctx->local_port, netns);
-	hint = bpf_map_lookup_elem(&hints, &key);
-	if (!hint)
+	syn = bpf_map_lookup_elem(&syns, &key);
+	if (!syn)
 		return;
 	/* The map may give the entry to another client at any moment. */
-	copy = *(volatile struct hint *)hint;
+	copy = *(volatile struct syn *)syn;
 	outcome = pair_client(ctx, netns, &key, &copy);
 	if (outcome == OUTCOME_PAIRED) {
-		hint->claimed = CLAIM_PAIR; /* counted when the server joins */
+		syn->claimed = CLAIM_PAIR; /* counted when the server joins */
 		return;
 	}
 	if (outcome == OUTCOME_BLOCKING_SERVER)
-		hint->claimed = CLAIM_WATCH;
+		syn->claimed = CLAIM_WATCH;
 	count(outcome, 0);
 }
 
@@ -1140,7 +1140,7 @@ int keep_mptcp_out(__u64 *ctx)
 		return 0;
 	netns = sk->__sk_common.skc_net.net->net_cookie;
 	if (enrolled(netns))
-		remember_port(0, netns, sk->__sk_common.skc_num, MISFIT_MPTCP_LISTENER);
+		remember_port(0, netns, sk->__sk_common.skc_num, UNSUPPORTED_MPTCP_LISTENER);
 	return 0;
 }
 
@@ -1149,9 +1149,9 @@ int keep_mptcp_out(__u64 *ctx)
  * (mptcp_subflow_tcp_fallback gives it back what a plain socket has) from one that
  * has another owner in the kernel. The client is a plain one.
  */
-static __always_inline bool owned(const struct tcp_sock *tp, const struct pair *pair)
+static __always_inline bool owned(const struct tcp_sock *tp, const struct flow *flow)
 {
-	const struct sock *client = (const struct sock *)pair->sock[SIDE_CLIENT];
+	const struct sock *client = (const struct sock *)flow->sock[SIDE_CLIENT];
 	void *plain;
 
 	return kernel_socket(&tp->inet_conn.icsk_inet.sk) &&
@@ -1164,31 +1164,31 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 {
 	struct settings *set = get_settings();
 	struct bpf_sock *sk = ctx->sk;
-	struct handshake *handshake;
-	struct handshake_key key;
+	struct pending *handshake;
+	struct pending_key key;
 	enum outcome outcome;
 	__u64 cookie, id, state;
 	struct tcp_sock *tp;
-	struct pair *pair;
+	struct flow *flow;
 
 	if (!sk || !set)
 		return OUTCOME_UNMATCHED;
-	fill_handshake_key(&key, ctx->rcv_nxt, ctx->snd_nxt, client->addr, client->port);
-	handshake = bpf_map_lookup_elem(&handshakes, &key);
+	fill_pending_key(&key, ctx->rcv_nxt, ctx->snd_nxt, client->addr, client->port);
+	handshake = bpf_map_lookup_elem(&pending, &key);
 	if (!handshake)
 		return OUTCOME_UNMATCHED;
-	id = handshake->pair;
-	bpf_map_delete_elem(&handshakes, &key);
-	pair = bpf_map_lookup_elem(&pairs, &id);
-	state = id << PAIR_STATE_BITS | PAIR_CLIENT_JOINED;
-	if (!pair || pair->state != state)
+	id = handshake->flow;
+	bpf_map_delete_elem(&pending, &key);
+	flow = bpf_map_lookup_elem(&flows, &id);
+	state = id << FLOW_STATE_BITS | FLOW_CLIENT_JOINED;
+	if (!flow || flow->state != state)
 		return OUTCOME_CLIENT_CLOSED;
-	/* The client was let in for the pod and port of the hint. */
-	if (pair->netns[SIDE_SERVER] != netns || pair->server_port != ctx->local_port)
+	/* The client was let in for the pod and port of its entry in syns. */
+	if (flow->netns[SIDE_SERVER] != netns || flow->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
 	/* Found since then, perhaps by keep_mptcp_out of this very connection. */
-	if (is_misfit(pair->netns[SIDE_CLIENT], netns, pair->server_port))
-		return OUTCOME_MISFIT;
+	if (is_unsupported(flow->netns[SIDE_CLIENT], netns, flow->server_port))
+		return OUTCOME_UNSUPPORTED_PORT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return OUTCOME_NO_MEMORY;
@@ -1196,31 +1196,31 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_MPTCP;
 	/* keep_mptcp_out is not run on a CPU that it was interrupted on. */
 	if (set->no_mptcp_listeners && kernel_socket(&tp->inet_conn.icsk_inet.sk)) {
-		remember(pair, SIDE_SERVER, MISFIT_MPTCP_LISTENER);
-		return OUTCOME_MISFIT;
+		remember(flow, SIDE_SERVER, UNSUPPORTED_MPTCP_LISTENER);
+		return OUTCOME_UNSUPPORTED_PORT;
 	}
-	if (owned(tp, pair))
+	if (owned(tp, flow))
 		return OUTCOME_KERNEL_SOCKET;
 	cookie = bpf_get_socket_cookie(ctx);
-	pair->cookie[SIDE_SERVER] = cookie;
-	pair->sock[SIDE_SERVER] = (__u64)tp;
-	local_address(ctx, pair->server_addr);
-	if (pair->dialled_port != pair->server_port &&
-	    same_address(pair->dialled_addr, pair->server_addr)) {
+	flow->cookie[SIDE_SERVER] = cookie;
+	flow->sock[SIDE_SERVER] = (__u64)tp;
+	local_address(ctx, flow->server_addr);
+	if (flow->orig_dst_port != flow->server_port &&
+	    same_address(flow->orig_dst_addr, flow->server_addr)) {
 		struct policy policy = {};
 
 		/* The pod itself has redirected the port. The client's deliver does not look at these yet. */
-		pair->port_in_doubt = true;
-		ask_policy(pair, &policy);
-		set_verdict(&pair->side[SIDE_CLIENT].sending, &policy);
-		set_verdict(&pair->side[SIDE_SERVER].sending, &policy);
+		flow->port_in_doubt = true;
+		ask_policy(flow, &policy);
+		set_verdict(&flow->side[SIDE_CLIENT].sending, &policy);
+		set_verdict(&flow->side[SIDE_SERVER].sending, &policy);
 	}
 	outcome = join(ctx, sk, id, SIDE_SERVER, cookie);
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;
 	/* From here on deliver may redirect, unless the client's socket was closed meanwhile. */
-	if (__sync_val_compare_and_swap(&pair->state, state, state | PAIR_SERVER_JOINED) != state) {
-		leave(sk, cookie);
+	if (__sync_val_compare_and_swap(&flow->state, state, state | FLOW_SERVER_JOINED) != state) {
+		remove_socket(sk, cookie);
 		return OUTCOME_CLIENT_CLOSED;
 	}
 	return OUTCOME_PAIRED;
@@ -1229,10 +1229,10 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 /* A server's socket that is not paired: on_ack sees its mode when the server has accepted it. */
 static __always_inline void watch(struct bpf_sock_ops *ctx)
 {
-	struct member self = { .side = SIDE_SERVER };
+	struct sk_flow self = { .side = SIDE_SERVER };
 	struct bpf_sock *sk = ctx->sk;
 
-	if (sk && bpf_sk_storage_get(&members, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
+	if (sk && bpf_sk_storage_get(&sk_flows, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
 		bpf_sock_ops_cb_flags_set(ctx,
 					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
 }
@@ -1242,22 +1242,22 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct client_key key;
-	struct hint *hint;
+	struct syn *syn;
 	__u16 claimed;
 
 	if (!enrolled(netns))
 		return;
 	remote_address(ctx, key.addr);
 	complete_client_key(&key, remote_port(ctx), netns);
-	hint = bpf_map_lookup_elem(&hints, &key);
-	if (!hint) {
-		count(OUTCOME_HINT_LOST, 0);
+	syn = bpf_map_lookup_elem(&syns, &key);
+	if (!syn) {
+		count(OUTCOME_SYN_LOST, 0);
 		return;
 	}
-	claimed = hint->claimed;
+	claimed = syn->claimed;
 	/* Another server's SYN from the same client port has replaced ours. */
-	if (hint->server_netns == netns)
-		bpf_map_delete_elem(&hints, &key);
+	if (syn->server_netns == netns)
+		bpf_map_delete_elem(&syns, &key);
 	if (claimed == CLAIM_PAIR)
 		count(pair_server(ctx, netns, &key), 0);
 	else if (claimed == CLAIM_WATCH)
@@ -1269,28 +1269,28 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
  * then, with nothing on the way and all read, the delete. It goes on as a plain
  * TCP socket.
  */
-static __always_inline void take_out(struct pair *pair, __u32 side)
+static __always_inline void evict(struct flow *flow, __u32 side)
 {
-	__u64 leaves = side == SIDE_CLIENT ? PAIR_CLIENT_LEAVES : PAIR_SERVER_LEAVES;
-	__u64 left = side == SIDE_CLIENT ? PAIR_CLIENT_LEFT : PAIR_SERVER_LEFT;
-	struct sending *toward = &pair->side[side ^ 1].sending;
+	__u64 evicting = side == SIDE_CLIENT ? FLOW_CLIENT_EVICTING : FLOW_SERVER_EVICTING;
+	__u64 evicted = side == SIDE_CLIENT ? FLOW_CLIENT_EVICTED : FLOW_SERVER_EVICTED;
+	struct sending *toward = &flow->side[side ^ 1].sending;
 
-	if (pair->state & left)
+	if (flow->state & evicted)
 		return;
-	__sync_fetch_and_or(&pair->state, leaves);
+	__sync_fetch_and_or(&flow->state, evicting);
 	if (toward->busy ||
-	    toward->redirect_end > pair->side[side].receiving.read_bytes + toward->missed)
+	    toward->redirect_end > flow->side[side].receiving.read_bytes + toward->missed)
 		return;
-	if (__sync_fetch_and_or(&pair->state, left) & left)
+	if (__sync_fetch_and_or(&flow->state, evicted) & evicted)
 		return;
-	bpf_map_delete_elem(&sockets, &pair->cookie[side]);
-	count(OUTCOME_SOCKET_LEFT, 0);
+	bpf_map_delete_elem(&sockets, &flow->cookie[side]);
+	count(OUTCOME_SOCKET_EVICTED, 0);
 }
 
 /* A context's sk may be NULL. */
-static __always_inline struct member *member_of(struct bpf_sock *sk)
+static __always_inline struct sk_flow *sk_flow_of(struct bpf_sock *sk)
 {
-	return sk ? bpf_sk_storage_get(&members, sk, NULL, 0) : NULL;
+	return sk ? bpf_sk_storage_get(&sk_flows, sk, NULL, 0) : NULL;
 }
 
 /* What a watched socket shows holds for the port, until somebody listens there anew. */
@@ -1304,83 +1304,83 @@ static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp || !set || !tp->inet_conn.icsk_inet.sk.sk_socket)
 		return; /* not accepted yet */
-	if (may_sleep(tp)) {
-		remember_port(0, netns, ctx->local_port, MISFIT_BLOCKING);
+	if (is_blocking(tp)) {
+		remember_port(0, netns, ctx->local_port, UNSUPPORTED_BLOCKING);
 	} else {
 		known = get_learned(0, netns, ctx->local_port, set->learned_share);
 		if (known)
 			known->non_blocking = true;
 	}
-	bpf_sk_storage_delete(&members, sk);
+	bpf_sk_storage_delete(&sk_flows, sk);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
 /*
  * Bytes by TCP were acknowledged. A thread that has filled the send buffer still
  * waits in write for this, and the kernel wakes it only after us: when it comes
- * to read, its socket has left.
+ * to read, its socket is evicted.
  */
 static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 	struct sending *dir;
-	struct member *self;
-	struct pair *pair;
+	struct sk_flow *self;
+	struct flow *flow;
 	__u32 own;
 
-	self = member_of(sk);
+	self = sk_flow_of(sk);
 	if (!self)
 		return;
-	if (!self->pair) {
+	if (!self->flow) {
 		learn_mode(ctx, sk);
 		return;
 	}
 	own = self->side & 1;
-	pair = pair_of(self, sk);
+	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (!pair || !tp)
+	if (!flow || !tp)
 		return;
-	dir = &pair->side[own].sending;
-	if (tp->inet_conn.icsk_inet.sk.sk_socket->flags & SOCK_NOSPACE && may_sleep(tp))
-		dir->leave = true;
-	if (dir->leave)
-		take_out(pair, own);
-	if (dir->peer_leave && pair->state & PAIR_SERVER_JOINED)
-		take_out(pair, own ^ 1);
+	dir = &flow->side[own].sending;
+	if (tp->inet_conn.icsk_inet.sk.sk_socket->flags & SOCK_NOSPACE && is_blocking(tp))
+		dir->evict = true;
+	if (dir->evict)
+		evict(flow, own);
+	if (dir->evict_peer && flow->state & FLOW_SERVER_JOINED)
+		evict(flow, own ^ 1);
 }
 
 /* A client is closed before its server came: nobody else would delete what it wrote. */
-static __always_inline void withdraw(const struct pair *pair)
+static __always_inline void withdraw(const struct flow *flow)
 {
-	struct handshake_key handshake;
+	struct pending_key handshake;
 	struct client_key client;
 
-	fill_handshake_key(&handshake, pair->client_seq, pair->server_seq, pair->client_addr,
-			   pair->client_port);
-	bpf_map_delete_elem(&handshakes, &handshake);
-	__builtin_memcpy(client.addr, pair->client_addr, sizeof(client.addr));
-	complete_client_key(&client, pair->client_port, pair->netns[SIDE_CLIENT]);
-	bpf_map_delete_elem(&hints, &client);
+	fill_pending_key(&handshake, flow->client_seq, flow->server_seq, flow->client_addr,
+			 flow->client_port);
+	bpf_map_delete_elem(&pending, &handshake);
+	__builtin_memcpy(client.addr, flow->client_addr, sizeof(client.addr));
+	complete_client_key(&client, flow->client_port, flow->netns[SIDE_CLIENT]);
+	bpf_map_delete_elem(&syns, &client);
 }
 
-/* The second one of the two sockets to go deletes the pair. */
-static __always_inline void mark_gone(const struct member *self, const struct bpf_sock *sk)
+/* The second one of the two sockets to go deletes the flow. */
+static __always_inline void mark_gone(const struct sk_flow *self, const struct bpf_sock *sk)
 {
-	struct pair *pair = pair_of(self, sk);
+	struct flow *flow = flow_of(self, sk);
 	__u64 gone, other, state;
 
-	if (!pair)
+	if (!flow)
 		return;
-	gone = self->side == SIDE_CLIENT ? PAIR_CLIENT_GONE : PAIR_SERVER_GONE;
-	other = self->side == SIDE_CLIENT ? PAIR_SERVER_GONE : PAIR_CLIENT_GONE;
-	state = __sync_fetch_and_or(&pair->state, gone);
-	uncharge_all(pair, self->side);
-	if (!(state & PAIR_SERVER_JOINED))
-		withdraw(pair);
+	gone = self->side == SIDE_CLIENT ? FLOW_CLIENT_GONE : FLOW_SERVER_GONE;
+	other = self->side == SIDE_CLIENT ? FLOW_SERVER_GONE : FLOW_CLIENT_GONE;
+	state = __sync_fetch_and_or(&flow->state, gone);
+	uncharge_all(flow, self->side);
+	if (!(state & FLOW_SERVER_JOINED))
+		withdraw(flow);
 	else if (!(state & other))
 		return;
-	delete_pair(pair, self->pair);
+	delete_flow(flow, self->flow);
 }
 
 /*
@@ -1396,36 +1396,36 @@ static __always_inline bool disconnected(const struct bpf_sock_ops *ctx, struct 
 	       (ctx->args[0] == TCP_ESTABLISHED || ctx->args[0] == TCP_CLOSE_WAIT);
 }
 
-/* A socket of a pair is closed. */
+/* A socket of a flow is closed. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct member *self;
+	struct sk_flow *self;
 
-	self = member_of(sk);
+	self = sk_flow_of(sk);
 	if (!self)
 		return;
 	mark_gone(self, sk);
 	/* The SOCKHASH would keep redirected bytes, for whoever reads next. */
 	if (disconnected(ctx, sk))
-		leave(sk, bpf_get_socket_cookie(ctx));
+		remove_socket(sk, bpf_get_socket_cookie(ctx));
 }
 
 /*
- * A member connects or listens once more. Its first connection has ended in a way
+ * A socket of a flow connects or listens once more. Its first connection has ended in a way
  * that disconnected does not know, such as a reset after shutdown, and the SOCKHASH
  * has kept redirected bytes for the next.
  */
 static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct member *self;
+	struct sk_flow *self;
 
-	self = member_of(sk);
+	self = sk_flow_of(sk);
 	if (!self)
 		return;
 	mark_gone(self, sk);
-	leave(sk, bpf_get_socket_cookie(ctx));
+	remove_socket(sk, bpf_get_socket_cookie(ctx));
 	count(OUTCOME_REUSED, 0);
 }
 
@@ -1437,22 +1437,22 @@ static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct member *self;
+	struct sk_flow *self;
 	struct tcp_sock *tp;
-	struct pair *pair;
+	struct flow *flow;
 
-	self = member_of(sk);
+	self = sk_flow_of(sk);
 	if (!self)
 		return;
-	pair = pair_of(self, sk);
+	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	/* After close, or shutdown of both sides, nobody comes to recv. */
-	if (!pair || !tp || tp->inet_conn.icsk_inet.sk.sk_shutdown != SEND_SHUTDOWN ||
-	    !may_sleep(tp))
+	if (!flow || !tp || tp->inet_conn.icsk_inet.sk.sk_shutdown != SEND_SHUTDOWN ||
+	    !is_blocking(tp))
 		return;
 	/* If redirected bytes are unread, on_ack tries again. */
-	pair->side[self->side & 1].sending.leave = true;
-	take_out(pair, self->side & 1);
+	flow->side[self->side & 1].sending.evict = true;
+	evict(flow, self->side & 1);
 }
 
 /*
@@ -1476,7 +1476,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->drains = 0;
 	known->limit = 0;
 	known->non_blocking = false;
-	__sync_fetch_and_and(&known->reasons, ~MISFIT_BLOCKING);
+	__sync_fetch_and_and(&known->reasons, ~UNSUPPORTED_BLOCKING);
 }
 
 /* Returns 1 from every path: 0 would be taken for an error of all programs on the cgroup. */
@@ -1520,12 +1520,12 @@ int track(struct bpf_sock_ops *ctx)
 SEC("syscall")
 int end_flow(struct flow_id *ctx)
 {
-	struct pair *pair;
+	struct flow *flow;
 	__u64 id = ctx->id;
 
-	pair = bpf_map_lookup_elem(&pairs, &id);
-	if (pair && pair->state >> PAIR_STATE_BITS == id)
-		delete_pair(pair, id);
+	flow = bpf_map_lookup_elem(&flows, &id);
+	if (flow && flow->state >> FLOW_STATE_BITS == id)
+		delete_flow(flow, id);
 	return 0;
 }
 

@@ -27,34 +27,48 @@ type ShortcutCount struct {
 	Bytes  uint64
 }
 
+type ShortcutFlow struct {
+	_           structs.HostLayout
+	State       uint64
+	Cookie      [2]uint64
+	Sock        [2]uint64
+	Netns       [2]uint64
+	SinceNs     uint64
+	ClientAddr  [4]uint32
+	OrigDstAddr [4]uint32
+	ServerAddr  [4]uint32
+	ClientPort  uint16
+	OrigDstPort uint16
+	ServerPort  uint16
+	PortInDoubt uint16
+	Unsupported [2]uint32
+	ClientSeq   uint32
+	ServerSeq   uint32
+	Side        [2]struct {
+		_         structs.HostLayout
+		Sending   ShortcutSending
+		Receiving ShortcutReceiving
+	}
+}
+
 type ShortcutFlowId struct {
 	_  structs.HostLayout
 	Id uint64
 }
 
-type ShortcutHandshake struct {
-	_         structs.HostLayout
-	Pair      uint64
-	WrittenNs uint64
-}
+type ShortcutFlowState uint32
 
-type ShortcutHandshakeKey struct {
-	_         structs.HostLayout
-	ClientSeq uint32
-	ServerSeq uint32
-	Addr      [4]uint32
-	Port      uint32
-	Reserved  uint32
-}
-
-type ShortcutHint struct {
-	_           structs.HostLayout
-	ServerNetns uint64
-	WrittenNs   uint64
-	ServerPort  uint32
-	Claimed     uint16
-	Blocking    uint16
-}
+const (
+	ShortcutFlowStateFLOW_CLIENT_JOINED   ShortcutFlowState = 1
+	ShortcutFlowStateFLOW_SERVER_JOINED   ShortcutFlowState = 2
+	ShortcutFlowStateFLOW_CLIENT_GONE     ShortcutFlowState = 4
+	ShortcutFlowStateFLOW_SERVER_GONE     ShortcutFlowState = 8
+	ShortcutFlowStateFLOW_CLIENT_EVICTING ShortcutFlowState = 16
+	ShortcutFlowStateFLOW_SERVER_EVICTING ShortcutFlowState = 32
+	ShortcutFlowStateFLOW_CLIENT_EVICTED  ShortcutFlowState = 64
+	ShortcutFlowStateFLOW_SERVER_EVICTED  ShortcutFlowState = 128
+	ShortcutFlowStateFLOW_STATE_BITS      ShortcutFlowState = 8
+)
 
 type ShortcutLearnedKey struct {
 	_        structs.HostLayout
@@ -77,29 +91,6 @@ type ShortcutLearnedValue struct {
 	Reserved    uint32
 }
 
-type ShortcutMember struct {
-	_        structs.HostLayout
-	Pair     uint64
-	Side     uint32
-	Reserved uint32
-}
-
-type ShortcutMisfitReason uint32
-
-const (
-	ShortcutMisfitReasonMISFIT_WAITALL        ShortcutMisfitReason = 1
-	ShortcutMisfitReasonMISFIT_OOB            ShortcutMisfitReason = 2
-	ShortcutMisfitReasonMISFIT_RECV_FLAGS     ShortcutMisfitReason = 4
-	ShortcutMisfitReasonMISFIT_LOWAT          ShortcutMisfitReason = 8
-	ShortcutMisfitReasonMISFIT_FIONREAD       ShortcutMisfitReason = 16
-	ShortcutMisfitReasonMISFIT_SPLICE         ShortcutMisfitReason = 32
-	ShortcutMisfitReasonMISFIT_ULP            ShortcutMisfitReason = 64
-	ShortcutMisfitReasonMISFIT_ZEROCOPY       ShortcutMisfitReason = 128
-	ShortcutMisfitReasonMISFIT_MPTCP_LISTENER ShortcutMisfitReason = 256
-	ShortcutMisfitReasonMISFIT_BLOCKING       ShortcutMisfitReason = 512
-	ShortcutMisfitReasonMISFIT_REASONS        ShortcutMisfitReason = 10
-)
-
 type ShortcutOutcome uint32
 
 const (
@@ -108,7 +99,7 @@ const (
 	ShortcutOutcomeOUTCOME_SWITCHED_OFF     ShortcutOutcome = 2
 	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 3
 	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 4
-	ShortcutOutcomeOUTCOME_LEFT             ShortcutOutcome = 5
+	ShortcutOutcomeOUTCOME_EVICTED          ShortcutOutcome = 5
 	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 6
 	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 7
 	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 8
@@ -116,7 +107,7 @@ const (
 	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 10
 	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 11
 	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_UNSERVED         ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 13
 	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 14
 	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 15
 	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 16
@@ -130,64 +121,41 @@ const (
 	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 24
 	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 25
 	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_MISFIT           ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 27
 	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 28
 	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 29
 	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_SLEEPER          ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 31
 	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 32
 	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_HINTS_FULL       ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_HINT_LOST        ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_HANDSHAKES_FULL  ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_PAIRS_FULL       ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 37
 	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 38
 	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 39
 	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 40
 	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 41
 	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 42
 	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_SOCKET_LEFT      ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 44
 	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 45
 )
 
-type ShortcutPair struct {
-	_           structs.HostLayout
-	State       uint64
-	Cookie      [2]uint64
-	Sock        [2]uint64
-	Netns       [2]uint64
-	SinceNs     uint64
-	ClientAddr  [4]uint32
-	DialledAddr [4]uint32
-	ServerAddr  [4]uint32
-	ClientPort  uint16
-	DialledPort uint16
-	ServerPort  uint16
-	PortInDoubt uint16
-	Misfit      [2]uint32
-	ClientSeq   uint32
-	ServerSeq   uint32
-	Side        [2]struct {
-		_         structs.HostLayout
-		Sending   ShortcutSending
-		Receiving ShortcutReceiving
-	}
+type ShortcutPending struct {
+	_         structs.HostLayout
+	Flow      uint64
+	WrittenNs uint64
 }
 
-type ShortcutPairState uint32
-
-const (
-	ShortcutPairStatePAIR_CLIENT_JOINED ShortcutPairState = 1
-	ShortcutPairStatePAIR_SERVER_JOINED ShortcutPairState = 2
-	ShortcutPairStatePAIR_CLIENT_GONE   ShortcutPairState = 4
-	ShortcutPairStatePAIR_SERVER_GONE   ShortcutPairState = 8
-	ShortcutPairStatePAIR_CLIENT_LEAVES ShortcutPairState = 16
-	ShortcutPairStatePAIR_SERVER_LEAVES ShortcutPairState = 32
-	ShortcutPairStatePAIR_CLIENT_LEFT   ShortcutPairState = 64
-	ShortcutPairStatePAIR_SERVER_LEFT   ShortcutPairState = 128
-	ShortcutPairStatePAIR_STATE_BITS    ShortcutPairState = 8
-)
+type ShortcutPendingKey struct {
+	_         structs.HostLayout
+	ClientSeq uint32
+	ServerSeq uint32
+	Addr      [4]uint32
+	Port      uint32
+	Reserved  uint32
+}
 
 type ShortcutPolicy struct {
 	_       structs.HostLayout
@@ -207,20 +175,20 @@ type ShortcutPolicyKey struct {
 type ShortcutReadState uint32
 
 const (
-	ShortcutReadStateREAD_SEEN     ShortcutReadState = 1
-	ShortcutReadStateREAD_UNSERVED ShortcutReadState = 2
+	ShortcutReadStateREAD_SEEN        ShortcutReadState = 1
+	ShortcutReadStateREAD_UNSUPPORTED ShortcutReadState = 2
 )
 
 type ShortcutReceiving struct {
-	_             structs.HostLayout
-	ReadBytes     uint64
-	State         ShortcutReadState
-	UnservedFlags uint32
-	Sleeper       uint32
-	Reads         uint32
-	Drains        uint32
-	Unfilled      uint32
-	Reserved      [8]uint32
+	_                structs.HostLayout
+	ReadBytes        uint64
+	State            ShortcutReadState
+	UnsupportedFlags uint32
+	BlockingReader   uint32
+	Reads            uint32
+	Drains           uint32
+	Unfilled         uint32
+	Reserved         [8]uint32
 }
 
 type ShortcutSending struct {
@@ -237,8 +205,8 @@ type ShortcutSending struct {
 	Switches      uint32
 	LastSize      uint32
 	Shortcut      uint8
-	Leave         uint8
-	PeerLeave     uint8
+	Evict         uint8
+	EvictPeer     uint8
 	Flags         uint8
 	RedirectEnd   uint64
 	LastTcpNs     uint64
@@ -260,7 +228,7 @@ type ShortcutSettings struct {
 	Generation       uint32
 	Redirect         uint32
 	Budget           uint32
-	Sleepers         uint32
+	AllowBlocking    uint32
 	PodBudget        uint64
 	RefreshNs        uint64
 	LeaseNs          uint64
@@ -280,6 +248,38 @@ type ShortcutShare struct {
 	Learned uint32
 }
 
+type ShortcutSkFlow struct {
+	_        structs.HostLayout
+	Flow     uint64
+	Side     uint32
+	Reserved uint32
+}
+
+type ShortcutSyn struct {
+	_           structs.HostLayout
+	ServerNetns uint64
+	WrittenNs   uint64
+	ServerPort  uint32
+	Claimed     uint16
+	Blocking    uint16
+}
+
+type ShortcutUnsupported uint32
+
+const (
+	ShortcutUnsupportedUNSUPPORTED_WAITALL        ShortcutUnsupported = 1
+	ShortcutUnsupportedUNSUPPORTED_OOB            ShortcutUnsupported = 2
+	ShortcutUnsupportedUNSUPPORTED_RECV_FLAGS     ShortcutUnsupported = 4
+	ShortcutUnsupportedUNSUPPORTED_LOWAT          ShortcutUnsupported = 8
+	ShortcutUnsupportedUNSUPPORTED_FIONREAD       ShortcutUnsupported = 16
+	ShortcutUnsupportedUNSUPPORTED_SPLICE         ShortcutUnsupported = 32
+	ShortcutUnsupportedUNSUPPORTED_ULP            ShortcutUnsupported = 64
+	ShortcutUnsupportedUNSUPPORTED_ZEROCOPY       ShortcutUnsupported = 128
+	ShortcutUnsupportedUNSUPPORTED_MPTCP_LISTENER ShortcutUnsupported = 256
+	ShortcutUnsupportedUNSUPPORTED_BLOCKING       ShortcutUnsupported = 512
+	ShortcutUnsupportedUNSUPPORTED_MAX            ShortcutUnsupported = 10
+)
+
 type ShortcutVerdict uint32
 
 const (
@@ -294,24 +294,24 @@ const (
 const (
 	ShortcutMapCharges            = "charges"
 	ShortcutMapControl            = "control"
-	ShortcutMapHandshakes         = "handshakes"
-	ShortcutMapHints              = "hints"
+	ShortcutMapFlows              = "flows"
 	ShortcutMapLearned            = "learned"
-	ShortcutMapMembers            = "members"
 	ShortcutMapOutcomes           = "outcomes"
-	ShortcutMapPairs              = "pairs"
+	ShortcutMapPending            = "pending"
 	ShortcutMapPods               = "pods"
 	ShortcutMapPolicies           = "policies"
 	ShortcutMapShares             = "shares"
+	ShortcutMapSkFlows            = "sk_flows"
 	ShortcutMapSockets            = "sockets"
+	ShortcutMapSyns               = "syns"
 	ShortcutProgDeliver           = "deliver"
 	ShortcutProgEndFlow           = "end_flow"
 	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
 	ShortcutProgObserveFexit      = "observe_fexit"
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
 	ShortcutProgTrack             = "track"
-	ShortcutVarMisfitReasonType   = "misfit_reason_type"
-	ShortcutVarPairStateType      = "pair_state_type"
+	ShortcutVarFlowStateType      = "flow_state_type"
+	ShortcutVarUnsupportedType    = "unsupported_type"
 )
 
 // LoadShortcut returns the embedded CollectionSpec for Shortcut.
@@ -368,26 +368,26 @@ type ShortcutProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutMapSpecs struct {
-	Charges    *ebpf.MapSpec `ebpf:"charges"`
-	Control    *ebpf.MapSpec `ebpf:"control"`
-	Handshakes *ebpf.MapSpec `ebpf:"handshakes"`
-	Hints      *ebpf.MapSpec `ebpf:"hints"`
-	Learned    *ebpf.MapSpec `ebpf:"learned"`
-	Members    *ebpf.MapSpec `ebpf:"members"`
-	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
-	Pairs      *ebpf.MapSpec `ebpf:"pairs"`
-	Pods       *ebpf.MapSpec `ebpf:"pods"`
-	Policies   *ebpf.MapSpec `ebpf:"policies"`
-	Shares     *ebpf.MapSpec `ebpf:"shares"`
-	Sockets    *ebpf.MapSpec `ebpf:"sockets"`
+	Charges  *ebpf.MapSpec `ebpf:"charges"`
+	Control  *ebpf.MapSpec `ebpf:"control"`
+	Flows    *ebpf.MapSpec `ebpf:"flows"`
+	Learned  *ebpf.MapSpec `ebpf:"learned"`
+	Outcomes *ebpf.MapSpec `ebpf:"outcomes"`
+	Pending  *ebpf.MapSpec `ebpf:"pending"`
+	Pods     *ebpf.MapSpec `ebpf:"pods"`
+	Policies *ebpf.MapSpec `ebpf:"policies"`
+	Shares   *ebpf.MapSpec `ebpf:"shares"`
+	SkFlows  *ebpf.MapSpec `ebpf:"sk_flows"`
+	Sockets  *ebpf.MapSpec `ebpf:"sockets"`
+	Syns     *ebpf.MapSpec `ebpf:"syns"`
 }
 
 // ShortcutVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutVariableSpecs struct {
-	MisfitReasonType *ebpf.VariableSpec `ebpf:"misfit_reason_type"`
-	PairStateType    *ebpf.VariableSpec `ebpf:"pair_state_type"`
+	FlowStateType   *ebpf.VariableSpec `ebpf:"flow_state_type"`
+	UnsupportedType *ebpf.VariableSpec `ebpf:"unsupported_type"`
 }
 
 // ShortcutObjects contains all objects after they have been loaded into the kernel.
@@ -410,34 +410,34 @@ func (o *ShortcutObjects) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutMaps struct {
-	Charges    *ebpf.Map `ebpf:"charges"`
-	Control    *ebpf.Map `ebpf:"control"`
-	Handshakes *ebpf.Map `ebpf:"handshakes"`
-	Hints      *ebpf.Map `ebpf:"hints"`
-	Learned    *ebpf.Map `ebpf:"learned"`
-	Members    *ebpf.Map `ebpf:"members"`
-	Outcomes   *ebpf.Map `ebpf:"outcomes"`
-	Pairs      *ebpf.Map `ebpf:"pairs"`
-	Pods       *ebpf.Map `ebpf:"pods"`
-	Policies   *ebpf.Map `ebpf:"policies"`
-	Shares     *ebpf.Map `ebpf:"shares"`
-	Sockets    *ebpf.Map `ebpf:"sockets"`
+	Charges  *ebpf.Map `ebpf:"charges"`
+	Control  *ebpf.Map `ebpf:"control"`
+	Flows    *ebpf.Map `ebpf:"flows"`
+	Learned  *ebpf.Map `ebpf:"learned"`
+	Outcomes *ebpf.Map `ebpf:"outcomes"`
+	Pending  *ebpf.Map `ebpf:"pending"`
+	Pods     *ebpf.Map `ebpf:"pods"`
+	Policies *ebpf.Map `ebpf:"policies"`
+	Shares   *ebpf.Map `ebpf:"shares"`
+	SkFlows  *ebpf.Map `ebpf:"sk_flows"`
+	Sockets  *ebpf.Map `ebpf:"sockets"`
+	Syns     *ebpf.Map `ebpf:"syns"`
 }
 
 func (m *ShortcutMaps) Close() error {
 	return _ShortcutClose(
 		m.Charges,
 		m.Control,
-		m.Handshakes,
-		m.Hints,
+		m.Flows,
 		m.Learned,
-		m.Members,
 		m.Outcomes,
-		m.Pairs,
+		m.Pending,
 		m.Pods,
 		m.Policies,
 		m.Shares,
+		m.SkFlows,
 		m.Sockets,
+		m.Syns,
 	)
 }
 
@@ -445,8 +445,8 @@ func (m *ShortcutMaps) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutVariables struct {
-	MisfitReasonType *ebpf.Variable `ebpf:"misfit_reason_type"`
-	PairStateType    *ebpf.Variable `ebpf:"pair_state_type"`
+	FlowStateType   *ebpf.Variable `ebpf:"flow_state_type"`
+	UnsupportedType *ebpf.Variable `ebpf:"unsupported_type"`
 }
 
 // ShortcutPrograms contains all programs after they have been loaded into the kernel.

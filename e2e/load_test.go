@@ -178,7 +178,7 @@ func (s *stream) flow(t testing.TB, flows []api.Flow) api.Flow {
 	t.Helper()
 	var found []api.Flow
 	for _, f := range flows {
-		if f.Client.Address.String() == s.client.LocalAddr().String() && f.Dialled == s.dialled {
+		if f.Client.Address.String() == s.client.LocalAddr().String() && f.OrigDst == s.dialled {
 			found = append(found, f)
 		}
 	}

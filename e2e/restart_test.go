@@ -73,14 +73,14 @@ func (n *node) mustShortcut(t testing.TB, streams ...*stream) {
 // server and to the client, from the pinned map: there need not be an agent.
 func (n *node) shortcutBytes(t testing.TB, streams []*stream) [][2]uint64 {
 	t.Helper()
-	pairs, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir, bpf.ShortcutMapPairs), nil)
+	pairs, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir, bpf.ShortcutMapFlows), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer pairs.Close()
 	var sent [][2]uint64
 	for _, s := range streams {
-		var pair bpf.ShortcutPair
+		var pair bpf.ShortcutFlow
 		if err := pairs.Lookup(mustCookie(t, s.client), &pair); err != nil {
 			t.Fatalf("stream to %s is not paired: %v", s.dialled, err)
 		}
@@ -138,8 +138,8 @@ func TestKilledAgent(t *testing.T) {
 	made := l.short.Load() + int64(len(l.streams))
 	wantDiff(t, "connections", map[string]int64{"connection_paired": made}, n.connections(t))
 
-	used := []string{bpf.ShortcutMapPairs, bpf.ShortcutMapSockets, bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes}
-	mustBecome(t, "entries after all sockets are closed", map[string]int{"pairs": 0, "sockets": 0, "hints": 0, "handshakes": 0},
+	used := []string{bpf.ShortcutMapFlows, bpf.ShortcutMapSockets, bpf.ShortcutMapSyns, bpf.ShortcutMapPending}
+	mustBecome(t, "entries after all sockets are closed", map[string]int{"flows": 0, "sockets": 0, "syns": 0, "pending": 0},
 		func() map[string]int { return n.entries(t, used...) })
 	wantDiff(t, "entries of pods", map[string]int{"pods": 2, "policies": 4}, n.entries(t, "pods", "policies"))
 	for _, p := range []*sandbox.Pod{s.client, s.web} {

@@ -149,8 +149,8 @@ func TestUnloadUnderLoad(t *testing.T) {
 		return still
 	})
 	l.finish(t)
-	mustBecome(t, "entries after all sockets are closed", map[string]int{"pairs": 0, "sockets": 0, "hints": 0, "handshakes": 0},
-		func() map[string]int { return n.entries(t, "pairs", "sockets", "hints", "handshakes") })
+	mustBecome(t, "entries after all sockets are closed", map[string]int{"flows": 0, "sockets": 0, "syns": 0, "pending": 0},
+		func() map[string]int { return n.entries(t, "flows", "sockets", "syns", "pending") })
 }
 
 // TestUnloadBySocket: the agent at the socket is meant, whatever the run directory.

@@ -21,7 +21,7 @@ func TestBlockingListener(t *testing.T) {
 		acceptFlags int
 		want        []string
 	}{
-		{"accepts into blocking mode", 0, []string{"connection_blocking_server", "connection_misfit", "connection_misfit"}},
+		{"accepts into blocking mode", 0, []string{"connection_blocking_server", "connection_unsupported", "connection_unsupported"}},
 		{"accepts into non-blocking mode", unix.SOCK_NONBLOCK, []string{"connection_blocking_server", "connection_paired", "connection_paired"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

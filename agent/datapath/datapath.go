@@ -73,10 +73,10 @@ type Config struct {
 	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
 	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
 	MaxSockets uint32
-	// Sleepers lets sockets take part whose reads may sleep in the kernel. Such a
+	// AllowBlocking lets sockets take part whose reads may sleep in the kernel. Such a
 	// read returns EAGAIN when it is woken by a signal or a reset (hazard
-	// "sleeping-recv"); without it, only sockets in non-blocking mode take part.
-	Sleepers bool
+	// "blocking-recv"); without it, only sockets in non-blocking mode take part.
+	AllowBlocking bool
 	// Observer is one of the constants above.
 	Observer string
 	// Guards are the names of those that are attached while a pod takes part. A
@@ -395,12 +395,12 @@ func closeMaps(all map[string]*ebpf.Map) {
 // sizes returns the configured sizes by map name.
 func (c Config) sizes() map[string]uint32 {
 	return map[string]uint32{
-		bpf.ShortcutMapPods:       c.MaxPods,
-		bpf.ShortcutMapPolicies:   c.MaxPolicies,
-		bpf.ShortcutMapPairs:      c.MaxFlows,
-		bpf.ShortcutMapSockets:    cmp.Or(c.MaxSockets, 2*c.MaxFlows),
-		bpf.ShortcutMapHints:      c.MaxHandshakes,
-		bpf.ShortcutMapHandshakes: c.MaxHandshakes,
+		bpf.ShortcutMapPods:     c.MaxPods,
+		bpf.ShortcutMapPolicies: c.MaxPolicies,
+		bpf.ShortcutMapFlows:    c.MaxFlows,
+		bpf.ShortcutMapSockets:  cmp.Or(c.MaxSockets, 2*c.MaxFlows),
+		bpf.ShortcutMapSyns:     c.MaxHandshakes,
+		bpf.ShortcutMapPending:  c.MaxHandshakes,
 		// Those of a pod that has gone stay until its last flow has.
 		bpf.ShortcutMapCharges: 2 * c.MaxPods,
 		bpf.ShortcutMapShares:  2 * c.MaxPods,
@@ -467,10 +467,10 @@ func (d *Datapath) attach(dir string) error {
 		s.PodBudget = d.cfg.PodBudget
 		s.RefreshNs = uint64(d.cfg.RefreshInterval)
 		s.TrialReads, s.TrialBytes, s.TrialDrains = d.cfg.TrialReads, d.cfg.TrialBytes, d.cfg.TrialDrains
-		s.FlowShare = half(d.objects.Maps[bpf.ShortcutMapPairs].MaxEntries())
+		s.FlowShare = half(d.objects.Maps[bpf.ShortcutMapFlows].MaxEntries())
 		s.LearnedShare = half(d.objects.Maps[bpf.ShortcutMapLearned].MaxEntries())
 		s.SpliceSeen = number(slices.Contains(d.cfg.Guards, GuardSplice))
-		s.Sleepers = number(d.cfg.Sleepers)
+		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 	}); err != nil {
 		return err

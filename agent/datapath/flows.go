@@ -25,12 +25,12 @@ func (d *Datapath) Flows() ([]Flow, error) {
 }
 
 func (d *Datapath) flows() ([]Flow, error) {
-	if d.unloaded || d.objects.Maps[bpf.ShortcutMapPairs] == nil {
+	if d.unloaded || d.objects.Maps[bpf.ShortcutMapFlows] == nil {
 		return nil, nil
 	}
-	pairs, err := entries[uint64, bpf.ShortcutPair](d.objects.Maps[bpf.ShortcutMapPairs])
+	pairs, err := entries[uint64, bpf.ShortcutFlow](d.objects.Maps[bpf.ShortcutMapFlows])
 	if err != nil {
-		return nil, fmt.Errorf("read the pairs map: %w", err)
+		return nil, fmt.Errorf("read the flows map: %w", err)
 	}
 	boot := time.Now().Add(-monotonic())
 	flows := make([]Flow, 0, len(pairs))
@@ -41,11 +41,11 @@ func (d *Datapath) flows() ([]Flow, error) {
 			ClientNetns: p.Netns[client],
 			ServerNetns: p.Netns[server],
 			Client:      address(p.ClientAddr, p.ClientPort),
-			Dialled:     address(p.DialledAddr, p.DialledPort),
+			OrigDst:     address(p.OrigDstAddr, p.OrigDstPort),
 			Server:      address(p.ServerAddr, p.ServerPort),
-			Joined:      p.State&uint64(bpf.ShortcutPairStatePAIR_SERVER_JOINED) != 0,
+			Joined:      p.State&uint64(bpf.ShortcutFlowStateFLOW_SERVER_JOINED) != 0,
 			Since:       boot.Add(time.Duration(p.SinceNs)),
-			Misfits:     reasons(p.Misfit[client] | p.Misfit[server]),
+			Unsupported: reasons(p.Unsupported[client] | p.Unsupported[server]),
 			ToServer:    direction(&p, client),
 			ToClient:    direction(&p, server),
 		})
@@ -60,25 +60,25 @@ const (
 )
 
 // direction describes what the socket of side from sends.
-func direction(p *bpf.ShortcutPair, from int) Direction {
+func direction(p *bpf.ShortcutFlow, from int) Direction {
 	s, r := p.Side[from].Sending, p.Side[1-from].Receiving
 	dir := Direction{
 		Shortcut:      s.Shortcut != 0,
 		Verdict:       Verdict(s.Verdict),
 		PolicyReason:  s.PolicyReason,
-		ReadFlags:     r.UnservedFlags,
-		Unserved:      r.State&bpf.ShortcutReadStateREAD_UNSERVED != 0,
+		ReadFlags:     r.UnsupportedFlags,
+		Unsupported:   r.State&bpf.ShortcutReadStateREAD_UNSUPPORTED != 0,
 		ShortcutBytes: s.ShortcutBytes,
 		TCPBytes:      s.TcpBytes,
 		Switches:      s.Switches,
 	}
-	left := bpf.ShortcutPairStatePAIR_CLIENT_LEFT
+	evicted := bpf.ShortcutFlowStateFLOW_CLIENT_EVICTED
 	if from == server {
-		left = bpf.ShortcutPairStatePAIR_SERVER_LEFT
+		evicted = bpf.ShortcutFlowStateFLOW_SERVER_EVICTED
 	}
-	if p.State&uint64(left) != 0 {
-		dir.Left, dir.Shortcut = true, false
-		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_LEFT].text
+	if p.State&uint64(evicted) != 0 {
+		dir.Evicted, dir.Shortcut = true, false
+		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_EVICTED].text
 	} else if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
 		dir.Reason = outcomes()[s.Reason].text
 	}
@@ -152,10 +152,10 @@ func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error)
 			}
 			return count[bpf.ShortcutPolicyKey, bpf.ShortcutPolicy](m)
 		}},
-		{bpf.ShortcutMapPairs, count[uint64, bpf.ShortcutPair]},
+		{bpf.ShortcutMapFlows, count[uint64, bpf.ShortcutFlow]},
 		{bpf.ShortcutMapSockets, countKeys},
-		{bpf.ShortcutMapHints, count[bpf.ShortcutClientKey, bpf.ShortcutHint]},
-		{bpf.ShortcutMapHandshakes, count[bpf.ShortcutHandshakeKey, bpf.ShortcutHandshake]},
+		{bpf.ShortcutMapSyns, count[bpf.ShortcutClientKey, bpf.ShortcutSyn]},
+		{bpf.ShortcutMapPending, count[bpf.ShortcutPendingKey, bpf.ShortcutPending]},
 		{bpf.ShortcutMapLearned, count[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue]},
 	} {
 		m := table[c.name]
@@ -174,15 +174,15 @@ func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error)
 // program on the cgroup has switched their callbacks off. Guards go when the last
 // flow has ended. Nobody waits while it reads the maps that connections fill.
 func (d *Datapath) Sweep(age time.Duration) error {
-	table, err := d.cloneMaps(bpf.ShortcutMapHints, bpf.ShortcutMapHandshakes, bpf.ShortcutMapPairs, bpf.ShortcutMapSockets, bpf.ShortcutMapLearned)
+	table, err := d.cloneMaps(bpf.ShortcutMapSyns, bpf.ShortcutMapPending, bpf.ShortcutMapFlows, bpf.ShortcutMapSockets, bpf.ShortcutMapLearned)
 	if err != nil || table == nil {
 		return err
 	}
 	defer closeMaps(table)
 	limit := uint64(max(0, monotonic()-age))
 	handshakes := errors.Join(
-		sweep(table[bpf.ShortcutMapHints], func(_ bpf.ShortcutClientKey, h bpf.ShortcutHint) bool { return h.WrittenNs < limit }),
-		sweep(table[bpf.ShortcutMapHandshakes], func(_ bpf.ShortcutHandshakeKey, h bpf.ShortcutHandshake) bool { return h.WrittenNs < limit }),
+		sweep(table[bpf.ShortcutMapSyns], func(_ bpf.ShortcutClientKey, h bpf.ShortcutSyn) bool { return h.WrittenNs < limit }),
+		sweep(table[bpf.ShortcutMapPending], func(_ bpf.ShortcutPendingKey, h bpf.ShortcutPending) bool { return h.WrittenNs < limit }),
 	)
 	found, err := findContents(table, limit)
 	if err != nil {

@@ -214,7 +214,7 @@ func TestConnectionsFull(t *testing.T) {
 			map[string]uint64{
 				"connection_paired": 2, "connection_share": 3, "message_not_seen": 4, "message_shortcut": 36,
 			},
-			map[string]int{"pods": 2, "policies": 4, "pairs": 2, "sockets": 4},
+			map[string]int{"pods": 2, "policies": 4, "flows": 2, "sockets": 4},
 		},
 		{
 			// The second connection's client joins, its server does not.
@@ -223,7 +223,7 @@ func TestConnectionsFull(t *testing.T) {
 				"connection_paired": 1, "connection_sockets_full": 4, "message_not_seen": 2, "message_shortcut": 18,
 				"message_peer_missing": 10,
 			},
-			map[string]int{"pods": 2, "policies": 4, "pairs": 2, "sockets": 3},
+			map[string]int{"pods": 2, "policies": 4, "flows": 2, "sockets": 3},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -254,9 +254,9 @@ func TestConnectionsFull(t *testing.T) {
 	}
 }
 
-// TestPairsFull: two pairs of pods fill the map, each with its share, and the
+// TestFlowsFull: two pairs of pods fill the map, each with its share, and the
 // connections of a third stay on TCP until there is room.
-func TestPairsFull(t *testing.T) {
+func TestFlowsFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 4 })
 	var pods []*sandbox.Pod
 	var rules []datapath.Rule
@@ -281,19 +281,19 @@ func TestPairsFull(t *testing.T) {
 	open(1)
 	before := n.counts(t)
 	open(2)
-	n.mustCount(t, before, map[string]uint64{"connection_pairs_full": 2})
+	n.mustCount(t, before, map[string]uint64{"connection_flows_full": 2})
 	for _, c := range first {
 		c.Close()
 	}
-	n.waitUsage(t, map[string]int{"pods": 6, "policies": 12, "pairs": 2, "sockets": 4})
+	n.waitUsage(t, map[string]int{"pods": 6, "policies": 12, "flows": 2, "sockets": 4})
 	before = n.counts(t)
 	open(2)
 	n.mustCount(t, before, map[string]uint64{"connection_paired": 2, "message_not_seen": 4, "message_shortcut": 36})
 }
 
-// TestHandshakesFull: of more handshakes at once than the maps hold, the oldest
+// TestPendingFull: of more handshakes at once than the maps hold, the oldest
 // are forgotten and their connections stay on TCP.
-func TestHandshakesFull(t *testing.T) {
+func TestPendingFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxHandshakes = 8 })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
@@ -323,7 +323,7 @@ func TestHandshakesFull(t *testing.T) {
 	}
 	counts := n.counts(t)
 	t.Log(counts)
-	lost := counts["connection_hint_lost"] + counts["connection_unmatched"] + counts["connection_handshakes_full"]
+	lost := counts["connection_syn_lost"] + counts["connection_unmatched"] + counts["connection_pending_full"]
 	if counts["connection_paired"]+lost != connections || lost == 0 {
 		t.Errorf("got %v, want every one of %d connections either paired or lost, and some lost", counts, connections)
 	}
@@ -389,10 +389,10 @@ func TestMapsAreCounted(t *testing.T) {
 		t.Cleanup(func() { m.Close() })
 		return m
 	}
-	const hints, others = 5000, 3000
-	table := open(bpf.ShortcutMapHints)
-	for i := range uint32(hints) {
-		if err := table.Put(bpf.ShortcutClientKey{Netns: uint64(i + 1)}, bpf.ShortcutHint{}); err != nil {
+	const syns, others = 5000, 3000
+	table := open(bpf.ShortcutMapSyns)
+	for i := range uint32(syns) {
+		if err := table.Put(bpf.ShortcutClientKey{Netns: uint64(i + 1)}, bpf.ShortcutSyn{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -404,7 +404,7 @@ func TestMapsAreCounted(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": others}, n.usage(t)); diff != "" {
+	if diff := cmp.Diff(map[string]int{"pods": 2, "syns": syns, "policies": others}, n.usage(t)); diff != "" {
 		t.Errorf("before the first policy (-want +got)\n%s", diff)
 	}
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
@@ -412,7 +412,7 @@ func TestMapsAreCounted(t *testing.T) {
 	if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(map[string]int{"pods": 2, "hints": hints, "policies": 4}, n.usage(t)); diff != "" {
+	if diff := cmp.Diff(map[string]int{"pods": 2, "syns": syns, "policies": 4}, n.usage(t)); diff != "" {
 		t.Errorf("with a policy (-want +got)\n%s", diff)
 	}
 }

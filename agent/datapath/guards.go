@@ -96,7 +96,7 @@ func loadGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (*ebp
 		return !slices.Contains(guardPrograms()[name], program)
 	})
 	replacements := map[string]*ebpf.Map{}
-	for _, m := range []string{bpf.GuardMapControl, bpf.GuardMapMembers, bpf.GuardMapPairs, bpf.GuardMapLearned, bpf.GuardMapShares} {
+	for _, m := range []string{bpf.GuardMapControl, bpf.GuardMapSkFlows, bpf.GuardMapFlows, bpf.GuardMapLearned, bpf.GuardMapShares} {
 		replacements[m] = shared[m]
 		spec.Maps[m].MaxEntries = shared[m].MaxEntries()
 	}
@@ -153,7 +153,7 @@ func (g *guard) close() error {
 // is left, and detaches them after that, with all that are not configured any
 // more. The caller holds mu.
 func (d *Datapath) updateGuards() error {
-	busy, err := d.anyEntries(bpf.ShortcutMapPods, bpf.ShortcutMapPairs)
+	busy, err := d.anyEntries(bpf.ShortcutMapPods, bpf.ShortcutMapFlows)
 	if err != nil {
 		return err
 	}

@@ -202,7 +202,7 @@ func TestGuards(t *testing.T) {
 			for _, on := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s guard=%v", name, on), func(t *testing.T) {
 					n := mustNode(t, func(c *datapath.Config) {
-						c.Sleepers = true
+						c.AllowBlocking = true
 						if on {
 							c.Guards = []string{guard}
 						}
@@ -229,19 +229,19 @@ func TestGuards(t *testing.T) {
 						wantClients = append(wantClients, cookies[0])
 					}
 					var clients []uint64
-					for _, m := range n.misfits(t) {
+					for _, m := range n.unsupported(t) {
 						if m.Netns != cookies[1] || m.Port != address.Port() {
-							t.Errorf("got misfit %+v, want none but for the server's port", m)
+							t.Errorf("got unsupported port %+v, want none but for the server's port", m)
 						}
 						clients = append(clients, m.Client)
 					}
 					if !slices.Equal(clients, wantClients) {
-						t.Errorf("got misfits of clients %v, want %v", clients, wantClients)
+						t.Errorf("got unsupported ports of clients %v, want %v", clients, wantClients)
 					}
 					before := n.counts(t)
 					c2, s2 := connect(t, pods[0].Netns, l, "tcp4", address)
 					pingPong(t, c2, s2, 2, 100)
-					n.mustCount(t, before, map[string]uint64{"connection_misfit": 1})
+					n.mustCount(t, before, map[string]uint64{"connection_unsupported": 1})
 				})
 			}
 		}

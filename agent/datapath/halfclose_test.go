@@ -17,7 +17,7 @@ import (
 // waits for the answer. The peer's acknowledgement of the end wakes the recv, which
 // must go on to wait. A plain close is not counted as a socket that leaves.
 func TestBlockingHalfClose(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
+	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
@@ -73,7 +73,7 @@ func TestBlockingHalfClose(t *testing.T) {
 	if err := together(ends...); err != nil {
 		t.Error(err)
 	}
-	if got := n.counts(t); got["socket_left"] != connections || got["message_shortcut"] < connections*warm {
+	if got := n.counts(t); got["socket_evicted"] != connections || got["message_shortcut"] < connections*warm {
 		t.Errorf("got %v, want %d sockets that have left, and messages on the shortcut before", got, connections)
 	}
 
@@ -93,7 +93,7 @@ func TestBlockingHalfClose(t *testing.T) {
 		}
 		s.mustClose(t)
 	}
-	if got := n.since(t, before); got["socket_left"] != 0 || got["connection_paired"] != connections {
+	if got := n.since(t, before); got["socket_evicted"] != 0 || got["connection_paired"] != connections {
 		t.Errorf("after plain closes: got %v, want %d connections paired and no socket that has left", got, connections)
 	}
 }

@@ -26,7 +26,7 @@ import (
 
 // Names of hazards that other settings are about.
 const (
-	HazardSleepingRecv  = "sleeping-recv"
+	HazardSleepingRecv  = "blocking-recv"
 	HazardMPTCPListener = "mptcp-listener"
 	hazardNoTrampolines = "no-trampolines"
 )
@@ -563,7 +563,7 @@ func setTimeouts(fd int, limit time.Duration) error {
 // proveGuard attaches a guard to a connection of its own and tells why it does
 // not do what it is for.
 func proveGuard(name string, cache *btf.Cache) error {
-	proofs := map[string]func(sender, receiver int, pair func() (bpf.ShortcutPair, error)) error{
+	proofs := map[string]func(sender, receiver int, pair func() (bpf.ShortcutFlow, error)) error{
 		GuardSplice: proveSplice, GuardULP: proveULP, GuardFIONREAD: proveFIONREAD, GuardFlags: proveFlags,
 	}
 	// A sender without a program on its sockmap sends as a plain socket does.
@@ -582,14 +582,14 @@ func proveGuard(name string, cache *btf.Cache) error {
 		}
 		defer objects.Close()
 		const id = uint64(1)
-		pairs := objects.Maps[bpf.ShortcutMapPairs]
-		pair := bpf.ShortcutPair{State: id << bpf.ShortcutPairStatePAIR_STATE_BITS}
+		pairs := objects.Maps[bpf.ShortcutMapFlows]
+		pair := bpf.ShortcutFlow{State: id << bpf.ShortcutFlowStateFLOW_STATE_BITS}
 		pair.Side[client].Sending.RedirectEnd = probeBytes // as if they were unread
 		if err := pairs.Put(id, pair); err != nil {
 			return fmt.Errorf("make a pair: %w", err)
 		}
 		for side, fd := range []int{client: sender, server: receiver} {
-			if err := objects.Maps[bpf.ShortcutMapMembers].Put(int32(fd), bpf.ShortcutMember{Pair: id, Side: uint32(side)}); err != nil {
+			if err := objects.Maps[bpf.ShortcutMapSkFlows].Put(int32(fd), bpf.ShortcutSkFlow{Flow: id, Side: uint32(side)}); err != nil {
 				return fmt.Errorf("make a member: %w", err)
 			}
 		}
@@ -598,13 +598,13 @@ func proveGuard(name string, cache *btf.Cache) error {
 			return withoutGuess(err)
 		}
 		defer func() { _ = g.close() }() // it ends with the process at the latest
-		return proofs[name](sender, receiver, func() (pair bpf.ShortcutPair, err error) {
+		return proofs[name](sender, receiver, func() (pair bpf.ShortcutFlow, err error) {
 			return pair, pairs.Lookup(id, &pair)
 		})
 	})
 }
 
-func proveSplice(sender, receiver int, _ func() (bpf.ShortcutPair, error)) error {
+func proveSplice(sender, receiver int, _ func() (bpf.ShortcutFlow, error)) error {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		return err
@@ -623,42 +623,42 @@ func proveSplice(sender, receiver int, _ func() (bpf.ShortcutPair, error)) error
 	return nil
 }
 
-func proveULP(sender, _ int, pair func() (bpf.ShortcutPair, error)) error {
+func proveULP(sender, _ int, pair func() (bpf.ShortcutFlow, error)) error {
 	if err := unix.SetsockoptString(sender, unix.SOL_TCP, unix.TCP_ULP, "tls"); !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("TCP_ULP gives %s, want ENOENT", fmt.Sprint(err))
 	}
 	// So it does without a guard where there is no kTLS.
 	noted, err := pair()
-	if err == nil && noted.Misfit[server] != uint32(bpf.ShortcutMisfitReasonMISFIT_ULP) {
+	if err == nil && noted.Unsupported[server] != uint32(bpf.ShortcutUnsupportedUNSUPPORTED_ULP) {
 		err = errors.New("TCP_ULP is not seen")
 	}
 	return err
 }
 
-func proveFIONREAD(_, receiver int, pair func() (bpf.ShortcutPair, error)) error {
+func proveFIONREAD(_, receiver int, pair func() (bpf.ShortcutFlow, error)) error {
 	if _, err := unix.IoctlGetInt(receiver, unix.TIOCINQ); err != nil {
 		return err
 	}
-	return wantMisfit(pair, bpf.ShortcutMisfitReasonMISFIT_FIONREAD)
+	return wantUnsupported(pair, bpf.ShortcutUnsupportedUNSUPPORTED_FIONREAD)
 }
 
-func proveFlags(sender, receiver int, pair func() (bpf.ShortcutPair, error)) error {
+func proveFlags(sender, receiver int, pair func() (bpf.ShortcutFlow, error)) error {
 	if _, _, err := unix.Recvfrom(receiver, make([]byte, 1), unix.MSG_WAITALL|unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
 		return fmt.Errorf("recv of nothing gives %s, want EAGAIN", fmt.Sprint(err))
 	}
 	if err := unix.Sendto(sender, []byte("x"), unix.MSG_OOB, nil); err != nil {
 		return err
 	}
-	return wantMisfit(pair, bpf.ShortcutMisfitReasonMISFIT_WAITALL|bpf.ShortcutMisfitReasonMISFIT_OOB)
+	return wantUnsupported(pair, bpf.ShortcutUnsupportedUNSUPPORTED_WAITALL|bpf.ShortcutUnsupportedUNSUPPORTED_OOB)
 }
 
-// wantMisfit tells why the direction to the receiver is not on TCP for just these reasons.
-func wantMisfit(get func() (bpf.ShortcutPair, error), want bpf.ShortcutMisfitReason) error {
+// wantUnsupported tells why the direction to the receiver is not on TCP for just these reasons.
+func wantUnsupported(get func() (bpf.ShortcutFlow, error), want bpf.ShortcutUnsupported) error {
 	pair, err := get()
 	if err != nil {
 		return fmt.Errorf("read the pair: %w", err)
 	}
-	if noted := pair.Misfit[client] | pair.Misfit[server]; noted != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSERVED == 0 {
+	if noted := pair.Unsupported[client] | pair.Unsupported[server]; noted != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSUPPORTED == 0 {
 		return fmt.Errorf("the call is not seen: noted are %v", reasons(noted))
 	}
 	return nil

@@ -301,7 +301,7 @@ func TestPairing(t *testing.T) {
 			wantFlow := datapath.Flow{
 				ClientNetns: clientCookie, ServerNetns: cookies[1], Joined: true,
 				Client:   c.LocalAddr().(*net.TCPAddr).AddrPort(),
-				Dialled:  dial,
+				OrigDst:  dial,
 				Server:   address,
 				ToServer: wantDirection, ToClient: wantDirection,
 			}

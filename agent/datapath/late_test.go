@@ -249,7 +249,7 @@ func TestLate(t *testing.T) {
 				n := mustNode(t, func(c *datapath.Config) {
 					onTrial(c)
 					c.Guards = guards
-					c.Sleepers = true
+					c.AllowBlocking = true
 				})
 				pods, cookies := n.mustEnrol(t, "client", "server")
 				n.mustSetPolicy(t, between(datapath.Allow, cookies...))
@@ -291,7 +291,7 @@ func TestLate(t *testing.T) {
 					n.closeAll(t)
 				}
 				counts := n.counts(t)
-				t.Log(counts, n.misfits(t))
+				t.Log(counts, n.unsupported(t))
 				if small > 32 && counts["message_shortcut"] < 60 {
 					t.Errorf("got %v, want the small requests on the shortcut", counts)
 				}

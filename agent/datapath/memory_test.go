@@ -697,7 +697,7 @@ func TestPodBudget(t *testing.T) {
 						}
 						mustRead(t, b.from, "x")
 					}
-					before := n.counts(t)["socket_left"]
+					before := n.counts(t)["socket_evicted"]
 					for _, b := range all {
 						b.read(t)
 					}
@@ -710,7 +710,7 @@ func TestPodBudget(t *testing.T) {
 								mustRead(t, way[1], "y")
 							}
 						}
-						return n.counts(t)["socket_left"]-before >= connections
+						return n.counts(t)["socket_evicted"]-before >= connections
 					})
 					closeBoth(t, all)
 					all = open()

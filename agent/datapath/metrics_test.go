@@ -40,7 +40,7 @@ func (a *asked) Maps() ([]api.MapUsage, error) {
 
 // TestMapsAreCountedSeldom: many askers at once cost as much as one.
 func TestMapsAreCountedSeldom(t *testing.T) {
-	a := &asked{fixed: fixed{outcomes: []api.Outcome{{Name: "socket_left"}}, maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
+	a := &asked{fixed: fixed{outcomes: []api.Outcome{{Name: "socket_evicted"}}, maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
 	c := newCollector(a)
 	start := time.Now()
 	var askers sync.WaitGroup
@@ -64,7 +64,7 @@ func TestCollector(t *testing.T) {
 			{Name: "message_shortcut", Count: 3, Bytes: 300},
 			{Name: "message_not_seen", Count: 1, Bytes: 10},
 			{Name: "connection_paired", Count: 2},
-			{Name: "socket_left", Count: 1},
+			{Name: "socket_evicted", Count: 1},
 		},
 		maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}},
 	})

@@ -87,7 +87,7 @@ func TestOtherProgram(t *testing.T) {
 	}
 	// One that closes is told of only by the SOCKHASH, sooner or later.
 	waitUntil(t, "only the sockets of the open connection are left", func() bool { return n.usage(t)["sockets"] == 2 })
-	if got := n.usage(t)["pairs"]; got != share {
+	if got := n.usage(t)["flows"]; got != share {
 		t.Fatalf("got %d flows, want the %d that nobody has ended: the test shows nothing", got, share)
 	}
 	if got := n.mustCharge(t, cookies[1]); got < (share-1)*int64(len("unread")) {
@@ -99,13 +99,13 @@ func TestOtherProgram(t *testing.T) {
 	if err := n.Sweep(time.Hour); err != nil {
 		t.Fatal(err)
 	}
-	if got := n.usage(t)["pairs"]; got != share {
+	if got := n.usage(t)["flows"]; got != share {
 		t.Errorf("got %d flows after a sweep of old ones, want %d", got, share)
 	}
 	if err := n.Sweep(0); err != nil {
 		t.Fatal(err)
 	}
-	if got := n.usage(t)["pairs"]; got != 1 {
+	if got := n.usage(t)["flows"]; got != 1 {
 		t.Errorf("got %d flows after a sweep, want the open one", got)
 	}
 	detach()
@@ -205,7 +205,7 @@ func TestSharesAreSettled(t *testing.T) {
 	sweep(right)
 }
 
-// TestLearnedShare: a pod with many ports that are misfits is not remembered for
+// TestLearnedShare: a pod with many ports that are marked unsupported is not remembered for
 // more than its share, and what is known of others stays, also when the agent is
 // started again.
 func TestLearnedShare(t *testing.T) {
@@ -249,7 +249,7 @@ func TestLearnedShare(t *testing.T) {
 	check := func(when string, want map[uint64]int) {
 		t.Helper()
 		got := map[uint64]int{}
-		for _, m := range n.misfits(t) {
+		for _, m := range n.unsupported(t) {
 			got[m.Netns]++
 		}
 		if diff := cmp.Diff(want, got); diff != "" {

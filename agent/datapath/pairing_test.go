@@ -26,9 +26,9 @@ import (
 
 // Texts of datapath.Direction.Reason.
 const (
-	reasonNotAllowed = "not allowed"
-	reasonUnserved   = "a call was used that the shortcut does not serve"
-	reasonLowat      = "the receiver has set SO_RCVLOWAT"
+	reasonNotAllowed  = "not allowed"
+	reasonUnsupported = "a call was used that the shortcut does not serve"
+	reasonLowat       = "the receiver has set SO_RCVLOWAT"
 )
 
 // since returns what has been counted after before was.
@@ -210,7 +210,7 @@ func mustDropSYNACKs(tb testing.TB, in *sandbox.Netns, from netip.Addr) (dropped
 }
 
 // TestOnePortTwoServers: a client dials two servers at once from one port, so
-// that the hint of one may replace the other's. Which connections are paired is
+// that the entry in `syns` of one may replace the other's. Which connections are paired is
 // for the moment to say, but each is with its own server or stays on TCP.
 func TestOnePortTwoServers(t *testing.T) {
 	n := mustNode(t, nil)
@@ -234,8 +234,8 @@ func TestOnePortTwoServers(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range flows {
-			if f.Joined && f.Server != f.Dialled {
-				t.Errorf("round %d: connection to %s was paired with %s", round, f.Dialled, f.Server)
+			if f.Joined && f.Server != f.OrigDst {
+				t.Errorf("round %d: connection to %s was paired with %s", round, f.OrigDst, f.Server)
 			}
 		}
 		for _, c := range []net.Conn{c1, c2, s1, s2} {
@@ -244,15 +244,15 @@ func TestOnePortTwoServers(t *testing.T) {
 	}
 	counts := n.counts(t)
 	t.Log(counts)
-	if got := counts["connection_paired"]; got < rounds || got+counts["connection_unmatched"]+counts["connection_hint_lost"] > 2*rounds {
+	if got := counts["connection_paired"]; got < rounds || got+counts["connection_unmatched"]+counts["connection_syn_lost"] > 2*rounds {
 		t.Errorf("got %v, want at least one connection paired in each of %d rounds, and none counted twice", counts, rounds)
 	}
 	n.waitUsage(t, map[string]int{"pods": 3, "policies": 9})
 }
 
-// TestHintReplaced: as before, with both hints surely written before either
+// TestSynReplaced: as before, with both entries of syns surely written before either
 // handshake goes on. The second server's replaces the first one's.
-func TestHintReplaced(t *testing.T) {
+func TestSynReplaced(t *testing.T) {
 	for _, tc := range []struct {
 		name string
 		// order is in which the handshakes go on.
@@ -260,9 +260,9 @@ func TestHintReplaced(t *testing.T) {
 		// want counts both handshakes and the messages of the first connection.
 		want map[string]uint64
 	}{
-		// The client takes the second server's hint for the first one's, and joins.
+		// The client takes the second server's entry in syns for the first one's, and joins.
 		{"first server first", []int{0, 1}, map[string]uint64{"connection_paired": 1, "connection_unmatched": 1, "message_peer_missing": 10}},
-		{"second server first", []int{1, 0}, map[string]uint64{"connection_paired": 1, "connection_hint_lost": 1}},
+		{"second server first", []int{1, 0}, map[string]uint64{"connection_paired": 1, "connection_syn_lost": 1}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
@@ -279,7 +279,7 @@ func TestHintReplaced(t *testing.T) {
 				attempts[i] = dialInBackground(pods[0].Netns, 20000, l, address)
 				waitUntil(t, "a SYN-ACK", func() bool { return dropped() > 0 })
 			}
-			if diff := cmp.Diff(map[string]int{"pods": 3, "policies": 9, "hints": 1}, n.usage(t)); diff != "" {
+			if diff := cmp.Diff(map[string]int{"pods": 3, "policies": 9, "syns": 1}, n.usage(t)); diff != "" {
 				t.Fatalf("map usage (-want +got):\n%s", diff)
 			}
 			var clients, servers [2]net.Conn
@@ -324,7 +324,7 @@ func netstat(tb testing.TB, pod *sandbox.Pod, name string) string {
 }
 
 // TestSYNCookies: a connection by SYN cookie stays on TCP. The kernel runs no
-// program for a SYN that it answers with a cookie, so there is no hint.
+// program for a SYN that it answers with a cookie, so there is no entry in `syns`.
 func TestSYNCookies(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
@@ -338,7 +338,7 @@ func TestSYNCookies(t *testing.T) {
 	if got := netstat(t, pods[1], "SyncookiesRecv"); got != "1" {
 		t.Errorf("got %s SYN cookies back, want 1", got)
 	}
-	n.mustCount(t, nil, map[string]uint64{"connection_hint_lost": 1})
+	n.mustCount(t, nil, map[string]uint64{"connection_syn_lost": 1})
 	n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
 }
 
@@ -580,7 +580,7 @@ func TestAbortedConnections(t *testing.T) {
 }
 
 // TestUnfinishedHandshake: an attempt that never gets its answer leaves its
-// hint, which a sweep deletes.
+// entry in syns, which a sweep deletes.
 func TestUnfinishedHandshake(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
@@ -596,8 +596,8 @@ func TestUnfinishedHandshake(t *testing.T) {
 		age  time.Duration
 		want map[string]int
 	}{
-		{time.Hour, map[string]int{"pods": 2, "policies": 4, "hints": 1}},
-		{time.Minute, map[string]int{"pods": 2, "policies": 4, "hints": 1}},
+		{time.Hour, map[string]int{"pods": 2, "policies": 4, "syns": 1}},
+		{time.Minute, map[string]int{"pods": 2, "policies": 4, "syns": 1}},
 		{0, map[string]int{"pods": 2, "policies": 4}},
 	} {
 		if err := n.Sweep(tc.age); err != nil {
@@ -639,7 +639,7 @@ func recvAll(tb testing.TB, from io.Writer, fd int, message []byte) {
 // TestWaitall: MSG_WAITALL gets the full count in the first read, and in all
 // that follow, because its receiver stays on TCP.
 func TestWaitall(t *testing.T) {
-	n := mustTwoPods(t, func(c *datapath.Config) { c.Sleepers = true })
+	n := mustTwoPods(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	c, s := n.connect(t)
 	fd := int(blocking(t, s).(blockingSocket))
 	message := bytes.Repeat([]byte("0123456789"), 10)
@@ -648,9 +648,9 @@ func TestWaitall(t *testing.T) {
 	for range 5 {
 		recvAll(t, c, fd, message)
 	}
-	n.mustCount(t, nil, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_unserved": 10})
+	n.mustCount(t, nil, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_unsupported": 10})
 	got := n.mustFlow(t).ToServer
-	want := datapath.Direction{Verdict: datapath.Allow, Reason: reasonUnserved, ReadFlags: unix.MSG_WAITALL, Unserved: true, TCPBytes: 600}
+	want := datapath.Direction{Verdict: datapath.Allow, Reason: reasonUnsupported, ReadFlags: unix.MSG_WAITALL, Unsupported: true, TCPBytes: 600}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("direction (-want +got):\n%s", diff)
 	}

@@ -141,7 +141,7 @@ func (d *Datapath) finish() error {
 	// Without one of these, or with those of another build, the sockets stay where they are.
 	held := map[string]*ebpf.Map{}
 	defer closeMaps(held)
-	for _, name := range []string{bpf.ShortcutMapSockets, bpf.ShortcutMapPairs} {
+	for _, name := range []string{bpf.ShortcutMapSockets, bpf.ShortcutMapFlows} {
 		m, err := openMap(d.cfg.PinDir+suffixOld, name, spec.Maps[name])
 		if err == nil {
 			held[name] = m
@@ -166,7 +166,7 @@ func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
 	if err := d.at("track detached"); err != nil {
 		return err
 	}
-	left, err := d.takeOut(maps[bpf.ShortcutMapSockets], maps[bpf.ShortcutMapPairs])
+	left, err := d.evictAll(maps[bpf.ShortcutMapSockets], maps[bpf.ShortcutMapFlows])
 	if err != nil {
 		return err
 	}
@@ -198,22 +198,22 @@ func (d *Datapath) detachTrack(pin string) error {
 	return nil
 }
 
-// takeOut deletes the sockets from the SOCKHASH that have nothing redirected to
+// evictAll deletes the sockets from the SOCKHASH that have nothing redirected to
 // read, and returns how many stay: those that have, and those whose pair is gone,
 // so that nobody knows. Both are of connections that are reset or closed, but not
 // by the program that has them. To delete one would throw away what it has not
 // read, and it would then read on behind the gap. It leaves when its program
 // closes it. Until then it keeps the sk_msg program, and that keeps all maps.
-func (d *Datapath) takeOut(sockets, pairs *ebpf.Map) (left int, err error) {
+func (d *Datapath) evictAll(sockets, flows *ebpf.Map) (left int, err error) {
 	if sockets == nil {
 		return 0, nil // taken out before an interruption, or out of reach
 	}
-	if pairs == nil {
+	if flows == nil {
 		cookies, err := socketCookies(sockets)
 		return len(cookies), err
 	}
 	for {
-		drained, err := drainedSockets(pairs)
+		drained, err := drainedSockets(flows)
 		if err != nil {
 			return 0, err
 		}
@@ -241,11 +241,11 @@ func (d *Datapath) takeOut(sockets, pairs *ebpf.Map) (left int, err error) {
 	}
 }
 
-// drainedSockets returns the sockets of pairs that have read all that was redirected to them.
-func drainedSockets(pairs *ebpf.Map) (map[uint64]bool, error) {
-	all, err := entries[uint64, bpf.ShortcutPair](pairs)
+// drainedSockets returns the sockets of flows that have read all that was redirected to them.
+func drainedSockets(flows *ebpf.Map) (map[uint64]bool, error) {
+	all, err := entries[uint64, bpf.ShortcutFlow](flows)
 	if err != nil {
-		return nil, fmt.Errorf("read the pairs map: %w", err)
+		return nil, fmt.Errorf("read the flows map: %w", err)
 	}
 	drained := map[uint64]bool{}
 	for _, p := range all {
@@ -259,7 +259,7 @@ func drainedSockets(pairs *ebpf.Map) (map[uint64]bool, error) {
 }
 
 // unread tells whether the socket of a side has redirected bytes to read.
-func unread(p *bpf.ShortcutPair, side int) bool {
+func unread(p *bpf.ShortcutFlow, side int) bool {
 	toward := p.Side[1-side].Sending
 	return toward.RedirectEnd > p.Side[side].Receiving.ReadBytes+uint64(toward.Missed)
 }
@@ -316,7 +316,7 @@ func removalRank(name string) int {
 		return 0
 	case name == bpf.ShortcutMapSockets:
 		return 2
-	case name == bpf.ShortcutMapPairs, name == bpf.ShortcutMapControl:
+	case name == bpf.ShortcutMapFlows, name == bpf.ShortcutMapControl:
 		return 3
 	default:
 		return 1

@@ -220,7 +220,7 @@ func (o kernelObjects) waitGone(tb testing.TB) {
 func closedUnread(tb testing.TB, n *node, from *sandbox.Netns, l net.Listener) (server net.Conn, message traffic) {
 	tb.Helper()
 	message = traffic{seed: 9, bytes: 20_000, maxWrite: 5000, maxRead: 7000}
-	before, pairs := n.counts(tb), n.usage(tb)["pairs"]
+	before, pairs := n.counts(tb), n.usage(tb)["flows"]
 	c, s := connect(tb, from, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
 	pingPong(tb, c, s, 2, 100)
 	if err := errors.Join(closeWrite(s), wantEOF(c), message.write(c), c.Close()); err != nil {
@@ -229,7 +229,7 @@ func closedUnread(tb testing.TB, n *node, from *sandbox.Netns, l net.Listener) (
 	if got := n.since(tb, before)["message_shortcut"]; got < 4 {
 		tb.Fatalf("got %d messages by shortcut, want 4 or more", got)
 	}
-	waitUntil(tb, "the end of the pair", func() bool { return n.usage(tb)["pairs"] == pairs })
+	waitUntil(tb, "the end of the pair", func() bool { return n.usage(tb)["flows"] == pairs })
 	return s, message
 }
 
@@ -624,7 +624,7 @@ func TestDeletedPins(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"pods", "pairs", "sockets"} {
+	for _, name := range []string{"pods", "flows", "sockets"} {
 		for _, unload := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, unload %v", name, unload), func(t *testing.T) {
 				w := n.mustLoad(t, pods)

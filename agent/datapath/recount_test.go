@@ -26,11 +26,11 @@ type oneWay struct {
 }
 
 // mustOneWay connects when a guard sees splice, or with guard false while none does.
-func mustOneWay(tb testing.TB, guard, sleepers bool) *oneWay {
+func mustOneWay(tb testing.TB, guard, blocking bool) *oneWay {
 	tb.Helper()
 	refused := hazard(tb, "no-trampolines")
 	n := mustNode(tb, func(c *datapath.Config) {
-		c.Budget, c.Sleepers = 4096, sleepers
+		c.Budget, c.AllowBlocking = 4096, blocking
 		if guard && !refused {
 			c.Guards = []string{datapath.GuardSplice}
 		}
@@ -114,7 +114,7 @@ func TestRecount(t *testing.T) {
 			waitUntil(t, "the server's socket to leave", func() bool {
 				mustWrite(t, w.s, "x")
 				mustRead(t, w.c, "x")
-				return w.counts(t)["socket_left"] == 1
+				return w.counts(t)["socket_evicted"] == 1
 			})
 		}},
 		{"then an unload", func(t *testing.T, w *oneWay) {

@@ -21,19 +21,19 @@ type contents struct {
 type podCookies [2]uint64
 
 // findContents reads the maps. Flows to be ended are older than limit
-// (CLOCK_MONOTONIC), and none of their sockets is in the SOCKHASH, although none has
-// left it. The kernel takes a socket out when it is closed; that the program is not
+// (CLOCK_MONOTONIC), and none of their sockets is in the SOCKHASH, although none was
+// evicted. The kernel takes a socket out when it is closed; that the program is not
 // told means that another one on the cgroup has switched its callbacks off.
 func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err error) {
-	const left = uint64(bpf.ShortcutPairStatePAIR_CLIENT_LEFT | bpf.ShortcutPairStatePAIR_SERVER_LEFT)
+	const evicted = uint64(bpf.ShortcutFlowStateFLOW_CLIENT_EVICTED | bpf.ShortcutFlowStateFLOW_SERVER_EVICTED)
 	type suspect struct {
 		id            uint64
 		cookies, pods [2]uint64
 	}
 	var suspects []suspect
-	err = eachBatch(table[bpf.ShortcutMapPairs], func(ids []uint64, pairs []bpf.ShortcutPair) {
+	err = eachBatch(table[bpf.ShortcutMapFlows], func(ids []uint64, pairs []bpf.ShortcutFlow) {
 		for i, p := range pairs {
-			if p.SinceNs < limit && p.State&left == 0 {
+			if p.SinceNs < limit && p.State&evicted == 0 {
 				suspects = append(suspects, suspect{ids[i], p.Cookie, p.Netns})
 			} else {
 				found.flows = append(found.flows, p.Netns)
@@ -41,7 +41,7 @@ func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err
 		}
 	})
 	if err != nil {
-		return contents{}, fmt.Errorf("read the pairs map: %w", err)
+		return contents{}, fmt.Errorf("read the flows map: %w", err)
 	}
 	for _, s := range suspects {
 		there, err := anySocket(table[bpf.ShortcutMapSockets], s.cookies)

@@ -37,21 +37,21 @@ func mustPipe(tb testing.TB) (read, write int) {
 	return pipe[0], pipe[1]
 }
 
-// mustBeMisfit wants the port known for splice, and what is sent from now on by TCP.
-func (n *node) mustBeMisfit(tb testing.TB, c, s *rawSocket, connect func() (c, s *rawSocket)) {
+// mustBeUnsupported wants the port known for splice, and what is sent from now on by TCP.
+func (n *node) mustBeUnsupported(tb testing.TB, c, s *rawSocket, connect func() (c, s *rawSocket)) {
 	tb.Helper()
-	if got := n.misfits(tb); len(got) != 1 || !slices.Equal(got[0].Reasons, []string{"splice"}) {
-		tb.Errorf("got misfits %+v, want the port for splice", got)
+	if got := n.unsupported(tb); len(got) != 1 || !slices.Equal(got[0].Reasons, []string{"splice"}) {
+		tb.Errorf("got unsupported ports %+v, want the port for splice", got)
 	}
 	before := n.counts(tb)
 	mustWrite(tb, c, "later")
 	mustRead(tb, s, "later")
-	if got := n.since(tb, before); got["message_unserved"] != 1 {
-		tb.Errorf("got %v, want the next message by TCP as unserved", got)
+	if got := n.since(tb, before); got["message_unsupported"] != 1 {
+		tb.Errorf("got %v, want the next message by TCP as unsupported", got)
 	}
 	before = n.counts(tb)
 	connect()
-	n.mustCount(tb, before, map[string]uint64{"connection_misfit": 1})
+	n.mustCount(tb, before, map[string]uint64{"connection_unsupported": 1})
 }
 
 // TestSpliceOfTCPBytes: splice works while all that is unread came by TCP.
@@ -73,11 +73,11 @@ func TestSpliceOfTCPBytes(t *testing.T) {
 	if _, err := unix.Read(r, p); err != nil || string(p) != "hello" {
 		t.Errorf("got %q (%v) through the pipe", p, err)
 	}
-	n.mustBeMisfit(t, c, s, connect)
+	n.mustBeUnsupported(t, c, s, connect)
 }
 
 // TestSendfileFromSocket: sendfile from a socket to a pipe puts the direction on
-// TCP and makes the port a misfit. What was redirected before stays for recv.
+// TCP and makes the port unsupported. What was redirected before stays for recv.
 func TestSendfileFromSocket(t *testing.T) {
 	if hazard(t, "no-trampolines") {
 		t.Log("no trampolines here, so NO guard: TestGuards has the refusal")
@@ -95,7 +95,7 @@ func TestSendfileFromSocket(t *testing.T) {
 		t.Errorf("sendfile of redirected bytes gives %d (%v), want nothing", got, err)
 	}
 	mustRead(t, s, "hello")
-	n.mustBeMisfit(t, c, s, connect)
+	n.mustBeUnsupported(t, c, s, connect)
 	mustWrite(t, c, "world")
 	if err := s.wait(unix.POLLIN); err != nil {
 		t.Fatal(err)

@@ -270,11 +270,11 @@ func TestStreams(t *testing.T) {
 	n.waitUsage(t, map[string]int{"pods": 2, "policies": 4})
 }
 
-// TestSleepers: clients that sleep in write and read, with requests up to far
+// TestBlocking: clients that sleep in write and read, with requests up to far
 // more than TCP's buffers hold; a read must never return early with EAGAIN.
 // Short exchanges are shortcut; a client with a large request leaves.
-func TestSleepers(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
+func TestBlocking(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
@@ -313,7 +313,7 @@ func TestSleepers(t *testing.T) {
 				t.Error(err)
 			}
 			after := n.counts(t)
-			left, shortcut := after["socket_left"]-before["socket_left"], after["message_shortcut"]-before["message_shortcut"]
+			left, shortcut := after["socket_evicted"]-before["socket_evicted"], after["message_shortcut"]-before["message_shortcut"]
 			t.Logf("%d of %d clients left, %d messages by shortcut", left, connections, shortcut)
 			if tc.wantStays && (left != 0 || shortcut < connections*rounds) {
 				t.Errorf("got %d clients left and %d messages by shortcut, want 0 and most", left, shortcut)
@@ -339,9 +339,9 @@ func onThread(f func() error) func() error {
 	}
 }
 
-// TestSleepersKeptOut: unless it is asked for, no socket stays whose reads may
+// TestBlockingKeptOut: unless it is asked for, no socket stays whose reads may
 // sleep: a client's is not paired, and a server's leaves with its first message.
-func TestSleepersKeptOut(t *testing.T) {
+func TestBlockingKeptOut(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
@@ -349,13 +349,13 @@ func TestSleepersKeptOut(t *testing.T) {
 
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	pingPong(t, c, blocking(t, s), 20, 100)
-	want := map[string]uint64{"connection_paired": 1, "socket_left": 1}
+	want := map[string]uint64{"connection_paired": 1, "socket_evicted": 1}
 	got := n.counts(t)
-	if diff := gocmp.Diff(want, map[string]uint64{"connection_paired": got["connection_paired"], "socket_left": got["socket_left"]}); diff != "" {
+	if diff := gocmp.Diff(want, map[string]uint64{"connection_paired": got["connection_paired"], "socket_evicted": got["socket_evicted"]}); diff != "" {
 		t.Errorf("counters (-want +got):\n%s", diff)
 	}
 	flows, err := n.Flows()
-	if err != nil || len(flows) != 1 || !flows[0].ToClient.Left || flows[0].ToServer.ShortcutBytes != 0 {
+	if err != nil || len(flows) != 1 || !flows[0].ToClient.Evicted || flows[0].ToServer.ShortcutBytes != 0 {
 		t.Errorf("got flows %+v, %v; want one whose server has left, with nothing by shortcut to it", flows, err)
 	}
 
@@ -366,15 +366,15 @@ func TestSleepersKeptOut(t *testing.T) {
 	}
 	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
 	pingPong(t, c, s, 2, 100)
-	if got := n.counts(t); got["connection_misfit"] != 1 || got["connection_paired"] != 1 {
-		t.Errorf("got %v, want connection_misfit 1 and connection_paired still 1", got)
+	if got := n.counts(t); got["connection_unsupported"] != 1 || got["connection_paired"] != 1 {
+		t.Errorf("got %v, want connection_unsupported 1 and connection_paired still 1", got)
 	}
 	l.Close()
 	l = pods[1].MustListen(t, "tcp4", address.String())
 	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
 	pingPong(t, c, s, 2, 100)
-	if got := n.counts(t); got["connection_misfit"] != 1 || got["connection_paired"] != 2 {
-		t.Errorf("after another listen: got %v, want connection_misfit 1 and connection_paired 2", got)
+	if got := n.counts(t); got["connection_unsupported"] != 1 || got["connection_paired"] != 2 {
+		t.Errorf("after another listen: got %v, want connection_unsupported 1 and connection_paired 2", got)
 	}
 
 	var fd int

@@ -208,7 +208,7 @@ func TestTrialIsLearned(t *testing.T) {
 
 	forgotten, err := n.Forget(func(server, _ uint64, port uint16) bool { return server == cookies[1] && port == address.Port() })
 	if err != nil || forgotten != 0 {
-		t.Errorf("got %d misfits forgotten (%v), want none", forgotten, err)
+		t.Errorf("got %d unsupported ports forgotten (%v), want none", forgotten, err)
 	}
 	talk("after it was forgotten", pods[0], l, address, false, false)
 }

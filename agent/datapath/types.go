@@ -49,15 +49,15 @@ type Flow struct {
 	ServerID uint64
 	// ClientNetns and ServerNetns are netns cookies.
 	ClientNetns, ServerNetns uint64
-	Client, Dialled          netip.AddrPort
+	Client, OrigDst          netip.AddrPort
 	// Server is the server socket's own address; its address is the zero Addr
 	// until the server's socket has joined.
 	Server netip.AddrPort
 	// Joined tells whether the server's socket has joined.
 	Joined bool
 	Since  time.Time
-	// Misfits is what either end used that the shortcut does not serve.
-	Misfits []string
+	// Unsupported is what either end used that the shortcut does not serve.
+	Unsupported []string
 	// ToServer and ToClient are the two directions.
 	ToServer, ToClient Direction
 }
@@ -74,8 +74,8 @@ type Direction struct {
 	// ReadFlags are the recv flags of the receiver that this kernel does not
 	// serve on redirected data (MSG_WAITALL and others); 0 if it used none.
 	ReadFlags uint32
-	// Unserved is true once the direction is on TCP for good.
-	Unserved bool
+	// Unsupported is true once the direction is on TCP for good.
+	Unsupported bool
 	// ShortcutBytes and TCPBytes count what the sender wrote. While a direction
 	// rests on TCP, the end of its last write may be missing: after a write that
 	// TCP could not take whole, the kernel passes the rest on without asking again
@@ -88,7 +88,7 @@ type Direction struct {
 	Redirected bool
 	// Switches counts changes from TCP to the shortcut.
 	Switches uint32
-	// Left tells that the sender's socket has left the SOCKHASH: what it has sent
+	// Evicted tells that the sender's socket was taken out of the SOCKHASH: what it has sent
 	// since is not counted.
-	Left bool
+	Evicted bool
 }

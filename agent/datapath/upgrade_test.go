@@ -266,7 +266,7 @@ func TestConfigChanges(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := api.MapUsage{Name: "pairs", Entries: 1, Max: 7}
+	want := api.MapUsage{Name: "flows", Entries: 1, Max: 7}
 	for _, m := range maps {
 		if m.Name == want.Name && m != want {
 			t.Errorf("got %+v, want %+v", m, want)
@@ -330,7 +330,7 @@ func TestUnload(t *testing.T) {
 		if _, err := os.Stat(n.cfg.PinDir); err != nil {
 			t.Errorf("pins: %v", err)
 		}
-		if diff := cmp.Diff(map[string]int{"pods": 2, "policies": 4, "pairs": 1, "sockets": 2}, n.usage(t)); diff != "" {
+		if diff := cmp.Diff(map[string]int{"pods": 2, "policies": 4, "flows": 1, "sockets": 2}, n.usage(t)); diff != "" {
 			t.Errorf("map usage (-want +got):\n%s", diff)
 		}
 		return waiting[0].ToServer

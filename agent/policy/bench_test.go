@@ -64,7 +64,7 @@ func BenchmarkCompile(b *testing.B) {
 	for b.Loop() {
 		var c Compiler
 		changed, _ := c.Update(pods, cluster, time.Unix(1_000_000, 0))
-		b.ReportMetric(float64(len(changed)), "pairs")
+		b.ReportMetric(float64(len(changed)), "flows")
 	}
 }
 

@@ -46,8 +46,8 @@ type taken struct {
 	Reasons []string `json:"reasons,omitempty"`
 	// Counted are the kernel programs' own counters of messages and connections.
 	Counted map[string]counted `json:"counted"`
-	// Misfits are the ports that are known not to fit, with the calls.
-	Misfits []string `json:"misfits,omitempty"`
+	// UnsupportedPorts are the ports that are known not to fit, with the calls.
+	Unsupported []string `json:"unsupportedPorts,omitempty"`
 }
 
 type counted struct {
@@ -138,12 +138,12 @@ func (s *stage) taken(before api.Status) taken {
 			way.Counted[o.Name] = c
 		}
 	}
-	for _, m := range after.Misfits {
-		misfit := fmt.Sprintf("%s:%d %s", m.Pod.Name, m.Port, strings.Join(m.Reasons, ", "))
+	for _, m := range after.UnsupportedPorts {
+		unsupported := fmt.Sprintf("%s:%d %s", m.Pod.Name, m.Port, strings.Join(m.Reasons, ", "))
 		if m.Client != nil {
-			misfit += " by " + m.Client.Name
+			unsupported += " by " + m.Client.Name
 		}
-		way.Misfits = append(way.Misfits, misfit)
+		way.Unsupported = append(way.Unsupported, unsupported)
 	}
 	bytesBy := map[string]uint64{}
 	for _, f := range mustShow[[]api.Flow](s, s.node, "flows") {

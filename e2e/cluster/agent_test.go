@@ -35,7 +35,7 @@ type (
 	}
 	flow struct {
 		Client, Server     flowEnd
-		Dialled            string
+		OrigDst            string
 		Paired             bool
 		Reason             string
 		ToServer, ToClient *direction
@@ -61,7 +61,7 @@ func (f flow) String() string {
 		return fmt.Sprintf("shortcut=%v %s %s (%d by shortcut, %d by TCP)", d.Shortcut, d.Reason, d.Detail, d.ShortcutBytes, d.TCPBytes)
 	}
 	return fmt.Sprintf("%s/%s %s -> %s/%s %s (%s): paired=%v %s; to server %s; to client %s", f.Client.Pod.Namespace, f.Client.Pod.Name,
-		f.Client.Address, f.Server.Pod.Namespace, f.Server.Pod.Name, f.Server.Address, f.Dialled, f.Paired, f.Reason, way(f.ToServer), way(f.ToClient))
+		f.Client.Address, f.Server.Pod.Namespace, f.Server.Pod.Name, f.Server.Address, f.OrigDst, f.Paired, f.Reason, way(f.ToServer), way(f.ToClient))
 }
 
 // show runs a command of podshunt-agent on the node, and decodes what it prints.

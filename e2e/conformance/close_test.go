@@ -12,7 +12,7 @@ import (
 
 func closeRows() []row {
 	return []row{
-		{name: "half-close", run: halfClose, ends: true, sleeperTCP: halfClosed},
+		{name: "half-close", run: halfClose, ends: true, blockingTCP: halfClosed},
 		{name: "shut down both ways", run: shutDownBoth, ends: true},
 		{name: "both shut down at once", run: shutDownAtOnce, ends: true},
 		{name: "shutdown of reading", run: shutDownReading},
@@ -22,7 +22,7 @@ func closeRows() []row {
 		{name: "close with bytes unread", run: closeUnread, ends: true, differs: differs(shortcut, "unread-close", "events", "read")},
 		{name: "both close with bytes unread", run: closeBothUnread, ends: true, differs: differs(shortcut, "unread-close", "read again")},
 		{name: "write after the peer's close", run: writeAfterClose, ends: true},
-		{name: "write after own shutdown", run: writeAfterShutdown, sleeperTCP: halfClosed},
+		{name: "write after own shutdown", run: writeAfterShutdown, blockingTCP: halfClosed},
 		{name: "reset", run: reset, ends: true},
 		{name: "reset with bytes unread", run: resetUnread, ends: true},
 		{name: "reset of a sleeping read", run: resetSleeping, blocking: true, ends: true, differs: alike(sleepingRecv, "read", "next read")},

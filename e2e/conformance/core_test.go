@@ -85,9 +85,9 @@ type variant struct {
 
 // variants are those of a run in which sockets in blocking mode take part, or
 // of one in which they do not and which is about them alone.
-func variants(sleepers bool) (all []variant) {
+func variants(blocking bool) (all []variant) {
 	modes, families := []mode{{name: "non-blocking"}, {"blocking", true, true}}, []bool{false, true}
-	if !sleepers {
+	if !blocking {
 		modes = []mode{{"blocking", true, true}, {name: "blocking client", client: true}, {name: "blocking server", server: true}}
 		families = families[:1]
 	}
@@ -125,9 +125,9 @@ type row struct {
 	cold bool
 	// ends: the connection does not outlive the row, which calls prove before that.
 	ends bool
-	// tcp says why not all bytes of the row can take the shortcut; sleeperTCP why not in blocking mode.
-	tcp, sleeperTCP string
-	differs         []difference
+	// tcp says why not all bytes of the row can take the shortcut; blockingTCP why not in blocking mode.
+	tcp, blockingTCP string
+	differs          []difference
 }
 
 // difference is what a row is known to see differently from plain TCP.
@@ -171,7 +171,7 @@ func rows() []row {
 type suite struct {
 	*sandbox.Sandbox
 	*datapath.Datapath
-	sleepers bool
+	blocking bool
 	content  content
 	// port is the last one that a row has listened on. None is used twice:
 	// podshunt may remember what has been seen on it.
@@ -187,14 +187,14 @@ type suite struct {
 }
 
 // mustSuite opens a datapath in which sockets in blocking mode take part, or do not.
-func mustSuite(t *testing.T, sleepers bool) *suite {
+func mustSuite(t *testing.T, blocking bool) *suite {
 	t.Helper()
 	s := &suite{
-		Sandbox: sandbox.MustNew(t, sandbox.Config{}), sleepers: sleepers, content: newContent(),
+		Sandbox: sandbox.MustNew(t, sandbox.Config{}), blocking: blocking, content: newContent(),
 		pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{},
 	}
 	cfg := datapath.DefaultConfig()
-	cfg.Cgroup, cfg.PinDir, cfg.Sleepers = s.Sandbox.Cgroup, filepath.Join(s.BPF, "podshunt"), sleepers
+	cfg.Cgroup, cfg.PinDir, cfg.AllowBlocking = s.Sandbox.Cgroup, filepath.Join(s.BPF, "podshunt"), blocking
 	// What a receiver does from its first message on is what rows are about.
 	cfg.TrialReads, cfg.TrialBytes, cfg.TrialDrains, cfg.RefreshInterval = 1, 0, 0, 0
 	var err error
@@ -248,7 +248,7 @@ func (s *suite) runRows(t *testing.T) {
 		for _, r := range rows() {
 			t.Run(r.name, func(t *testing.T) {
 				t.Parallel()
-				for _, v := range variants(s.sleepers) {
+				for _, v := range variants(s.blocking) {
 					if !r.runsIn(v.mode) {
 						continue
 					}
@@ -275,8 +275,8 @@ func (s *suite) mustForget(t *testing.T) {
 		}
 		left = map[string]int{}
 		for _, m := range maps {
-			// A client that gives up leaves its hint, until the agent sweeps.
-			if m.Entries > 0 && slices.Contains([]string{"pairs", "sockets", "handshakes"}, m.Name) {
+			// A client that gives up leaves its entry in syns, until the agent sweeps.
+			if m.Entries > 0 && slices.Contains([]string{"flows", "sockets", "pending"}, m.Name) {
 				left[m.Name] = m.Entries
 			}
 		}
@@ -367,7 +367,7 @@ func (c *conn) known(r row, name string) string {
 // resembles returns the way of which c may have the known differences.
 func (c *conn) resembles() way {
 	switch {
-	case c.sleepers || !c.client && !c.server:
+	case c.blocking || !c.client && !c.server:
 		return c.way
 	case c.client:
 		return plain // it is not paired
@@ -504,7 +504,7 @@ func (c *conn) warmUp() bool {
 		return true
 	}
 	f := c.flow()
-	if !c.sleepers && (c.client || c.server) {
+	if !c.blocking && (c.client || c.server) {
 		return true
 	}
 	size := uint64(warmUpSize)
@@ -543,7 +543,7 @@ func (c *conn) flowOf(client, dialled netip.AddrPort) datapath.Flow {
 	flows, err := c.Flows()
 	c.must(err)
 	for _, f := range flows {
-		if f.Client == client && f.Dialled == dialled {
+		if f.Client == client && f.OrigDst == dialled {
 			return f
 		}
 	}
@@ -554,7 +554,7 @@ func (c *conn) flowOf(client, dialled netip.AddrPort) datapath.Flow {
 func (c *conn) proveAnother(client *end, dialled netip.AddrPort) {
 	c.t.Helper()
 	f := c.flowOf(localAddress(c.t, client.fd), dialled)
-	want := c.way == shortcut && (c.sleepers || !c.client && !c.server)
+	want := c.way == shortcut && (c.blocking || !c.client && !c.server)
 	if f.ToServer.Shortcut != want || f.ToClient.Shortcut != want {
 		c.strayed(want, "got flow %+v, want both directions shortcut %v", f, want)
 	}
@@ -590,14 +590,14 @@ func (c *conn) prove() {
 	c.t.Helper()
 	c.proved = true
 	f := c.flow()
-	paired := c.way != plain && (c.sleepers || !c.client)
+	paired := c.way != plain && (c.blocking || !c.client)
 	if got := f.Joined; got != paired {
 		c.strayed(paired, "got paired %v, want %v", got, paired)
 	}
-	stays := c.way == shortcut && (c.sleepers || !c.client && !c.server)
+	stays := c.way == shortcut && (c.blocking || !c.client && !c.server)
 	reason := c.row.tcp
 	if c.client || c.server {
-		reason += c.row.sleeperTCP
+		reason += c.row.blockingTCP
 	}
 	now := c.sums()
 	for _, e := range []*end{c.a, c.b} {
@@ -612,7 +612,7 @@ func (c *conn) prove() {
 			c.strayed(got < want, "got %d bytes by shortcut of the %d that %s has sent, want %d; %+v", got, sent, e, want, f)
 		}
 	}
-	if !c.sleepers && c.server && !c.client && c.way == shortcut && !c.row.cold && !f.ToClient.Left {
+	if !c.blocking && c.server && !c.client && c.way == shortcut && !c.row.cold && !f.ToClient.Evicted {
 		c.t.Error("the server's socket is in blocking mode and has not left")
 	}
 }

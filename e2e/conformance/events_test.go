@@ -23,7 +23,7 @@ func eventRows() []row {
 		{name: "epoll, writable edge", run: epollWritable, nonblocking: true, tcp: spills},
 		{name: "epoll, the end", run: epollEnd, ends: true},
 		{name: "epoll, reset", run: epollReset, ends: true},
-		{name: "epoll wakes a sleeper", run: epollSleeper},
+		{name: "epoll wakes a blocking reader", run: epollWaiter},
 		{name: "poll of many", run: pollMany},
 		{name: "O_ASYNC", run: async},
 	}
@@ -44,7 +44,7 @@ func pollEvents(c *conn) {
 	c.saw("idle again", c.b.now())
 	got := c.asleep(func() any { return c.b.wait(unix.POLLIN, deadline) })
 	c.a.send(10)
-	c.saw("a sleeper is woken", got())
+	c.saw("a blocking reader is woken", got())
 	c.saw("read", c.b.recv(10, 0))
 }
 
@@ -189,7 +189,7 @@ func epollReset(c *conn) {
 	c.saw("after the error was read", c.epoll(c.b.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP).next())
 }
 
-func epollSleeper(c *conn) {
+func epollWaiter(c *conn) {
 	e := c.epoll(c.b.fd, unix.EPOLLIN|unix.EPOLLET)
 	for i := range 5 {
 		got := c.asleep(func() any { return e.next() })
@@ -224,7 +224,7 @@ func pollMany(c *conn) {
 		return fmt.Sprint(n, err)
 	})
 	senders[5].send(100)
-	c.saw("a sleeper is woken", got())
+	c.saw("a blocking reader is woken", got())
 	for _, i := range []int{3, 5, 11} {
 		senders[i].send(10)
 		receivers[i].until(unix.POLLIN)

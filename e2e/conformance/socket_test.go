@@ -76,7 +76,7 @@ func moved(p []byte, n int, err error) string {
 }
 
 // sleepingRecv is the entry of docs/limits.md about reads that sleep.
-const sleepingRecv = "sleeping-recv"
+const sleepingRecv = "blocking-recv"
 
 // call repeats f while it gives EAGAIN: in non-blocking mode after a wait, as
 // programs do, and in blocking mode where that is the known difference of reads
@@ -91,7 +91,7 @@ func (e *end) call(events int16, f func() (int, error)) (int, error) {
 			if !e.wait(events, time.Until(limit)) {
 				return n, err
 			}
-		case events == unix.POLLIN && e.c.way != plain && e.c.sleepers:
+		case events == unix.POLLIN && e.c.way != plain && e.c.blocking:
 			e.c.note(e.c.row.name, e.c.way, sleepingRecv)
 		default:
 			return n, err

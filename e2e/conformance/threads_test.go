@@ -33,11 +33,11 @@ const twoThreads = "a socket in blocking mode leaves if one thread reads and ano
 func threadRows() []row {
 	return []row{
 		{name: "several threads read", run: severalReaders, ends: true, tcp: spills},
-		{name: "several threads write", run: severalWriters, listen: roomy, dial: roomy, tcp: spills, sleeperTCP: twoThreads},
-		{name: "one thread reads, one writes", run: readerAndWriter, tcp: spills, sleeperTCP: twoThreads},
-		{name: "a child process reads on", run: func(c *conn) { otherProcess(c, inherits) }, sleeperTCP: twoThreads},
-		{name: "a socket is passed to a process", run: func(c *conn) { otherProcess(c, receives) }, sleeperTCP: twoThreads},
-		{name: "io_uring", run: ioUring, sleeperTCP: twoThreads},
+		{name: "several threads write", run: severalWriters, listen: roomy, dial: roomy, tcp: spills, blockingTCP: twoThreads},
+		{name: "one thread reads, one writes", run: readerAndWriter, tcp: spills, blockingTCP: twoThreads},
+		{name: "a child process reads on", run: func(c *conn) { otherProcess(c, inherits) }, blockingTCP: twoThreads},
+		{name: "a socket is passed to a process", run: func(c *conn) { otherProcess(c, receives) }, blockingTCP: twoThreads},
+		{name: "io_uring", run: ioUring, blockingTCP: twoThreads},
 	}
 }
 

@@ -154,7 +154,7 @@ func (b *bench) load() error {
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup, cfg.PinDir = b.watched, filepath.Join(b.sandbox.BPF, "podshunt")
 	cfg.Budget, cfg.PodBudget = uint32(b.settings.budget), max(cfg.PodBudget, uint64(b.settings.budget))
-	cfg.Sleepers = true // ping-pong and connections wait inside of read
+	cfg.AllowBlocking = true // ping-pong and connections wait inside of read
 	d, err := datapath.Open(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err

@@ -180,7 +180,7 @@ func (w way) reason() string {
 		if w.Sent == 0 {
 			weight = c.Count
 		}
-		if name != "message_shortcut" && name != "connection_paired" && name != "socket_left" && weight > most {
+		if name != "message_shortcut" && name != "connection_paired" && name != "socket_evicted" && weight > most {
 			best, most = name, weight
 		}
 	}

@@ -4,8 +4,8 @@
  * What both objects need, the shortcut and the guards: the way from a socket to
  * its flow, and the memory of what does not fit the shortcut.
  */
-#ifndef PODSHUNT_MISFIT_H
-#define PODSHUNT_MISFIT_H
+#ifndef PODSHUNT_UNSUPPORTED_H
+#define PODSHUNT_UNSUPPORTED_H
 
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -14,7 +14,7 @@
 #include "kernel.h"
 
 /* Defaults; the loader raises or lowers them. */
-#define PAIRS_MAX 32768
+#define FLOWS_MAX 32768
 #define PODS_MAX 1024
 #define LEARNED_MAX 16384
 
@@ -28,7 +28,7 @@
 #define MSG_DONTWAIT 0x40
 #define MSG_WAITALL 0x100
 #define MSG_ERRQUEUE 0x2000
-#define RECV_SERVED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
+#define RECV_SUPPORTED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
 
 /* One entry, read for every message. Agent: writes. */
 struct {
@@ -51,18 +51,18 @@ static __always_inline struct settings *get_settings(void)
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PAIRS_MAX);
+	__uint(max_entries, FLOWS_MAX);
 	__type(key, __u64);
-	__type(value, struct pair);
-} pairs SEC(".maps");
+	__type(value, struct flow);
+} flows SEC(".maps");
 
-/* A socket's membership in its pair; lives and dies with the socket. */
+/* A socket's membership in its flow; lives and dies with the socket. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, struct member);
-} members SEC(".maps");
+	__type(value, struct sk_flow);
+} sk_flows SEC(".maps");
 
 /*
  * What is known of server ports. All programs: write. track: reads. The agent
@@ -94,7 +94,7 @@ static __always_inline struct learned_value *find_learned(__u64 client, __u64 se
 	return bpf_map_lookup_elem(&learned, &key);
 }
 
-static __always_inline bool is_misfit(__u64 client, __u64 server, __u32 port)
+static __always_inline bool is_unsupported(__u64 client, __u64 server, __u32 port)
 {
 	struct learned_value *of_server = find_learned(0, server, port);
 	struct learned_value *of_client = find_learned(client, server, port);
@@ -127,7 +127,7 @@ static __always_inline struct learned_value *get_learned(__u64 client, __u64 ser
 
 /* Keeps the connections to come from being paired: all to the port, or with a client its own. */
 static __always_inline void remember_port(__u64 client, __u64 server, __u32 port,
-					  enum misfit_reason reason)
+					  enum unsupported reason)
 {
 	struct settings *set = get_settings();
 	struct learned_value *known;
@@ -142,49 +142,49 @@ static __always_inline void remember_port(__u64 client, __u64 server, __u32 port
 }
 
 /* The same for what a side of a flow did. */
-static __always_inline void remember(struct pair *pair, __u32 side, enum misfit_reason reason)
+static __always_inline void remember(struct flow *flow, __u32 side, enum unsupported reason)
 {
 	side &= 1;
-	if (pair->misfit[side] & reason)
+	if (flow->unsupported[side] & reason)
 		return;
-	__sync_fetch_and_or(&pair->misfit[side], reason);
-	remember_port(side == SIDE_CLIENT ? pair->netns[SIDE_CLIENT] : 0, pair->netns[SIDE_SERVER],
-		      pair->server_port, reason);
+	__sync_fetch_and_or(&flow->unsupported[side], reason);
+	remember_port(side == SIDE_CLIENT ? flow->netns[SIDE_CLIENT] : 0, flow->netns[SIDE_SERVER],
+		      flow->server_port, reason);
 }
 
 /* Puts the direction towards a receiver on TCP for the life of the connection, for what the doer did. */
-static __always_inline void disqualify(struct pair *pair, __u32 receiver, __u32 doer,
-				       enum misfit_reason reason)
+static __always_inline void mark_unsupported(struct flow *flow, __u32 receiver, __u32 doer,
+					     enum unsupported reason)
 {
-	__sync_fetch_and_or(&pair->side[receiver & 1].receiving.state, READ_UNSERVED);
-	remember(pair, doer, reason);
+	__sync_fetch_and_or(&flow->side[receiver & 1].receiving.state, READ_UNSUPPORTED);
+	remember(flow, doer, reason);
 }
 
 /* Flags of a recv that are not served. */
-static __always_inline void disqualify_flags(struct pair *pair, __u32 side, __u32 flags)
+static __always_inline void mark_unsupported_flags(struct flow *flow, __u32 side, __u32 flags)
 {
-	pair->side[side & 1].receiving.unserved_flags |= flags;
+	flow->side[side & 1].receiving.unsupported_flags |= flags;
 	if (flags & MSG_WAITALL)
-		disqualify(pair, side, side, MISFIT_WAITALL);
+		mark_unsupported(flow, side, side, UNSUPPORTED_WAITALL);
 	if (flags & MSG_OOB)
-		disqualify(pair, side, side, MISFIT_OOB);
+		mark_unsupported(flow, side, side, UNSUPPORTED_OOB);
 	if (flags & ~(MSG_WAITALL | MSG_OOB))
-		disqualify(pair, side, side, MISFIT_RECV_FLAGS);
+		mark_unsupported(flow, side, side, UNSUPPORTED_RECV_FLAGS);
 }
 
 /*
- * The pair of a socket by its storage, or NULL. A record may be used again for
- * another pair, and an id too: a client's socket that connects once more has the
+ * The flow of a socket by its storage, or NULL. A record may be used again for
+ * another flow, and an id too: a client's socket that connects once more has the
  * cookie of before, while the first server's socket may still be open and be read.
  */
-static __always_inline struct pair *pair_of(const struct member *self, const void *sk)
+static __always_inline struct flow *flow_of(const struct sk_flow *self, const void *sk)
 {
-	struct pair *pair = bpf_map_lookup_elem(&pairs, &self->pair);
+	struct flow *flow = bpf_map_lookup_elem(&flows, &self->flow);
 
-	if (!pair || pair->state >> PAIR_STATE_BITS != self->pair ||
-	    pair->sock[self->side & 1] != (__u64)sk)
+	if (!flow || flow->state >> FLOW_STATE_BITS != self->flow ||
+	    flow->sock[self->side & 1] != (__u64)sk)
 		return NULL;
-	return pair;
+	return flow;
 }
 
 #endif

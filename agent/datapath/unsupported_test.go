@@ -20,20 +20,20 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// misfits returns what is remembered, without the times.
-func (n *node) misfits(tb testing.TB) []datapath.Misfit {
+// unsupported returns what is remembered, without the times.
+func (n *node) unsupported(tb testing.TB) []datapath.UnsupportedPort {
 	tb.Helper()
-	misfits, err := n.Misfits()
+	unsupported, err := n.UnsupportedPorts()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	for i := range misfits {
-		if age := time.Since(misfits[i].Since); age < 0 || age > deadline {
-			tb.Errorf("misfit is %v old", age)
+	for i := range unsupported {
+		if age := time.Since(unsupported[i].Since); age < 0 || age > deadline {
+			tb.Errorf("an unsupported port is %v old", age)
 		}
-		misfits[i].Since = time.Time{}
+		unsupported[i].Since = time.Time{}
 	}
-	return misfits
+	return unsupported
 }
 
 // warmUp makes both directions take the shortcut.
@@ -46,10 +46,10 @@ func (n *node) warmUp(tb testing.TB, c, s net.Conn) {
 	}
 }
 
-// TestMisfits: what a connection uses that is not served puts its direction on
+// TestUnsupported: what a connection uses that is not served puts its direction on
 // TCP, and later connections to the server port are not paired, until that is
 // forgotten.
-func TestMisfits(t *testing.T) {
+func TestUnsupported(t *testing.T) {
 	recv := func(flags int) func(*testing.T, net.Conn, net.Conn) {
 		return func(t *testing.T, c, s net.Conn) {
 			if _, err := c.Write([]byte("x")); err != nil {
@@ -74,8 +74,8 @@ func TestMisfits(t *testing.T) {
 		// client is set where the client did it: connections of other pods are paired.
 		client bool
 	}{
-		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unserved", false},
-		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unserved", false},
+		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unsupported", false},
+		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unsupported", false},
 		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat", false},
 		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "SO_ZEROCOPY", "message_zerocopy", false},
 		{"SO_ZEROCOPY of the client", func(t *testing.T, c, _ net.Conn) {
@@ -96,19 +96,19 @@ func TestMisfits(t *testing.T) {
 			if got := n.since(t, before); got[tc.outcome] < 5 {
 				t.Errorf("got %v, want at least 5 of %s", got, tc.outcome)
 			}
-			want := []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{tc.reason}}}
+			want := []datapath.UnsupportedPort{{Netns: cookies[1], Port: address.Port(), Reasons: []string{tc.reason}}}
 			if tc.client {
 				want[0].Client = cookies[0]
 			}
 			check := func(when string) {
 				t.Helper()
-				if diff := cmp.Diff(want, n.misfits(t)); diff != "" {
-					t.Errorf("misfits %s (-want +got):\n%s", when, diff)
+				if diff := cmp.Diff(want, n.unsupported(t)); diff != "" {
+					t.Errorf("unsupported ports %s (-want +got):\n%s", when, diff)
 				}
 			}
 			check("after the use")
-			if got := n.mustFlow(t).Misfits; !slices.Equal(got, want[0].Reasons) {
-				t.Errorf("flow: got misfits %v, want %v", got, want[0].Reasons)
+			if got := n.mustFlow(t).Unsupported; !slices.Equal(got, want[0].Reasons) {
+				t.Errorf("flow: got unsupported ports %v, want %v", got, want[0].Reasons)
 			}
 
 			// The agent is started again.
@@ -130,14 +130,14 @@ func TestMisfits(t *testing.T) {
 				n.closeAll(t, c, s)
 			}
 			served := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
-			misfit := map[string]uint64{"connection_misfit": 1}
-			pair(pods[0], l, misfit)
+			unsupported := map[string]uint64{"connection_unsupported": 1}
+			pair(pods[0], l, unsupported)
 			pair(pods[0], other, served)
 			// What a client uses is no matter of the others.
 			if tc.client {
 				pair(pods[2], l, served)
 			} else {
-				pair(pods[2], l, misfit)
+				pair(pods[2], l, unsupported)
 			}
 
 			forget := func(netns uint64, port uint16, want int) {
@@ -168,22 +168,22 @@ func (n *node) closeAll(tb testing.TB, ends ...net.Conn) {
 	})
 }
 
-// TestMisfitsGo: what is remembered of a pod goes when it does not take part any more.
-func TestMisfitsGo(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.Sleepers = true })
+// TestUnsupportedGo: what is remembered of a pod goes when it does not take part any more.
+func TestUnsupportedGo(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	recvAll(t, c, int(blocking(t, s).(blockingSocket)), []byte("0123456789"))
-	if err := n.Sweep(time.Hour); err != nil || len(n.misfits(t)) != 1 {
-		t.Fatalf("got misfits %v (%v), want one", n.misfits(t), err)
+	if err := n.Sweep(time.Hour); err != nil || len(n.unsupported(t)) != 1 {
+		t.Fatalf("got unsupported ports %v (%v), want one", n.unsupported(t), err)
 	}
 	if err := n.Release(cookies[1]); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Sweep(time.Hour); err != nil || len(n.misfits(t)) != 0 {
-		t.Errorf("got misfits %v (%v), want none", n.misfits(t), err)
+	if err := n.Sweep(time.Hour); err != nil || len(n.unsupported(t)) != 0 {
+		t.Errorf("got unsupported ports %v (%v), want none", n.unsupported(t), err)
 	}
 }
 
@@ -255,11 +255,11 @@ func TestMPTCPListener(t *testing.T) {
 			address := l.Addr().(*net.TCPAddr).AddrPort()
 			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
 			again := want
-			misfits := []datapath.Misfit{}
+			unsupported := []datapath.UnsupportedPort{}
 			if !tc.want {
-				want = map[string]uint64{"connection_misfit": 1, "message_peer_missing": 5}
-				again = map[string]uint64{"connection_misfit": 1}
-				misfits = []datapath.Misfit{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"MPTCP listener"}}}
+				want = map[string]uint64{"connection_unsupported": 1, "message_peer_missing": 5}
+				again = map[string]uint64{"connection_unsupported": 1}
+				unsupported = []datapath.UnsupportedPort{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"MPTCP listener"}}}
 			}
 			for _, want := range []map[string]uint64{want, again} {
 				before := n.counts(t)
@@ -269,8 +269,8 @@ func TestMPTCPListener(t *testing.T) {
 				c.Close()
 				s.Close()
 			}
-			if diff := cmp.Diff(misfits, n.misfits(t)); diff != "" {
-				t.Errorf("misfits (-want +got):\n%s", diff)
+			if diff := cmp.Diff(unsupported, n.unsupported(t)); diff != "" {
+				t.Errorf("unsupported ports (-want +got):\n%s", diff)
 			}
 		})
 	}
@@ -303,10 +303,10 @@ func TestMPTCPListenerRace(t *testing.T) {
 		}
 		n.mustCount(t, before, map[string]uint64{want: uint64(connections)})
 	}
-	connectAndForget(500, "connection_misfit")
+	connectAndForget(500, "connection_unsupported")
 	n.mustClose(t)
 	n.mustOpen(t)
-	connectAndForget(10, "connection_misfit")
+	connectAndForget(10, "connection_unsupported")
 	if n.cfg.NoMPTCPListeners = false; !hazard(t, datapath.HazardMPTCPListener) {
 		n.mustClose(t)
 		n.mustOpen(t)

@@ -14,9 +14,9 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Misfit is a server port of a pod whose new connections are not paired, because
+// UnsupportedPort is a server port of a pod whose new connections are not paired, because
 // one of them used what the kernel does not serve on a shortcut socket.
-type Misfit struct {
+type UnsupportedPort struct {
 	Netns uint64 // cookie of the server's
 	// Client is the cookie of the pod that used it on a connection of its own, whose
 	// connections alone are not paired; 0 if the server used it.
@@ -26,8 +26,8 @@ type Misfit struct {
 	Since   time.Time
 }
 
-// reasonTexts names the bits of enum misfit_reason, from the lowest on.
-func reasonTexts() [bpf.ShortcutMisfitReasonMISFIT_REASONS]string {
+// reasonTexts names the bits of enum unsupported, from the lowest on.
+func reasonTexts() [bpf.ShortcutUnsupportedUNSUPPORTED_MAX]string {
 	return [...]string{
 		"MSG_WAITALL", "MSG_OOB", "other flags of recv", "SO_RCVLOWAT", "FIONREAD", "splice", "TCP_ULP", "SO_ZEROCOPY", "MPTCP listener",
 		"a socket in blocking mode",
@@ -44,8 +44,8 @@ func reasons(bits uint32) []string {
 	return names
 }
 
-// Misfits returns what is remembered, by netns and port.
-func (d *Datapath) Misfits() ([]Misfit, error) {
+// UnsupportedPorts returns what is remembered, by netns and port.
+func (d *Datapath) UnsupportedPorts() ([]UnsupportedPort, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
@@ -56,20 +56,20 @@ func (d *Datapath) Misfits() ([]Misfit, error) {
 		return nil, err
 	}
 	boot := time.Now().Add(-monotonic())
-	misfits := make([]Misfit, 0, len(all))
+	unsupported := make([]UnsupportedPort, 0, len(all))
 	for key, value := range all {
 		if value.Reasons == 0 {
 			continue
 		}
-		misfits = append(misfits, Misfit{
+		unsupported = append(unsupported, UnsupportedPort{
 			Netns: key.Server, Client: key.Client, Port: uint16(key.Port),
 			Reasons: reasons(value.Reasons), Since: boot.Add(time.Duration(value.SinceNs)),
 		})
 	}
-	slices.SortFunc(misfits, func(a, b Misfit) int {
+	slices.SortFunc(unsupported, func(a, b UnsupportedPort) int {
 		return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Client, b.Client))
 	})
-	return misfits, nil
+	return unsupported, nil
 }
 
 func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
@@ -81,7 +81,7 @@ func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedVal
 }
 
 // Forget deletes all that is known of the server ports for which forget says yes,
-// and returns how many of them were misfits: their new connections are paired
+// and returns how many of them were marked unsupported: their new connections are paired
 // again, and their receivers begin anew to prove themselves. client is 0 for what is
 // known of the server.
 func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
