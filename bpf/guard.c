@@ -16,6 +16,7 @@
 
 #include "flow.h"
 #include "kernel.h"
+#include "maps.h"
 #include "unsupported.h"
 
 #define FIONREAD 0x541B /* include/uapi/asm-generic/ioctls.h */

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Blocking: sockets without O_NONBLOCK, whose reads may sleep in the kernel. They stay
+ * out of the SOCKHASH, or are evicted, unless the user has accepted that they take part.
+ */
+#ifndef PODSHUNT_BLOCKING_H
+#define PODSHUNT_BLOCKING_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "learned.h"
+#include "maps.h"
+#include "unsupported.h"
+
+#define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
+
+/* A socket or file that is NULL reads as 0, so a socket of the kernel's own counts as blocking. No pod owns one. */
+static __always_inline bool is_blocking(const struct tcp_sock *tp)
+{
+	return !(tp->inet_conn.icsk_inet.sk.sk_socket->file->f_flags & O_NONBLOCK);
+}
+
+/*
+ * A recv that sleeps in tcp_bpf_recvmsg does not go back to sleep when it is
+ * woken by anything but data: it returns EAGAIN (tcp_msg_wait_data; seen on
+ * 6.18.44 after a signal, a reset, a full receive buffer, and when TCP's send
+ * buffer has been full and drains). So sockets whose reads may sleep are kept
+ * out, unless the user accepts it. If so, two cases are avoided: a socket that is
+ * read by one thread and written by another is evicted, and so is one whose send
+ * buffer has been full (on_ack).
+ */
+static __always_inline bool should_evict(const struct side *own, const struct settings *set,
+					 const struct tcp_sock *tp)
+{
+	__u32 reader = own->receiving.blocking_reader;
+
+	return is_blocking(tp) &&
+	       (!set->allow_blocking || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
+}
+
+/*
+ * The context's sock is a request here, which the program is not shown. A listener
+ * in blocking mode is most often one of a program whose reads sleep.
+ */
+static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
+{
+	const struct bpf_sock_ops_kern *kern = (const struct bpf_sock_ops_kern *)ctx;
+	struct sock *request, *listener;
+	struct socket *socket;
+	struct file *file;
+	unsigned int flags;
+
+	return !bpf_core_read(&request, sizeof(request), &kern->sk) &&
+	       !bpf_core_read(&listener, sizeof(listener), &request->__sk_common.skc_listener) &&
+	       !bpf_core_read(&socket, sizeof(socket), &listener->sk_socket) &&
+	       !bpf_core_read(&file, sizeof(file), &socket->file) &&
+	       !bpf_core_read(&flags, sizeof(flags), &file->f_flags) && !(flags & O_NONBLOCK);
+}
+
+/* What a watched socket shows holds for the port, until somebody listens there anew. */
+static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct settings *set = get_settings();
+	struct learned_value *known;
+	struct tcp_sock *tp;
+
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp || !set || !tp->inet_conn.icsk_inet.sk.sk_socket)
+		return; /* not accepted yet */
+	if (is_blocking(tp)) {
+		remember_port(0, netns, ctx->local_port, UNSUPPORTED_BLOCKING);
+	} else {
+		known = get_learned(0, netns, ctx->local_port, set->learned_share);
+		if (known)
+			known->non_blocking = true;
+	}
+	bpf_sk_storage_delete(&sk_flows, sk);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+#endif

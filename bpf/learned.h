@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Learned: what the programs at the ends of a server port have shown, good and bad.
+ * It shortens the trial of later connections (trial.h), or keeps them on TCP
+ * (unsupported.h).
+ */
+#ifndef PODSHUNT_LEARNED_H
+#define PODSHUNT_LEARNED_H
+
+#include "maps.h"
+
+static __always_inline struct learned_value *find_learned(__u64 client, __u64 server, __u32 port)
+{
+	struct learned_key key = { .server = server, .client = client, .port = port };
+
+	return bpf_map_lookup_elem(&learned, &key);
+}
+
+/*
+ * Returns the entry, made anew if need be. A pod that has its share of the map
+ * gets no more: what it does not remember harms its own connections alone.
+ */
+static __always_inline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
+							 __u32 limit)
+{
+	struct learned_key key = { .server = server, .client = client, .port = port };
+	struct learned_value *known = bpf_map_lookup_elem(&learned, &key);
+	__u64 owner = client ? client : server;
+	struct learned_value blank = {};
+	struct share *share;
+
+	if (known)
+		return known;
+	share = bpf_map_lookup_elem(&shares, &owner);
+	if (!share || share->learned >= limit)
+		return NULL;
+	if (!bpf_map_update_elem(&learned, &key, &blank, BPF_NOEXIST))
+		__sync_fetch_and_add(&share->learned, 1);
+	return bpf_map_lookup_elem(&learned, &key);
+}
+
+#endif

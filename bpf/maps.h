@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * The maps that both objects have, the shortcut and the guards, and the ways into
+ * them: the settings, and from a socket to its flow. Those of the shortcut alone are
+ * in shortcut.c.
+ */
+#ifndef PODSHUNT_MAPS_H
+#define PODSHUNT_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+
+/* Defaults; the loader raises or lowers them. */
+#define FLOWS_MAX 32768
+#define PODS_MAX 1024
+#define LEARNED_MAX 16384
+
+/* One entry, read for every message. Agent: writes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} control SEC(".maps");
+
+static __always_inline struct settings *get_settings(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&control, &zero);
+}
+
+/*
+ * Flows by the client's socket cookie. track: creates, and deletes when both
+ * sockets are closed. Full: the connection stays on TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, FLOWS_MAX);
+	__type(key, __u64);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/* A socket's membership in its flow; lives and dies with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct sk_flow);
+} sk_flows SEC(".maps");
+
+/*
+ * The flow of a socket by its storage, or NULL. A record may be used again for
+ * another flow, and an id too: a client's socket that connects once more has the
+ * cookie of before, while the first server's socket may still be open and be read.
+ */
+static __always_inline struct flow *flow_of(const struct sk_flow *self, const void *sk)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &self->flow);
+
+	if (!flow || flow->state >> FLOW_STATE_BITS != self->flow ||
+	    flow->sock[self->side & 1] != (__u64)sk)
+		return NULL;
+	return flow;
+}
+
+/*
+ * What is known of server ports. All programs: write. track: reads. The agent
+ * deletes on command, and what is of pods that are gone. Full: the least recently
+ * used goes, and is learned again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, LEARNED_MAX);
+	__type(key, struct learned_key);
+	__type(value, struct learned_value);
+} learned SEC(".maps");
+
+/*
+ * Shares of enrolled pods by netns cookie. Agent: creates and deletes with the
+ * pod, and corrects what is lost when a program's callbacks are. Programs: write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u64);
+	__type(value, struct share);
+} shares SEC(".maps");
+
+#endif

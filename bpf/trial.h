@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Trial: nothing is redirected to a receiver before it has shown, by TCP, that it
+ * reads such messages by recv, and until nothing is left if it waits for edges.
+ */
+#ifndef PODSHUNT_TRIAL_H
+#define PODSHUNT_TRIAL_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "learned.h"
+
+/* A burst up to here counts as small. HAProxy splices from 4 KiB on. */
+#define BURST_SMALL 4096
+
+/* What has been proved for a burst of this size is proved for all. */
+#define BURST_WHOLE (64 << 10)
+
+#define EPOLLET (1U << 31) /* include/uapi/linux/eventpoll.h */
+
+/* How many of those who wait for a socket are looked at. */
+#define WAITERS_MAX 4
+
+/*
+ * A program may use splice, FIONREAD and the like on a connection that it has only
+ * read by recv so far: HAProxy splices the first body that is large enough, nginx
+ * asks FIONREAD after a recv that has filled its buffer. Nothing can help it once
+ * redirected bytes are unread. So whatever is larger than all that it has taken by
+ * recv goes by TCP first, where such calls are served and seen. A burst is what is
+ * sent without an answer: to a reader, ten messages in a row are one large one.
+ */
+static __always_inline bool on_trial(struct sending *dir, const struct receiving *answers,
+				     const struct receiving *reader, const struct settings *set,
+				     __s64 unread, __u32 size)
+{
+	__u32 done = unread < dir->burst ? dir->burst - (__u32)(unread > 0 ? unread : 0) : 0;
+
+	if (reader->reads >= set->trial_reads &&
+	    (!set->trial_bytes || (dir->bulk >= set->trial_bytes && dir->proved >= BURST_WHOLE)))
+		return false;
+	if (done > dir->proved) {
+		dir->proved = done;
+		dir->flags &= ~SENDING_LEARNED;
+	}
+	if ((__u32)answers->read_bytes != dir->answered || done >= BURST_WHOLE) {
+		dir->answered = answers->read_bytes;
+		if (done > BURST_SMALL && dir->bulk < set->trial_bytes) {
+			dir->bulk += done;
+			dir->flags &= ~SENDING_LEARNED;
+		}
+		dir->burst -= done;
+	}
+	dir->burst += size;
+	if (reader->reads < set->trial_reads)
+		return true;
+	if (!set->trial_bytes)
+		return false;
+	return dir->burst > dir->proved ||
+	       (dir->burst > BURST_SMALL && dir->bulk < set->trial_bytes);
+}
+
+/*
+ * TCP bytes behind redirected ones that are unread, as after a spill, are a
+ * second message to epoll, but one edge with the first if nobody has waited in
+ * between. A recv then returns the redirected bytes alone. A program that takes a
+ * recv that was not filled for the last one, as epoll(7) lets it, and waits for the
+ * next edge, waits for ever: nginx, tokio, netty's own epoll. One that was seen to
+ * call recv once more, and to find nothing, always comes to the TCP bytes (Go,
+ * envoy); so does one that waits for levels.
+ */
+static __always_inline bool edge_triggered(const struct flow *flow, __u32 peer)
+{
+	struct sock *sk = (struct sock *)flow->sock[peer];
+	struct list_head *head, *next;
+	struct socket_wq *wq;
+
+	if (bpf_core_read(&wq, sizeof(wq), &sk->sk_wq))
+		return true;
+	head = &wq->wait.head;
+	if (bpf_core_read(&next, sizeof(next), &head->next))
+		return true;
+	for (int i = 0; i < WAITERS_MAX; i++) {
+		struct wait_queue_entry *entry;
+		struct eppoll_entry *waiter;
+		struct epitem *item;
+		void *private;
+		__u32 events;
+
+		if (next == head)
+			return false;
+		entry = (void *)next - bpf_core_field_offset(struct wait_queue_entry, entry);
+		/* Threads that sleep, and poll, have something here; epoll has not. */
+		if (bpf_core_read(&private, sizeof(private), &entry->private))
+			return true;
+		waiter = (void *)entry - bpf_core_field_offset(struct eppoll_entry, wait);
+		if (!private && (bpf_core_read(&item, sizeof(item), &waiter->base) ||
+				 bpf_core_read(&events, sizeof(events), &item->event.events) ||
+				 events & EPOLLET))
+			return true;
+		if (bpf_core_read(&next, sizeof(next), &next->next))
+			return true;
+	}
+	return true;
+}
+
+/* What the receiver of a direction has proved shortens the trial of later connections to the port. */
+static __always_inline void learn(const struct flow *flow, __u32 own, const struct settings *set)
+{
+	const struct sending *dir = &flow->side[own & 1].sending;
+	__u32 reads = flow->side[(own ^ 1) & 1].receiving.reads;
+	__u32 drains = flow->side[(own ^ 1) & 1].receiving.drains;
+	struct learned_value *known;
+
+	known = get_learned(own == SIDE_SERVER ? flow->netns[SIDE_CLIENT] : 0,
+			    flow->netns[SIDE_SERVER], flow->server_port, set->learned_share);
+	if (!known)
+		return;
+	if (known->reads < reads)
+		known->reads = reads;
+	if (known->proved < dir->proved)
+		known->proved = dir->proved;
+	if (known->bulk < dir->bulk)
+		known->bulk = dir->bulk;
+	if (known->drains < drains)
+		known->drains = drains;
+	if (known->limit < dir->limit)
+		known->limit = dir->limit;
+}
+
+#endif
