@@ -88,7 +88,7 @@ podshunt_messages_total{outcome="not_seen"} 1
 podshunt_messages_total{outcome="shortcut"} 3
 # HELP podshunt_sockets_total Sockets of paired connections that met the outcome before they were closed.
 # TYPE podshunt_sockets_total counter
-podshunt_sockets_total{outcome="left"} 1
+podshunt_sockets_total{outcome="evicted"} 1
 `
 	if err := testutil.CollectAndCompare(c, strings.NewReader(want)); err != nil {
 		t.Error(err)
