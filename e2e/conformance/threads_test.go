@@ -22,6 +22,8 @@ const childEnv = "PODSHUNT_CONFORMANCE_CHILD"
 const (
 	inherits = "inherits"
 	receives = "receives"
+	// sleeps: it receives once, and its status is what came of that.
+	sleeps = "sleeps"
 	// childReads is how many bytes it reads.
 	childReads = 3000
 )
@@ -155,6 +157,26 @@ func readerAndWriter(c *conn) {
 	c.saw("read back", reader() == moved(c.content.piece(start, messages*size), messages*size, nil))
 }
 
+// startChild runs the other process with a descriptor as file 3.
+func (c *conn) startChild(how string, fd int) (pid int) {
+	c.t.Helper()
+	pid, err := syscall.ForkExec("/proc/self/exe", []string{"child"}, &syscall.ProcAttr{
+		Env:   append(os.Environ(), childEnv+"="+how),
+		Files: []uintptr{0, 1, 2, uintptr(fd)},
+	})
+	c.must(err)
+	return pid
+}
+
+// endChild waits for the end of the other process, and returns its status.
+func (c *conn) endChild(pid int) int {
+	c.t.Helper()
+	var status unix.WaitStatus
+	_, err := unix.Wait4(pid, &status, 0, nil)
+	c.must(err)
+	return status.ExitStatus()
+}
+
 // otherProcess passes b to a process.
 func otherProcess(c *conn, how string) {
 	fd := c.b.fd
@@ -166,18 +188,11 @@ func otherProcess(c *conn, how string) {
 		c.must(unix.Sendmsg(pair[0], []byte("x"), unix.UnixRights(c.b.fd), nil, 0))
 		fd = pair[1]
 	}
-	pid, err := syscall.ForkExec("/proc/self/exe", []string{"child"}, &syscall.ProcAttr{
-		Env:   append(os.Environ(), childEnv+"="+how),
-		Files: []uintptr{0, 1, 2, uintptr(fd)},
-	})
-	c.must(err)
+	pid := c.startChild(how, fd)
 	sent := c.a.send(childReads)
 	c.saw("read back", c.a.recvAll(childReads) == sent)
 	c.b.sent.Add(childReads)
-	var status unix.WaitStatus
-	_, err = unix.Wait4(pid, &status, 0, nil)
-	c.must(err)
-	c.saw("status of the process", status.ExitStatus())
+	c.saw("status of the process", c.endChild(pid))
 	c.a.send(10)
 	c.saw("read afterwards", c.b.recv(100, 0))
 }
@@ -185,6 +200,9 @@ func otherProcess(c *conn, how string) {
 // child is the other process. It returns its exit status.
 func child() int {
 	fd := 3
+	if os.Getenv(childEnv) == sleeps {
+		return recvStatus(fd)
+	}
 	if os.Getenv(childEnv) == receives {
 		oob := make([]byte, unix.CmsgSpace(4))
 		_, n, _, _, err := unix.Recvmsg(fd, make([]byte, 1), oob, 0)
