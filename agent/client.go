@@ -7,21 +7,57 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"net"
 	"net/http"
+	"path/filepath"
 	"time"
+
+	"github.com/spf13/cobra"
 
 	"github.com/podshunt/podshunt/api"
 )
 
-// errNoAgent says that nobody listens.
-var errNoAgent = errors.New("no agent")
+// askTimeout bounds a question that the agent answers from what it has.
+const askTimeout = 10 * time.Second
 
-// ask sends a request without a body to the agent at a socket and decodes its answer.
-func ask(ctx context.Context, socket, method, path string, timeout time.Duration, answer any) error {
+// errNoAgent says that nobody listens.
+var errNoAgent = statusError{errors.New("no agent"), exitNoAgent}
+
+// socketIn returns the path of the agent's socket.
+func socketIn(runDir string) string { return filepath.Join(runDir, filepath.Base(api.Socket)) }
+
+// attachmentsIn returns the directory of the agent's attachments.
+func attachmentsIn(runDir string) string {
+	return filepath.Join(runDir, filepath.Base(api.AttachmentsDir))
+}
+
+// show asks the agent for a T and prints it.
+func show[T any](cmd *cobra.Command, runDir, path, output string, text func(io.Writer, T) error) error {
+	var answer T
+	if err := ask(cmd.Context(), runDir, http.MethodGet, path, askTimeout, &answer); err != nil {
+		return err
+	}
+	if output == "json" {
+		return writeJSON(cmd.OutOrStdout(), answer)
+	}
+	return text(cmd.OutOrStdout(), answer)
+}
+
+func writeJSON(w io.Writer, v any) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
+}
+
+// ask sends a request without a body to the agent with a run directory, and
+// decodes its answer. It returns errNoAgent if there is none.
+func ask(ctx context.Context, runDir, method, path string, timeout time.Duration, answer any) error {
+	socket := socketIn(runDir)
 	// Without this a path that is too long looks as if no agent ran there.
 	if err := api.CheckSocket(socket); err != nil {
-		return fmt.Errorf("socket of the agent: %w", err)
+		return usageError(fmt.Errorf("--run-dir: the agent's socket would be %w", err))
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -37,10 +73,10 @@ func ask(ctx context.Context, socket, method, path string, timeout time.Duration
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
-			return fmt.Errorf("%w at %s (%w): start one with `podshunt-agent run`, or name its socket with --socket", errNoAgent, socket, op.Err)
+		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" && !errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("%w at %s (%w): start one with `podshunt-agent run`, or name its run directory with --run-dir", errNoAgent, socket, op.Err)
 		}
-		return fmt.Errorf("ask the agent at %s: %w", socket, err)
+		return unanswered("ask the agent", socket, timeout, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -51,7 +87,15 @@ func ask(ctx context.Context, socket, method, path string, timeout time.Duration
 		return fmt.Errorf("agent at %s: %s", socket, failure.Error)
 	}
 	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
-		return fmt.Errorf("decode the answer of the agent at %s: %w", socket, err)
+		return unanswered("decode the answer of the agent", socket, timeout, err)
 	}
 	return nil
+}
+
+// unanswered explains why there is no answer of an agent that is there.
+func unanswered(what, socket string, timeout time.Duration, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return statusError{fmt.Errorf("the agent at %s has not answered after %v: its log may say why", socket, timeout), exitTimedOut}
+	}
+	return fmt.Errorf("%s at %s: %w", what, socket, err)
 }

@@ -3,70 +3,106 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/api"
 )
 
-// judgement is the flags that say what a kernel must be like.
-type judgement struct {
-	hazards string            // refuse or accept
-	guards  map[string]string // on or off, by name
-}
+// guardsHelp is for the commands that take kernelFlags.
+const guardsHelp = `Guards see a call before it is served, on kernels that allow trampolines. They
+are used where the kernel has the hazard; --disable-guards leaves some out:
+  fionread  a socket that uses FIONREAD stays on TCP, where the kernel does not
+            count redirected bytes
+  flags     MSG_WAITALL and MSG_OOB are seen before they are served
+  splice    splice from a shortcut socket fails with EINVAL; every read and write
+            of a file on the node passes this guard
+  ulp       TCP_ULP (kTLS) on a shortcut socket fails with ENOENT`
 
-func newJudgement() judgement {
-	j := judgement{hazards: "refuse", guards: map[string]string{}}
-	for _, name := range datapath.GuardNames() {
-		j.guards[name] = "on"
-	}
-	return j
-}
+func newDoctorCommand() *cobra.Command {
+	f := defaults().kernelFlags
+	var output string
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Show how this kernel serves the shortcut, and whether pods would take part",
+		Long: `Measures on connections of its own how this kernel serves shortcut sockets. It
+needs root but no agent, and changes nothing on the node. It ends with status 0
+if pods would take part with these flags, with 4 if this kernel keeps them out.
 
-func (j *judgement) register(flags *flag.FlagSet) {
-	flags.StringVar(&j.hazards, "kernel-hazards", j.hazards,
-		"refuse or accept a kernel that serves shortcut sockets differently from TCP; with accept the programs break that \"podshunt-agent doctor\" names")
-	for name, does := range map[string]string{
-		datapath.GuardSplice:   "splice from a shortcut socket fails with EINVAL; every read and write of a file on the node passes it",
-		datapath.GuardULP:      "TCP_ULP (kTLS) on a shortcut socket fails with ENOENT",
-		datapath.GuardFIONREAD: "a socket that uses FIONREAD stays on TCP, where the kernel does not count redirected bytes",
-		datapath.GuardFlags:    "MSG_WAITALL and MSG_OOB are seen before they are served",
-	} {
-		flags.Func(name+"-guard", "on or off (default on): "+does+"; needs a kernel that allows trampolines", func(value string) error {
-			if value != "on" && value != "off" {
-				return errors.New("accepted are on, off")
+` + guardsHelp,
+		Example: `  podshunt-agent doctor
+  podshunt-agent doctor --kernel-hazards=accept --output=json`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.validate(); err != nil {
+				return usageError(err)
 			}
-			j.guards[name] = value
+			// Without it every kernel looks like one that lacks all.
+			if os.Geteuid() != 0 {
+				return errors.New("doctor loads programs into the kernel to try it: run it as root")
+			}
+			e := f.examine()
+			write := writeExamination
+			if output == "json" {
+				write = func(w io.Writer, e api.Examination) error { return writeJSON(w, e) }
+			}
+			if err := write(cmd.OutOrStdout(), e); err != nil {
+				return err
+			}
+			if !e.TakesPart {
+				return noPart(e)
+			}
 			return nil
-		})
+		},
 	}
+	f.register(cmd)
+	outputVar(cmd, &output)
+	return cmd
 }
 
-func (j *judgement) validate() error {
-	if j.hazards != "refuse" && j.hazards != "accept" {
-		return fmt.Errorf("--kernel-hazards=%q: accepted are refuse, accept", j.hazards)
+// kernelFlags say what a kernel must be like.
+type kernelFlags struct {
+	hazards        string // refuse or accept
+	disabledGuards []string
+}
+
+func (f *kernelFlags) register(cmd *cobra.Command) {
+	choiceVar(cmd, &f.hazards, "kernel-hazards", "",
+		"`word` on a kernel that serves shortcut sockets differently from TCP: refuse or accept; with accept the programs break that \"podshunt-agent doctor\" names",
+		"refuse", "accept")
+	names := datapath.GuardNames()
+	cmd.Flags().StringSliceVar(&f.disabledGuards, "disable-guards", nil, "`guards` that are not used, separated by commas: "+strings.Join(names, ", "))
+	completeWords(cmd, "disable-guards", names)
+}
+
+func (f *kernelFlags) validate() error {
+	names := datapath.GuardNames()
+	for _, name := range f.disabledGuards {
+		if !slices.Contains(names, name) {
+			return fmt.Errorf("--disable-guards=%q: accepted are %s", name, strings.Join(names, ", "))
+		}
 	}
 	return nil
 }
 
 // examine measures this kernel. Nothing of the node is touched.
-func (j *judgement) examine() api.Examination {
-	e := api.Examination{Version: version, Kernel: kernelRelease(), HazardsAccepted: j.hazards == "accept"}
+func (f *kernelFlags) examine() api.Examination {
+	e := api.Examination{Version: version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept"}
 	if err := datapath.CheckKernel(); err != nil {
 		e.Missing = err.Error()
 		return e
 	}
 	var guards []string
 	for _, name := range datapath.GuardNames() {
-		if j.guards[name] == "on" {
+		if !slices.Contains(f.disabledGuards, name) {
 			guards = append(guards, name)
 		}
 	}
@@ -122,48 +158,13 @@ func refuseHazards(hazards []api.Hazard) string {
 		strings.Join(names, ", "), strings.Join(consequences, "; "))
 }
 
-func doctorCommand(args []string, stdout, stderr io.Writer) error {
-	flags := newFlags("doctor", stderr)
-	j := newJudgement()
-	j.register(flags)
-	output := flags.String("o", "text", "output: text or json")
-	defaultUsage := flags.Usage
-	flags.Usage = func() {
-		fmt.Fprintln(stderr, `Measures on connections of its own how this kernel serves shortcut sockets. It
-needs root but no agent, and changes nothing on the node. It ends with 0 if pods
-would take part with these flags, else with 1.`)
-		defaultUsage()
-	}
-	if err := parse(flags, args); err != nil {
-		return err
-	}
-	if *output != "text" && *output != "json" {
-		return fmt.Errorf("-o %q: accepted are text, json", *output)
-	}
-	if err := j.validate(); err != nil {
-		return err
-	}
-	e := j.examine()
-	var err error
-	if *output == "json" {
-		encoder := json.NewEncoder(stdout)
-		encoder.SetIndent("", "  ")
-		err = encoder.Encode(e)
-	} else {
-		err = writeExamination(stdout, e)
-	}
-	if err == nil && !e.TakesPart {
-		err = errors.New(noPart(e))
-	}
-	return err
-}
-
 // noPart says why no pod would take part.
-func noPart(e api.Examination) string {
+func noPart(e api.Examination) error {
+	text := "no pod would take part: " + e.Refusal
 	if e.Missing != "" {
-		return "no pod can take part: " + e.Missing
+		text = "no pod can take part: " + e.Missing
 	}
-	return "no pod would take part: " + e.Refusal
+	return statusError{errors.New(text), exitRefused}
 }
 
 func writeExamination(w io.Writer, e api.Examination) error {

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -28,6 +29,7 @@ func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
 type agent struct {
 	*sandbox.Sandbox
 	podsFile string
+	plugin   string   // the file to install as the plugin; empty: that beside this program
 	source   []string // flags that say where the agent learns of pods
 	stop     func()
 }
@@ -42,10 +44,11 @@ func mustAgent(t testing.TB) *agent {
 // places returns the flags that a command needs to find this agent.
 func (a *agent) places() []string {
 	return []string{
-		"--run-dir=" + filepath.Dir(a.AttachmentsDir), "--socket=" + a.AgentSocket,
-		"--pin-dir=" + filepath.Join(a.BPF, "podshunt"), "--cgroup=" + a.Cgroup,
+		a.runDir(), "--pin-dir=" + filepath.Join(a.BPF, "podshunt"), "--cgroup=" + a.Cgroup,
 	}
 }
+
+func (a *agent) runDir() string { return "--run-dir=" + filepath.Dir(a.AgentSocket) }
 
 // mustStart runs the agent until stop is called or the test ends.
 func (a *agent) mustStart(t testing.TB, flags ...string) {
@@ -54,8 +57,9 @@ func (a *agent) mustStart(t testing.TB, flags ...string) {
 	done := make(chan error, 1)
 	// The shortcut from the second message on, however long a test takes.
 	soon := []string{"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0"}
-	args := slices.Concat([]string{"run"}, a.source, a.places(), soon, flags)
-	go func() { done <- run(ctx, args, io.Discard, t.Output()) }()
+	cfg := mustConfig(t, slices.Concat(a.source, a.places(), soon, flags)...)
+	cfg.cni.Plugin = cmp.Or(a.plugin, cfg.cni.Plugin)
+	go func() { done <- runAgent(ctx, cfg, newLogger(t.Output(), cfg)) }()
 	stopped := false
 	a.stop = func() {
 		t.Helper()
@@ -112,7 +116,7 @@ func (a *agent) mustWritePods(t testing.TB, entries ...string) {
 func mustShow[T any](t testing.TB, a *agent, command string) T {
 	t.Helper()
 	var out bytes.Buffer
-	if err := run(t.Context(), []string{command, "-o", "json", "--socket=" + a.AgentSocket}, &out, t.Output()); err != nil {
+	if err := run(t.Context(), []string{command, "-o", "json", a.runDir()}, &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
 	var answer T
@@ -288,7 +292,7 @@ func TestAgent(t *testing.T) {
 	})
 
 	var out bytes.Buffer
-	if err := run(t.Context(), append([]string{"unload"}, a.places()[:3]...), &out, t.Output()); err != nil {
+	if err := run(t.Context(), append([]string{"unload"}, a.places()[:2]...), &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
 	wantDiff(t, "unload", "unloaded: nothing of podshunt is left in the kernel\n", out.String())
@@ -318,7 +322,7 @@ func TestUnloadWithoutAgent(t *testing.T) {
 
 	unload := func(timeout string) (string, error) {
 		var out bytes.Buffer
-		err := run(t.Context(), append([]string{"unload", "--timeout=" + timeout}, a.places()[:3]...), &out, t.Output())
+		err := run(t.Context(), append([]string{"unload", "--timeout=" + timeout}, a.places()[:2]...), &out, t.Output())
 		return out.String(), err
 	}
 	out, err := unload("100ms")
@@ -364,7 +368,7 @@ func TestHazardsRefused(t *testing.T) {
 		t.Errorf("got %+v, want the shortcut %v", f, want == "")
 	}
 	var out bytes.Buffer
-	if err := run(t.Context(), append([]string{"unload"}, a.places()[:3]...), &out, t.Output()); err != nil {
+	if err := run(t.Context(), append([]string{"unload"}, a.places()[:2]...), &out, t.Output()); err != nil {
 		t.Error(err)
 	}
 }
@@ -406,7 +410,7 @@ func TestForget(t *testing.T) {
 
 	forget := func(args ...string) (string, error) {
 		var out bytes.Buffer
-		err := run(t.Context(), append([]string{"forget", "--socket=" + a.AgentSocket}, args...), &out, t.Output())
+		err := run(t.Context(), append([]string{"forget", a.runDir()}, args...), &out, t.Output())
 		return out.String(), err
 	}
 	if _, err := forget("default/none"); err == nil || !strings.Contains(err.Error(), "pod default/none: not on this node") {
@@ -447,8 +451,12 @@ func TestDoctor(t *testing.T) {
 		if hazards == "refuse" {
 			want = refuseHazards(e.Hazards)
 		}
-		if e.Refusal != want || e.TakesPart != (want == "") || (err == nil) != e.TakesPart || len(e.Hazards) == 0 {
-			t.Errorf("%s: got %+v and error %v, want the refusal %q", hazards, e, err, want)
+		status := exitRefused
+		if want == "" {
+			status = 0
+		}
+		if e.Refusal != want || e.TakesPart != (want == "") || exitStatus(err) != status || len(e.Hazards) == 0 {
+			t.Errorf("%s: got %+v and error %v, want the refusal %q and status %d", hazards, e, err, want, status)
 		}
 	}
 	var out bytes.Buffer

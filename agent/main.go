@@ -8,32 +8,42 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/spf13/cobra"
 )
 
 // version is set by the linker (-X main.version=...).
 var version = "devel"
 
-const usage = `podshunt-agent lets TCP between opted-in pods of one node skip the stack.
+// Exit statuses. The help of the root command and docs/operations.md list them.
+const (
+	exitError    = 1
+	exitUsage    = 2
+	exitNoAgent  = 3
+	exitRefused  = 4
+	exitTimedOut = 5
+)
 
-Commands:
-  run          be the agent of this node
-  status       what takes part and what does not, and why
-  flows        the TCP connections of the pods that take part
-  doctor       how this kernel serves the shortcut, and whether pods would take part
-  forget       pair connections again that were found not to fit
-  unload       take everything out of the kernel without losing a byte
-  uninstall    take the plugin out of the CNI configuration, then unload; on all nodes if told so
-  mount-bpffs  mount the file system that keeps the kernel objects, where there is none
-  version      print the version
+// statusError is an error with another exit status than exitError.
+type statusError struct {
+	error
+	status int
+}
 
-"podshunt-agent COMMAND -h" lists the flags of a command.
-`
+func (e statusError) Unwrap() error { return e.error }
+
+// usageError marks an error, if there is one, as one of whoever called the command.
+func usageError(err error) error {
+	if err == nil {
+		return nil
+	}
+	return statusError{err, exitUsage}
+}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -41,62 +51,77 @@ func main() {
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "podshunt-agent:", err)
-		os.Exit(1)
 	}
+	os.Exit(exitStatus(err))
+}
+
+func exitStatus(err error) int {
+	if err == nil {
+		return 0
+	}
+	if e := (statusError{}); errors.As(err, &e) {
+		return e.status
+	}
+	return exitError
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	if len(args) == 0 {
-		fmt.Fprint(stderr, usage)
-		return errors.New("no command given")
-	}
-	name, args := args[0], args[1:]
-	var err error
-	switch name {
-	case "run":
-		err = runCommand(ctx, args, stderr)
-	case "status":
-		err = statusCommand(ctx, args, stdout, stderr)
-	case "flows":
-		err = flowsCommand(ctx, args, stdout, stderr)
-	case "doctor":
-		err = doctorCommand(args, stdout, stderr)
-	case "forget":
-		err = forgetCommand(ctx, args, stdout, stderr)
-	case "unload":
-		err = unloadCommand(ctx, args, stdout, stderr)
-	case "uninstall":
-		err = uninstallCommand(ctx, args, stdout, stderr)
-	case "mount-bpffs":
-		err = mountCommand(args, stdout, stderr)
-	case "version":
-		_, err = fmt.Fprintln(stdout, version)
-	case "help", "-h", "-help", "--help":
-		_, err = fmt.Fprint(stdout, usage)
-	default:
-		fmt.Fprint(stderr, usage)
-		return fmt.Errorf("unknown command %q", name)
-	}
-	if errors.Is(err, flag.ErrHelp) {
-		return nil
+	root := newRootCommand()
+	root.SetArgs(append([]string{}, args...)) // nil would stand for os.Args
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	begun := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { begun = true }
+	err := root.ExecuteContext(ctx)
+	if !begun {
+		return usageError(err)
 	}
 	return err
 }
 
-// newFlags returns a flag set that prints its flags to stderr when asked or wrong.
-func newFlags(command string, stderr io.Writer) *flag.FlagSet {
-	flags := flag.NewFlagSet("podshunt-agent "+command, flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	return flags
+func newRootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "podshunt-agent",
+		Short: "Let TCP between opted-in pods of one node skip the TCP/IP stack",
+		Long: `podshunt-agent lets TCP between opted-in pods of one node skip the TCP/IP stack.
+"run" is the agent; the other commands ask the agent of this node, or work on the
+node themselves where none runs.
+
+Exit statuses:
+  0  done
+  1  error; also: done on some nodes only
+  2  wrong command, flag or argument: nothing was done
+  3  no agent: nobody listens on its socket
+  4  refused: "doctor" on a kernel that keeps pods on TCP
+  5  timed out: the agent has not answered, or connections have not read, in time`,
+		Example: `  podshunt-agent doctor
+  podshunt-agent run --node-name=worker-1
+  podshunt-agent flows --output=json`,
+		Version:       version,
+		SilenceErrors: true, // main prints them
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs, // what is no command comes to RunE
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return usageError(commandError(cmd, args))
+		},
+	}
+	root.SetFlagErrorFunc(flagError)
+	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
+	root.AddCommand(newRunCommand(), newStatusCommand(), newFlowsCommand(), newDoctorCommand(), newForgetCommand(),
+		newUnloadCommand(), newUninstallCommand(), newMountCommand(), newVersionCommand())
+	return root
 }
 
-// parse refuses arguments that are not flags.
-func parse(flags *flag.FlagSet, args []string) error {
-	if err := flags.Parse(args); err != nil {
-		return err
+func newVersionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "version",
+		Short:   "Print the version",
+		Long:    "Prints the version of this program, which is that of the plugin, the image and the chart.",
+		Example: "  podshunt-agent version",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), version)
+			return err
+		},
 	}
-	if flags.NArg() > 0 {
-		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
-	}
-	return nil
 }

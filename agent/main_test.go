@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,11 +14,14 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -35,17 +39,25 @@ func wantDiff(t testing.TB, what string, want, got any) {
 }
 
 func TestCommandErrors(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "none.sock")
+	nowhere := t.TempDir()
 	for _, tc := range []struct {
 		name string
 		args []string
 		want string
 	}{
-		{"no command", nil, "no command given"},
-		{"unknown command", []string{"start"}, `unknown command "start"`},
+		{"no command", nil, "no command given: accepted are completion, doctor, flows, "},
+		{"unknown command", []string{"start"}, `unknown command "start": accepted are completion, doctor, flows, `},
+		{"flag of an unknown command", []string{"start", "--x"}, `unknown command "start": accepted are `},
+		{"unknown flag", []string{"flows", "--socket=x"}, `unknown flag --socket of "podshunt-agent flows": accepted are -h or --help, -o or --output, --run-dir`},
+		{"one dash", []string{"unload", "-timeout=1s"}, `unknown flag -timeout=1s of "podshunt-agent unload": accepted are --force, `},
+		{"no value", []string{"unload", "--timeout"}, "--timeout has no value: accepted are durations such as 500ms, 30s or 5m"},
+		{"no word", []string{"flows", "--output"}, "--output has no value: form of what is printed: text or json"},
+		{"duration", []string{"unload", "--timeout=30"}, `--timeout="30": accepted are durations such as 500ms, 30s or 5m`},
+		{"yes or no", []string{"unload", "--force=maybe"}, `--force="maybe": accepted are true, false`},
+		{"large size", []string{"run", "--pod-budget=x"}, `--pod-budget="x": accepted are numbers from 0 to 18446744073709551615`},
 		{"argument", []string{"status", "x"}, `unexpected argument "x"`},
-		{"output", []string{"flows", "-o", "xml"}, `-o "xml": accepted are text, json`},
-		{"no agent", []string{"status", "--socket", socket}, "no agent at " + socket},
+		{"argument of a command of cobra's", []string{"completion", "bash", "x"}, `unknown command "x"`},
+		{"output", []string{"flows", "-o", "xml"}, `--output="xml": accepted are text, json`},
 		{"unload timeout", []string{"unload", "--timeout=0s"}, "--timeout=0s: accepted are durations above 0"},
 		{"no source", []string{"run"}, "--node-name or --pods-file is required"},
 		{"two sources", []string{"run", "--node-name=n", "--pods-file=p"}, "--node-name and --pods-file exclude each other"},
@@ -54,34 +66,222 @@ func TestCommandErrors(t *testing.T) {
 		{"uninstall timeout", []string{"uninstall", "--timeout=-1s"}, "--timeout=-1s: accepted are durations above 0"},
 		{"uninstall of all nodes", []string{"uninstall", "--all-nodes"}, "--namespace and --selector are required"},
 		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
-		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + socket}, "open mount namespace"},
+		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + nowhere + "/none"}, "open mount namespace"},
 		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
-		{"observer", []string{"run", "--observer=x"}, `observer "x"`},
-		{"size", []string{"run", "--max-pods=5000000000"}, "accepted are numbers from 0 to 4294967295"},
+		{"log level", []string{"run", "--log-level=all"}, `--log-level="all": accepted are debug, info, warn, error`},
+		{"size", []string{"run", "--max-flows=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
-		{"relative socket", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--socket=s"}, `"agentSocket": "s": accepted is an absolute path`},
+		{"relative run directory", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--run-dir=r"}, `"agentSocket": "r/agent.sock": accepted is an absolute path`},
 		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},
-		{"guard", []string{"run", "--ulp-guard=maybe"}, `invalid value "maybe" for flag -ulp-guard: accepted are on, off`},
+		{"guard", []string{"run", "--disable-guards=ulp,oob"}, `--disable-guards="oob": accepted are fionread, flags, splice, ulp`},
+		{"doctor guard", []string{"doctor", "--disable-guards=oob"}, `--disable-guards="oob": accepted are fionread, flags, splice, ulp`},
 		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
-		{"doctor output", []string{"doctor", "-o", "xml"}, `-o "xml": accepted are text, json`},
+		{"doctor output", []string{"doctor", "-o", "xml"}, `--output="xml": accepted are text, json`},
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"forget port", []string{"forget", "default/web", "0"}, `port "0": accepted are 1 to 65535`},
 		{"forget too much", []string{"forget", "default/web", "80", "x"}, `unexpected argument "x"`},
 		{"long socket", []string{"run", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
-		{"long socket to ask", []string{"status", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		{"long socket to ask", []string{"status", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
 		// Taken for an agent that does not run, its pins would be taken out below it.
-		{"long socket to unload by", []string{"unload", "--pin-dir=/none/such", "--socket=/" + strings.Repeat("x", 103)}, "accepted are at most 103 bytes"},
+		{"long socket to unload by", []string{"unload", "--pin-dir=/none/such", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
 		{"long run directory to uninstall by", []string{"uninstall", "--pin-dir=/none/such", "--run-dir=/" + strings.Repeat("x", 92)}, "accepted are at most 103 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := run(t.Context(), tc.args, io.Discard, io.Discard)
+			var out bytes.Buffer
+			err := run(t.Context(), tc.args, &out, &out)
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got error %v, want it to contain %q", err, tc.want)
 			}
+			if out.Len() > 0 { // main prints the error
+				t.Errorf("got output %q, want none", &out)
+			}
+			want := exitUsage
+			if tc.name == "no mount namespace" {
+				want = exitError
+			}
+			wantDiff(t, "exit status", want, exitStatus(err))
 		})
 	}
+}
+
+// fakeAgent answers one request after the other, in a run directory that it
+// returns the flag of. With an empty answer it keeps quiet until the test ends.
+func fakeAgent(t *testing.T, answer string) (runDirFlag string) {
+	t.Helper()
+	dir := t.TempDir()
+	l, err := net.Listen("unix", socketIn(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan struct{})
+	t.Cleanup(func() {
+		l.Close()
+		<-served
+	})
+	go func() {
+		defer close(served)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.SetDeadline(time.Now().Add(time.Minute))
+			_, _ = conn.Read(make([]byte, 1024))
+			if answer == "" {
+				_, _ = conn.Read(make([]byte, 1024)) // until the other end gives up
+			} else {
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %s", answer)
+			}
+			conn.Close()
+		}
+	}()
+	return "--run-dir=" + dir
+}
+
+func jsonAnswer(t *testing.T, v any) string {
+	t.Helper()
+	body, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+}
+
+// TestExitStatus has those that TestCommandErrors and TestUninstallAll have not.
+func TestExitStatus(t *testing.T) {
+	nobody := "--run-dir=" + t.TempDir()
+	crashed := t.TempDir()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socketIn(crashed)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	waiting := fakeAgent(t, jsonAnswer(t, api.UnloadResult{Waiting: []api.Flow{{}}}))
+	noReset := fakeAgent(t, jsonAnswer(t, api.UnloadResult{Waiting: []api.Flow{{}}, ResetError: "boom"}))
+	done := fakeAgent(t, jsonAnswer(t, api.UnloadResult{Done: true}))
+	failing := fakeAgent(t, "500 x\r\nContent-Length: 16\r\n\r\n{\"error\":\"boom\"}")
+	for _, tc := range []struct {
+		args []string
+		want int
+		text string
+	}{
+		{[]string{"version"}, 0, ""},
+		{[]string{"help", "status"}, 0, ""},
+		{[]string{"status", nobody}, exitNoAgent, "no agent at "},
+		{[]string{"flows", "--run-dir=" + crashed}, exitNoAgent, "no agent at "},
+		{[]string{"forget", nobody}, exitNoAgent, "no agent at "},
+		// There is nothing that an agent is needed for.
+		{[]string{"unload", nobody, "--pin-dir=/none/such"}, 0, ""},
+		{[]string{"status", failing}, exitError, "boom"},
+		{[]string{"unload", failing, "--pin-dir=/none/such"}, exitError, "boom"},
+		{[]string{"unload", done}, 0, ""},
+		{[]string{"unload", waiting}, exitTimedOut, "1 connections have not read"},
+		{[]string{"uninstall", noReset, "--force"}, exitTimedOut, "they were not reset: boom"},
+	} {
+		err := run(t.Context(), tc.args, io.Discard, io.Discard)
+		if got := exitStatus(err); got != tc.want || err != nil && !strings.Contains(err.Error(), tc.text) {
+			t.Errorf("%v: got status %d and error %v, want %d and %q", tc.args, got, err, tc.want, tc.text)
+		}
+	}
+	for _, e := range []api.Examination{{Missing: "BTF"}, {Refusal: "hazards"}} {
+		wantDiff(t, "doctor on a kernel that keeps pods out", exitRefused, exitStatus(noPart(e)))
+	}
+	_, silent, _ := strings.Cut(fakeAgent(t, ""), "=")
+	err = ask(t.Context(), silent, "GET", "/", 50*time.Millisecond, new(api.Status))
+	if exitStatus(err) != exitTimedOut || !strings.Contains(err.Error(), "has not answered after 50ms") {
+		t.Errorf("got error %v of an agent that keeps quiet, want that it has not answered", err)
+	}
+}
+
+// The help of the root command is where people look exit statuses up.
+func TestHelpHasExitStatuses(t *testing.T) {
+	for _, status := range []int{0, exitError, exitUsage, exitNoAgent, exitRefused, exitTimedOut} {
+		if want := fmt.Sprintf("\n  %d  ", status); !strings.Contains(newRootCommand().Long, want) {
+			t.Errorf("got help %q, want it to have %q", newRootCommand().Long, want)
+		}
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	complete := func(args ...string) string {
+		t.Helper()
+		var out bytes.Buffer
+		if err := run(t.Context(), append([]string{"__complete"}, args...), &out, io.Discard); err != nil {
+			t.Error(err)
+		}
+		return out.String()
+	}
+	const noFiles, dirs = ":4\n", ":16\n"
+	wantDiff(t, "words", "refuse\naccept\n"+noFiles, complete("doctor", "--kernel-hazards", ""))
+	wantDiff(t, "guards", "fionread\nflags\nsplice\nulp\n"+noFiles, complete("run", "--disable-guards", ""))
+	wantDiff(t, "directory", dirs, complete("status", "--run-dir", ""))
+	wantDiff(t, "argument", noFiles, complete("status", ""))
+	for _, shell := range []string{"bash", "fish", "powershell", "zsh"} {
+		var out bytes.Buffer
+		if err := run(t.Context(), []string{"completion", shell}, &out, io.Discard); err != nil || out.Len() == 0 {
+			t.Errorf("%s: got %d bytes and error %v, want a script", shell, out.Len(), err)
+		}
+	}
+}
+
+// Every command says what it does, at length, and by examples that it would take.
+func TestCommandsAreDescribed(t *testing.T) {
+	root := newRootCommand()
+	for _, cmd := range append(root.Commands(), root) {
+		if cmd.Short == "" || cmd.Long == "" || cmd.Example == "" {
+			t.Errorf("%s: got %q, %q, %q, want all three", cmd.Name(), cmd.Short, cmd.Long, cmd.Example)
+		}
+		for line := range strings.Lines(cmd.Example) {
+			args := strings.Fields(line)
+			found, rest, err := newRootCommand().Find(args[1:])
+			if args[0] != "podshunt-agent" || err != nil || found.ParseFlags(rest) != nil || found.ValidateArgs(found.Flags().Args()) != nil {
+				t.Errorf("%s: example %q would not work: %v", cmd.Name(), line, err)
+			}
+		}
+	}
+}
+
+// TestChartValues: a value of the chart below "agent" is a flag of run.
+func TestChartValues(t *testing.T) {
+	type property struct {
+		Properties map[string]*property
+		Items      *property
+		Enum       []string
+	}
+	var schema property
+	data, err := os.ReadFile("../charts/podshunt/values.schema.json")
+	if err == nil {
+		err = json.Unmarshal(data, &schema)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := schema.Properties["agent"].Properties
+	wantDiff(t, "guards", datapath.GuardNames(), slices.Sorted(slices.Values(values["disableGuards"].Items.Enum)))
+	run := newRunCommand()
+	for value := range values {
+		name := regexp.MustCompile("[A-Z]").ReplaceAllStringFunc(value, func(s string) string { return "-" + strings.ToLower(s) })
+		if value != "extraArgs" && run.Flags().Lookup(name) == nil {
+			t.Errorf("agent.%s: got no flag --%s of run", value, name)
+		}
+	}
+}
+
+// mustConfig returns what flags of run make.
+func mustConfig(t testing.TB, flags ...string) config {
+	t.Helper()
+	cfg, cmd := defaults(), &cobra.Command{}
+	cfg.register(cmd)
+	if err := cmd.ParseFlags(flags); err != nil {
+		t.Fatal(err)
+	}
+	if err := cfg.complete(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
 }
 
 func TestHelp(t *testing.T) {
@@ -106,21 +306,20 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-func TestParseConfig(t *testing.T) {
-	got, err := parseConfig([]string{
-		"--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--plugin=/p",
-		"--splice-guard=off", "--sandboxed-runtime-classes=kata-*, x",
-	}, io.Discard)
+func TestConfig(t *testing.T) {
+	got := mustConfig(t, "--pods-file=p", "--run-dir=/r", "--budget=8192", "--log-level=debug", "--cni-conf-dir=/c", "--cni-bin-dir=/b",
+		"--disable-guards=splice,ulp", "--disable-guards=", "--disable-guards=flags", "--sandboxed-runtime-classes=kata-*, x")
+	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := defaults()
-	want.podsFile, want.runDir, want.socket, want.datapath.Budget, want.logLevel = "p", "/r", "/r/agent.sock", 8192, -4
+	want.podsFile, want.runDir, want.datapath.Budget, want.logLevel = "p", "/r", 8192, "debug"
 	want.cni = cniconf.Config{
-		ConfDir: "/c", BinDir: "/b", NodeRoot: "/proc/1/root", Plugin: "/p",
+		ConfDir: "/c", BinDir: "/b", NodeRoot: "/proc/1/root", Plugin: filepath.Join(filepath.Dir(self), "podshunt"),
 		Section: api.PluginConf{AgentSocket: "/r/agent.sock", AgentTimeout: api.PluginTimeout, AttachmentsDir: "/r/attachments"},
 	}
-	want.guards["splice"] = "off"
+	want.disabledGuards = []string{"splice", "ulp", "flags"}
 	wantDiff(t, "sandboxed", patterns{"kata-*", "x"}, got.sandboxed)
 	got.sandboxed, want.sandboxed = nil, nil
 	if !reflect.DeepEqual(got, want) {
@@ -484,8 +683,8 @@ func TestAskFailures(t *testing.T) {
 		{"silence", "", "ask the agent"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "s")
-			l, err := net.Listen("unix", path)
+			runDir := t.TempDir()
+			l, err := net.Listen("unix", socketIn(runDir))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -500,7 +699,7 @@ func TestAskFailures(t *testing.T) {
 				_, _ = conn.Read(make([]byte, 1024))
 				_, _ = io.WriteString(conn, tc.answer)
 			}()
-			err = ask(context.Background(), path, "GET", "/", 5*time.Second, new(api.Status))
+			err = ask(context.Background(), runDir, "GET", "/", 5*time.Second, new(api.Status))
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got error %v, want it to contain %q", err, tc.want)
 			}

@@ -36,7 +36,7 @@ type node struct {
 var _ server.Node = (*node)(nil)
 
 func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examination, log *slog.Logger) *node {
-	return &node{registry: r, datapath: d, log: log, attachmentsDir: cfg.attachmentsDir(), proc: cfg.proc, fixed: api.Status{
+	return &node{registry: r, datapath: d, log: log, attachmentsDir: attachmentsIn(cfg.runDir), proc: cfg.proc, fixed: api.Status{
 		Version:         version,
 		Kernel:          e.Kernel,
 		Observer:        d.Observer(),

@@ -170,7 +170,7 @@ func testForce(t *testing.T, family string, running bool) {
 	unload := func(flags ...string) (string, error) {
 		t.Helper()
 		var out bytes.Buffer
-		err := run(t.Context(), append(append([]string{"unload", "--timeout=300ms"}, flags...), a.places()[:3]...), &out, t.Output())
+		err := run(t.Context(), append(append([]string{"unload", "--timeout=300ms"}, flags...), a.places()[:2]...), &out, t.Output())
 		return out.String(), err
 	}
 	out, err := unload()

@@ -6,21 +6,15 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
-	"path"
 	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -29,7 +23,6 @@ import (
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/server"
-	"github.com/podshunt/podshunt/api"
 )
 
 const (
@@ -39,211 +32,37 @@ const (
 	handshakeAge = time.Minute
 )
 
-// config is what the flags of run say.
-type config struct {
-	runDir   string
-	socket   string // empty: agent.sock in runDir
-	podsFile string
-	// nodeName, kubeconfig, sandboxed and defaultNamespaces are for the cluster as the source of pods.
-	nodeName          string
-	kubeconfig        string
-	sandboxed         patterns
-	defaultNamespaces kube.Selector
-	proc              string
-	judgement
-	logFormat string
-	logLevel  slog.Level
-	// metricsAddress is where metrics are served, healthAddress where probes are
-	// answered; empty: nowhere. They are two, so that nobody who asks for metrics
-	// keeps a probe waiting.
-	metricsAddress string
-	healthAddress  string
-	policyLease    time.Duration
-	datapath       datapath.Config
-	cni            cniconf.Config // no ConfDir: nothing is installed
-}
-
-func defaults() config {
-	return config{
-		runDir:    api.RunDir,
-		sandboxed: patterns{"*gvisor*", "*runsc*", "*kata*", "*firecracker*", "*quark*", "*edera*"},
-		proc:      "/proc",
-		judgement: newJudgement(),
-		logFormat: "auto",
-		logLevel:  slog.LevelInfo,
-		datapath:  datapath.DefaultConfig(),
-
-		policyLease: 5 * time.Minute,
-	}
-}
-
-// parseConfig reads and checks the flags of run. It touches nothing.
-func parseConfig(args []string, stderr io.Writer) (config, error) {
+func newRunCommand() *cobra.Command {
 	cfg := defaults()
-	flags := newFlags("run", stderr)
-	flags.StringVar(&cfg.runDir, "run-dir", cfg.runDir, "`directory` of the lock, the socket and the attachments")
-	flags.StringVar(&cfg.socket, "socket", cfg.socket, "unix socket to listen on (default agent.sock in the run directory)")
-	flags.StringVar(&cfg.nodeName, "node-name", cfg.nodeName,
-		"`name` of this node in the cluster whose API server says what the pods ask for; this or --pods-file is required")
-	flags.StringVar(&cfg.kubeconfig, "kubeconfig", cfg.kubeconfig, "kubeconfig `file` for the API server (default the service account of the agent's pod)")
-	flags.Var(&cfg.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own, separated by commas")
-	flags.Var(&cfg.defaultNamespaces, "default-namespaces",
-		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
-	flags.StringVar(&cfg.podsFile, "pods-file", cfg.podsFile, "YAML `file` with the annotations of the pods of a machine without a cluster")
-	flags.StringVar(&cfg.proc, "proc", cfg.proc, "`directory` where the procfs of the node is mounted")
-	cfg.register(flags)
-	flags.StringVar(&cfg.logFormat, "log-format", cfg.logFormat, "auto, text or json; auto is text on a terminal")
-	flags.TextVar(&cfg.logLevel, "log-level", cfg.logLevel, "debug, info, warn or error")
-	flags.StringVar(&cfg.metricsAddress, "metrics-address", cfg.metricsAddress,
-		"TCP `address` such as :19469 for /metrics (default none)")
-	flags.StringVar(&cfg.healthAddress, "health-address", cfg.healthAddress,
-		"TCP `address` such as 127.0.0.1:19470 for /healthz and /readyz, another one than for metrics (default none)")
-	d := &cfg.datapath
-	flags.StringVar(&d.PinDir, "pin-dir", d.PinDir, "`directory` of a bpffs for the kernel objects")
-	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
-		"mount a bpffs for the pin directory where there is none, on /sys/fs/bpf or an empty directory below it; in a container it would end with it")
-	flags.StringVar(&d.Cgroup, "cgroup", d.Cgroup, "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
-	flags.StringVar(&d.Observer, "observer", d.Observer, "auto, fexit or tracepoint: how reads of applications are seen")
-	flags.Var((*count)(&d.Budget), "budget",
-		"`bytes` the receiver of one direction may leave unread before its sender is put on TCP; each message counts 1024 more")
-	flags.Uint64Var(&d.PodBudget, "pod-budget", d.PodBudget, "the same for all receivers of a pod together, in `bytes`")
-	flags.DurationVar(&d.RefreshInterval, "refresh-interval", d.RefreshInterval,
-		"how long a direction may do without TCP, so that conntrack and the like do not forget its connection; 0 is for ever")
-	flags.DurationVar(&cfg.policyLease, "policy-lease", cfg.policyLease,
-		"how long the policy in the kernel is trusted after the agent could last vouch for it; then all goes by TCP; 0 is for ever")
-	flags.Var((*count)(&d.TrialReads), "trial-reads", "`number` of recv calls that a receiver has to make before anything is redirected to it")
-	flags.Var((*count)(&d.TrialDrains), "trial-drains",
-		"`number` of recv calls that find nothing, after one that was not filled, before anything is redirected to a receiver that waits for edges of epoll")
-	flags.Var((*count)(&d.TrialBytes), "trial-bytes",
-		"`bytes` that a receiver has to take by recv of bursts above 4 KiB before such are redirected to it; 0 also lets bursts grow")
-	flags.Var((*count)(&d.MaxPods), "max-pods", "`size` of the map of pods")
-	flags.Var((*count)(&d.MaxPolicies), "max-policies", "`size` of the policy map")
-	flags.Var((*count)(&d.MaxFlows), "max-flows", "`size` of the map of connections")
-	flags.Var((*count)(&d.MaxHandshakes), "max-handshakes", "`size` of the maps of unfinished handshakes")
-	flags.StringVar(&cfg.cni.ConfDir, "cni-conf-dir", "", "`directory` of the runtime's network configurations, to keep the plugin's entry in (default none)")
-	flags.StringVar(&cfg.cni.BinDir, "cni-bin-dir", "", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
-	flags.StringVar(&cfg.cni.Plugin, "plugin", "", "`file` to install as the plugin (default podshunt beside this program)")
-	if err := parse(flags, args); err != nil {
-		return config{}, err
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Be the agent of this node",
+		Long: `Runs the agent of this node, as root, until it is told to end by SIGTERM or SIGINT.
+Connections go on when it has ended, and the next one takes them over;
+"podshunt-agent unload" takes them out of the kernel.
+
+The cluster (--node-name) or a file (--pods-file) says which pods take part. With
+--cni-conf-dir and --cni-bin-dir it puts the CNI plugin, podshunt beside this
+program, into the container runtime's configuration and keeps it there.
+
+` + guardsHelp,
+		Example: `  podshunt-agent run --node-name=worker-1
+  podshunt-agent run --pods-file=/etc/podshunt/pods.yaml --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin
+  podshunt-agent run --node-name=worker-1 --disable-guards=splice,ulp`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := cfg.complete(); err != nil {
+				return err
+			}
+			return runAgent(cmd.Context(), cfg, newLogger(cmd.ErrOrStderr(), cfg))
+		},
 	}
-	if cfg.socket == "" {
-		cfg.socket = filepath.Join(cfg.runDir, filepath.Base(api.Socket))
-	}
-	if cfg.cni.Plugin == "" {
-		self, err := os.Executable()
-		if err != nil {
-			return config{}, err
-		}
-		cfg.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
-	}
-	cfg.cni.NodeRoot = filepath.Join(cfg.proc, "1/root")
-	cfg.cni.Section = api.PluginConf{AgentSocket: cfg.socket, AgentTimeout: api.PluginTimeout, AttachmentsDir: cfg.attachmentsDir()}
-	return cfg, cfg.validate()
+	cfg.register(cmd)
+	return cmd
 }
 
-func (c config) validate() error {
-	var errs []error
-	oneOf := func(flag, value string, accepted ...string) {
-		if !slices.Contains(accepted, value) {
-			errs = append(errs, fmt.Errorf("--%s=%q: accepted are %s", flag, value, strings.Join(accepted, ", ")))
-		}
-	}
-	errs = append(errs, c.judgement.validate())
-	oneOf("log-format", c.logFormat, "auto", "text", "json")
-	switch {
-	case c.nodeName == "" && c.podsFile == "":
-		errs = append(errs, errors.New("--node-name or --pods-file is required: the cluster or a file says which pods take part"))
-	case c.nodeName != "" && c.podsFile != "":
-		errs = append(errs, errors.New("--node-name and --pods-file exclude each other: either the cluster or a file says which pods take part"))
-	case c.nodeName == "" && c.kubeconfig != "":
-		errs = append(errs, errors.New("--kubeconfig is for the cluster: give --node-name, too, and not --pods-file"))
-	}
-	if err := api.CheckSocket(c.socket); err != nil {
-		errs = append(errs, fmt.Errorf("--socket, or --run-dir: %w", err))
-	}
-	if c.healthAddress != "" && c.healthAddress == c.metricsAddress {
-		errs = append(errs, fmt.Errorf("--health-address and --metrics-address are both %q: accepted are two different ones, "+
-			"so that nobody who asks for metrics keeps a probe waiting", c.healthAddress))
-	}
-	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
-		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
-	}
-	if c.cni.ConfDir != "" {
-		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
-			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --socket and --run-dir: %w", err))
-		}
-	}
-	if c.policyLease != 0 && c.policyLease < time.Second {
-		errs = append(errs, fmt.Errorf("--policy-lease=%v: accepted are 0, which is for ever, and 1s and above", c.policyLease))
-	}
-	return errors.Join(append(errs, c.datapath.Validate())...)
-}
-
-func (c config) attachmentsDir() string {
-	return filepath.Join(c.runDir, filepath.Base(api.AttachmentsDir))
-}
-
-// count is a flag of 32 bits.
-type count uint32
-
-var _ flag.Value = (*count)(nil)
-
-func (c *count) String() string { return strconv.FormatUint(uint64(*c), 10) }
-
-func (c *count) Set(text string) error {
-	n, err := strconv.ParseUint(text, 10, 32)
-	if err != nil {
-		return errors.New("accepted are numbers from 0 to 4294967295")
-	}
-	*c = count(n)
-	return nil
-}
-
-// patterns is a flag with patterns as of path.Match.
-type patterns []string
-
-var _ flag.Value = (*patterns)(nil)
-
-func (p *patterns) String() string { return strings.Join(*p, ",") }
-
-func (p *patterns) Set(text string) error {
-	*p = nil
-	for item := range strings.SplitSeq(text, ",") {
-		item = strings.TrimSpace(item)
-		if _, err := path.Match(item, ""); err != nil {
-			return fmt.Errorf("%q: accepted are patterns with * and ?, such as \"kata-*\"", item)
-		}
-		if item != "" {
-			*p = append(*p, item)
-		}
-	}
-	return nil
-}
-
-func newLogger(w io.Writer, cfg config) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.logLevel}
-	if cfg.logFormat == "text" || cfg.logFormat == "auto" && isTerminal(w) {
-		return slog.New(slog.NewTextHandler(w, options))
-	}
-	return slog.New(slog.NewJSONHandler(w, options))
-}
-
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
-}
-
-func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
-	cfg, err := parseConfig(args, stderr)
-	if err != nil {
-		return err
-	}
-	log := newLogger(stderr, cfg)
-
+// runAgent is the agent until ctx ends.
+func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	lock, err := lockRunDir(cfg.runDir)
 	if err != nil {
 		return err
@@ -269,7 +88,7 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	defer d.Close()
 	registry, err := pods.New(pods.Config{
-		Dir:         cfg.attachmentsDir(),
+		Dir:         attachmentsIn(cfg.runDir),
 		Source:      src,
 		Proc:        cfg.proc,
 		HostNetns:   host,
@@ -295,12 +114,13 @@ func runCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		cfg.cni.Log = log
 		n.keeper = cniconf.New(cfg.cni)
 	}
-	listener, err := server.Listen(cfg.socket)
+	socket := socketIn(cfg.runDir)
+	listener, err := server.Listen(socket)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(cfg.socket)
-	log.Info("agent started", "version", version, "socket", cfg.socket, "pin_dir", cfg.datapath.PinDir,
+	defer os.Remove(socket)
+	log.Info("agent started", "version", version, "socket", socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
 	if examination.Refusal != "" {
 		log.Error("no pod takes part", "reason", examination.Refusal)

@@ -7,12 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"github.com/podshunt/podshunt/agent/cniconf"
-	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/api"
 )
@@ -24,50 +25,82 @@ const (
 	execTimeout = 30 * time.Second
 )
 
-func uninstallCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	r := removal{log: newLogger(stderr, defaults())}
-	flags := newFlags("uninstall", stderr)
-	r.register(flags)
-	confDir := flags.String("cni-conf-dir", "", "`directory` of the runtime's network configurations, if no agent runs")
-	binDir := flags.String("cni-bin-dir", "", "`directory` of the runtime's CNI plugins, if no agent runs")
-	allNodes := flags.Bool("all-nodes", false, "do it in all pods of the agent, by way of the API server")
-	exec := kube.Exec{Parallel: uninstallsAtOnce}
-	flags.StringVar(&exec.Kubeconfig, "kubeconfig", "", "`file` that says where the API server is (default the service account of this pod)")
-	flags.StringVar(&exec.Namespace, "namespace", "", "namespace of the agent's pods, with --all-nodes")
-	flags.StringVar(&exec.Selector, "selector", "", "labels of the agent's pods, with --all-nodes")
-	flags.StringVar(&exec.Container, "container", "agent", "container of the agent in its pods, with --all-nodes")
-	if err := parse(flags, args); err != nil {
-		return err
+func newUninstallCommand() *cobra.Command {
+	f := uninstallFlags{exec: kube.Exec{Parallel: uninstallsAtOnce}}
+	cmd := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Take the plugin out of the CNI configuration, then unload; on all nodes if told so",
+		Long: `Takes podshunt's entry out of the container runtime's CNI configuration, which is
+then byte for byte what it was, and does what "podshunt-agent unload" does.
+
+Where an agent runs it is asked, and knows the directories of the runtime; where
+none runs, name them. With --all-nodes it is done in all pods of the agent, by
+way of the API server; this is how the chart uninstalls.`,
+		Example: `  podshunt-agent uninstall
+  podshunt-agent uninstall --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin
+  podshunt-agent uninstall --all-nodes --namespace=podshunt --selector=app.kubernetes.io/name=podshunt`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.log = newLogger(cmd.ErrOrStderr(), defaults())
+			if err := f.check(); err != nil {
+				return usageError(err)
+			}
+			if !f.allNodes {
+				return f.run(cmd.Context(), api.PathUninstall, f.restoreCNI, cmd.OutOrStdout())
+			}
+			f.exec.PodTimeout = f.longest() + execTimeout
+			f.exec.Command = f.command()
+			return uninstallAll(cmd.Context(), f.exec.Run, cmd.OutOrStdout())
+		},
 	}
-	if err := r.check(); err != nil {
-		return err
-	}
-	if (*confDir == "") != (*binDir == "") {
+	f.register(cmd)
+	return cmd
+}
+
+// uninstallFlags is what the flags of uninstall say.
+type uninstallFlags struct {
+	unloadFlags
+	confDir, binDir string
+	allNodes        bool
+	exec            kube.Exec
+}
+
+func (f *uninstallFlags) register(cmd *cobra.Command) {
+	f.unloadFlags.register(cmd)
+	dirVar(cmd, &f.confDir, "cni-conf-dir", "`directory` of the runtime's network configurations, if no agent runs")
+	dirVar(cmd, &f.binDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, if no agent runs")
+	flags := cmd.Flags()
+	flags.BoolVar(&f.allNodes, "all-nodes", false, "do it in all pods of the agent, by way of the API server")
+	fileVar(cmd, &f.exec.Kubeconfig, "kubeconfig", "`file` that says where the API server is (default the service account of this pod)")
+	flags.StringVar(&f.exec.Namespace, "namespace", "", "namespace of the agent's pods, with --all-nodes")
+	flags.StringVar(&f.exec.Selector, "selector", "", "labels of the agent's pods, with --all-nodes")
+	flags.StringVar(&f.exec.Container, "container", "agent", "container of the agent in its pods, with --all-nodes")
+}
+
+func (f *uninstallFlags) check() error {
+	if (f.confDir == "") != (f.binDir == "") {
 		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
 	}
-	if !*allNodes {
-		return r.run(ctx, api.PathUninstall, func() ([]string, error) {
-			if *confDir == "" {
-				return nil, nil
-			}
-			return cniconf.Uninstall(*confDir, *binDir, r.log)
-		}, stdout)
-	}
-	if exec.Namespace == "" || exec.Selector == "" {
+	if f.allNodes && (f.exec.Namespace == "" || f.exec.Selector == "") {
 		return errors.New("--all-nodes: --namespace and --selector are required, they say which pods are the agent's")
 	}
-	exec.PodTimeout = r.longest() + execTimeout
-	exec.Command = r.command()
-	return uninstallAll(ctx, exec.Run, stdout)
+	return f.unloadFlags.check()
+}
+
+// restoreCNI is for a node without an agent.
+func (f *uninstallFlags) restoreCNI() (remarks []string, err error) {
+	if f.confDir == "" {
+		return nil, nil
+	}
+	return cniconf.Uninstall(f.confDir, f.binDir, f.log)
 }
 
 // command is what is run in the agent's pods.
-func (r *removal) command() []string {
-	command := []string{"podshunt-agent", "uninstall", "--run-dir=" + r.runDir, "--socket=" + r.socket, "--pin-dir=" + r.pinDir, "--timeout=" + r.timeout.String()}
-	if r.force { // agents of former builds do not know it
-		command = append(command, "--force")
+func (f *uninstallFlags) command() []string {
+	return []string{
+		"podshunt-agent", "uninstall", "--run-dir=" + f.runDir, "--pin-dir=" + f.pinDir,
+		"--timeout=" + f.timeout.String(), "--force=" + strconv.FormatBool(f.force),
 	}
-	return command
 }
 
 // uninstallAll prints what happened on each node.
@@ -91,27 +124,5 @@ func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecR
 			"is taken out by `podshunt-agent uninstall` on the node", failed, nodes)
 	}
 	_, err = fmt.Fprintf(stdout, "podshunt is out of %d nodes\n", nodes)
-	return err
-}
-
-// mountCommand is for an init container: the agent itself has no business in
-// the node's mount namespace.
-func mountCommand(args []string, stdout, stderr io.Writer) error {
-	flags := newFlags("mount-bpffs", stderr)
-	pinDir := flags.String("pin-dir", defaults().datapath.PinDir, "`directory` of the kernel objects; the mount is made on its parent: /sys/fs/bpf, or an empty directory below it")
-	namespace := flags.String("mount-namespace", "/proc/1/ns/mnt", "mount namespace of the node")
-	if err := parse(flags, args); err != nil {
-		return err
-	}
-	dir := filepath.Dir(*pinDir)
-	mounted, err := datapath.MountBPFFS(*namespace, dir)
-	if err != nil {
-		return err
-	}
-	text := "there is a bpffs at %s\n"
-	if mounted {
-		text = "mounted a bpffs on %s\n"
-	}
-	_, err = fmt.Fprintf(stdout, text, dir)
 	return err
 }

@@ -39,7 +39,7 @@ func TestUninstallAll(t *testing.T) {
 	results = append(results, kube.ExecResult{Node: "b", Output: "CLIENT  SERVER\nx  y\n", Err: errors.New("exit code 1")})
 	out.Reset()
 	err := uninstallAll(t.Context(), runAll, &out)
-	if err == nil || !strings.HasPrefix(err.Error(), "1 of 2 nodes still have podshunt: ") || !strings.Contains(err.Error(), "--no-hooks") {
+	if exitStatus(err) != exitError || !strings.HasPrefix(err.Error(), "1 of 2 nodes still have podshunt: ") || !strings.Contains(err.Error(), "--no-hooks") {
 		t.Errorf("got error %v, want one of the node b that names --no-hooks", err)
 	}
 	wantDiff(t, "one failed", "a: unloaded\nb: FAILED: exit code 1\n    CLIENT  SERVER\n    x  y\n", out.String())
@@ -47,13 +47,13 @@ func TestUninstallAll(t *testing.T) {
 
 // The agents on the nodes are told of a force, and given the time for it.
 func TestUninstallCommand(t *testing.T) {
-	r := removal{runDir: "/r", socket: "/s", pinDir: "/p", timeout: time.Minute}
-	plain := []string{"podshunt-agent", "uninstall", "--run-dir=/r", "--socket=/s", "--pin-dir=/p", "--timeout=1m0s"}
-	wantDiff(t, "command", plain, r.command())
-	wantDiff(t, "longest", time.Minute, r.longest())
-	r.force = true
-	wantDiff(t, "forced", append(plain, "--force"), r.command())
-	wantDiff(t, "longest", time.Minute+resetTimeout, r.longest())
+	f := uninstallFlags{unloadFlags: unloadFlags{runDir: "/r", pinDir: "/p", timeout: time.Minute}}
+	command := []string{"podshunt-agent", "uninstall", "--run-dir=/r", "--pin-dir=/p", "--timeout=1m0s"}
+	wantDiff(t, "command", append(command, "--force=false"), f.command())
+	wantDiff(t, "longest", time.Minute, f.longest())
+	f.force = true
+	wantDiff(t, "forced", append(command, "--force=true"), f.command())
+	wantDiff(t, "longest", time.Minute+resetTimeout, f.longest())
 }
 
 // TestUninstall is the node's side, with a live connection and the plugin installed.
@@ -70,7 +70,8 @@ func TestUninstall(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(binDir, "bridge"), nil, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	plugin, err := filepath.Abs(filepath.Join(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../bin"), api.PluginType))
+	var err error
+	a.plugin, err = filepath.Abs(filepath.Join(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../bin"), api.PluginType))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +84,7 @@ func TestUninstall(t *testing.T) {
 		"let the program that wrote it write it again, or take podshunt out of it, before you delete that binary\n", multus, filepath.Join(binDir, "podshunt"))
 	address, health := mustFreeAddress(t), mustFreeAddress(t)
 	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,
-		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir, "--plugin="+plugin)
+		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
 	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
 	read := func() string {
 		t.Helper()
@@ -110,7 +111,7 @@ func TestUninstall(t *testing.T) {
 	}
 
 	var out bytes.Buffer
-	if err := run(t.Context(), append([]string{"uninstall"}, a.places()[:3]...), &out, t.Output()); err != nil {
+	if err := run(t.Context(), append([]string{"uninstall"}, a.places()[:2]...), &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
 	wantDiff(t, "uninstall", note+"unloaded: nothing of podshunt is left in the kernel\n", out.String())
@@ -134,7 +135,7 @@ func TestUninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	out.Reset()
-	args := append([]string{"uninstall", "--cni-conf-dir=" + confDir, "--cni-bin-dir=" + binDir}, a.places()[:3]...)
+	args := append([]string{"uninstall", "--cni-conf-dir=" + confDir, "--cni-bin-dir=" + binDir}, a.places()[:2]...)
 	if err := run(t.Context(), args, &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}

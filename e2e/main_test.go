@@ -60,8 +60,10 @@ func mustNode(t testing.TB) *node {
 
 // places returns the flags that tell run and unload where this node is.
 func (n *node) places() []string {
-	return []string{"--run-dir=" + filepath.Dir(n.AttachmentsDir), "--socket=" + n.AgentSocket, "--pin-dir=" + n.pinDir}
+	return []string{n.runDir(), "--pin-dir=" + n.pinDir}
 }
+
+func (n *node) runDir() string { return "--run-dir=" + filepath.Dir(n.AgentSocket) }
 
 // mustStart returns when the agent answers.
 func (n *node) mustStart(t testing.TB, flags ...string) {
@@ -87,7 +89,7 @@ func (n *node) mustStart(t testing.TB, flags ...string) {
 			err = c.Close()
 		}
 		if err == nil {
-			_, err = n.run("status", "--socket="+n.AgentSocket)
+			_, err = n.run("status", n.runDir())
 		}
 		if err == nil {
 			return
@@ -151,7 +153,7 @@ func (n *node) run(command string, flags ...string) (string, error) {
 func mustShow[T any](t testing.TB, n *node, command string) T {
 	t.Helper()
 	var answer T
-	text, err := n.run(command, "-o", "json", "--socket="+n.AgentSocket)
+	text, err := n.run(command, "-o", "json", n.runDir())
 	if err == nil {
 		err = json.Unmarshal([]byte(text), &answer)
 	}

@@ -153,14 +153,13 @@ func TestUnloadUnderLoad(t *testing.T) {
 		func() map[string]int { return n.entries(t, "flows", "sockets", "syns", "pending") })
 }
 
-// TestUnloadBySocket: the agent at the socket is meant, whatever the run directory.
-func TestUnloadBySocket(t *testing.T) {
+// TestUnloadAsksAgent: the agent of the run directory is meant, whatever the pin directory.
+func TestUnloadAsksAgent(t *testing.T) {
 	n := mustNode(t)
 	n.mustWritePods(t, "web "+on)
 	n.mustStart(t)
 	mustBecome(t, "attached programs", 1, func() int { return n.attached(t) })
-	other := filepath.Join(n.Base, "other")
-	if _, err := n.run("unload", "--socket="+n.AgentSocket, "--run-dir="+other, "--pin-dir="+filepath.Join(n.BPF, "other")); err != nil {
+	if _, err := n.run("unload", n.runDir(), "--pin-dir="+filepath.Join(n.BPF, "other")); err != nil {
 		t.Error(err)
 	}
 	if !n.status(t).Unloaded {

@@ -72,7 +72,10 @@ notes notes-accept --set agent.kernelHazards=accept
 refused --set kernelHazards=accept
 refused --set agent.kernelHazard=accept
 refused --set agent.kernelHazards=maybe
-refused --set agent.maxPods=many
+refused --set agent.maxFlows=many
+refused --set 'agent.disableGuards={splice,oob}'
+refused --set agent.disableGuards=splice
+refused --set 'agent.extraArgs={proc=/host/proc}'
 refused --set agent.pinDir=podshunt
 refused --set agent.policyLease=300
 refused --set agent.refreshInterval=30

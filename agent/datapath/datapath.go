@@ -69,10 +69,13 @@ type Config struct {
 	// TrialDrains is how often a receiver that waits for edges of epoll has to be seen
 	// to call recv once more after one that was not filled, and to find nothing.
 	TrialDrains uint32
-	// MaxPods, MaxPolicies, MaxFlows and MaxHandshakes are the sizes of the maps.
-	MaxPods, MaxPolicies, MaxFlows, MaxHandshakes uint32
-	// MaxSockets is the size of the SOCKHASH; 0 means two sockets for each flow.
-	MaxSockets uint32
+	// MaxPolicies and MaxFlows are the sizes of the policy map and of the map of flows.
+	MaxPolicies, MaxFlows uint32
+	// MaxPods, MaxHandshakes and MaxSockets are the sizes of the maps of pods, of
+	// unfinished handshakes and of sockets. 0 means what follows from the sizes above:
+	// a pod for 128 policies and half a handshake for each flow, at least 1024 of both,
+	// and two sockets for each flow.
+	MaxPods, MaxHandshakes, MaxSockets uint32
 	// AllowBlocking lets sockets take part whose reads may sleep in the kernel. Such a
 	// read returns EAGAIN when it is woken by a signal or a reset (hazard
 	// "blocking-recv"); without it, only sockets in non-blocking mode take part.
@@ -100,11 +103,9 @@ func DefaultConfig() Config {
 		TrialBytes:      256 << 10,
 		TrialDrains:     4,
 
-		MaxPods:       1024,
-		MaxPolicies:   131072,
-		MaxFlows:      32768,
-		MaxHandshakes: 16384,
-		Observer:      ObserverAuto,
+		MaxPolicies: 131072,
+		MaxFlows:    32768,
+		Observer:    ObserverAuto,
 	}
 }
 
@@ -135,7 +136,7 @@ func (c Config) Validate() error {
 	if c.TrialBytes > 1<<30 {
 		return fmt.Errorf("trial of %d bytes: accepted are 0 to %d", c.TrialBytes, 1<<30)
 	}
-	if c.MaxPods == 0 || c.MaxPolicies == 0 || c.MaxFlows == 0 || c.MaxHandshakes == 0 {
+	if c.MaxPolicies == 0 || c.MaxFlows == 0 {
 		return errors.New("size of a map is 0: accepted are 1 and above")
 	}
 	return nil
@@ -394,16 +395,18 @@ func closeMaps(all map[string]*ebpf.Map) {
 
 // sizes returns the configured sizes by map name.
 func (c Config) sizes() map[string]uint32 {
+	pods := cmp.Or(c.MaxPods, max(c.MaxPolicies/128, 1024))
+	handshakes := cmp.Or(c.MaxHandshakes, max(c.MaxFlows/2, 1024))
 	return map[string]uint32{
-		bpf.ShortcutMapPods:     c.MaxPods,
+		bpf.ShortcutMapPods:     pods,
 		bpf.ShortcutMapPolicies: c.MaxPolicies,
 		bpf.ShortcutMapFlows:    c.MaxFlows,
 		bpf.ShortcutMapSockets:  cmp.Or(c.MaxSockets, 2*c.MaxFlows),
-		bpf.ShortcutMapSyns:     c.MaxHandshakes,
-		bpf.ShortcutMapPending:  c.MaxHandshakes,
+		bpf.ShortcutMapSyns:     handshakes,
+		bpf.ShortcutMapPending:  handshakes,
 		// Those of a pod that has gone stay until its last flow has.
-		bpf.ShortcutMapCharges: 2 * c.MaxPods,
-		bpf.ShortcutMapShares:  2 * c.MaxPods,
+		bpf.ShortcutMapCharges: 2 * pods,
+		bpf.ShortcutMapShares:  2 * pods,
 	}
 }
 

@@ -32,7 +32,7 @@ func TestPodsFull(t *testing.T) {
 	pods, cookies := n.mustEnrol(t, "first")
 	second := n.MustAddPod(t, "second", sandbox.PodOptions{})
 	_, err := n.Enrol(second.Path)
-	wantAdvice(t, err, "--max-pods")
+	wantAdvice(t, err, "--max-policies")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 
 	l, address := mustListenOn(t, pods[0])

@@ -34,11 +34,11 @@ func (d *Datapath) Enrol(netns string) (uint64, error) {
 	for name, zero := range map[string]any{bpf.ShortcutMapCharges: int64(0), bpf.ShortcutMapShares: bpf.ShortcutShare{}} {
 		err := d.objects.Maps[name].Update(cookie, zero, ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-			return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err, "pods"))
+			return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err))
 		}
 	}
 	if err := d.objects.Maps[bpf.ShortcutMapPods].Put(cookie, uint32(1)); err != nil {
-		return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err, "pods"))
+		return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err))
 	}
 	if err := d.updateGuards(); err != nil {
 		return 0, errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
@@ -222,7 +222,7 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 	}
 	if room < 0 && len(want) > 0 {
 		// The kernel would say so in the middle.
-		failure = fmt.Errorf("write the policy map: %w", explainFull(unix.ENOSPC, "policies"))
+		failure = fmt.Errorf("write the policy map: %w", explainFull(unix.ENOSPC))
 		want = nil
 	}
 	for _, e := range want { // the base is the last
@@ -231,7 +231,7 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 			continue
 		}
 		if err := table.Put(e.key(pods), e.value); err != nil {
-			failure = fmt.Errorf("write the policy map: %w", explainFull(err, "policies"))
+			failure = fmt.Errorf("write the policy map: %w", explainFull(err))
 			want = nil
 			break
 		}
@@ -318,11 +318,11 @@ func networkOrder(port uint16) uint16 {
 	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, port))
 }
 
-// explainFull adds what to do to the kernel's word for a full map: ENOSPC from
-// an LPM trie, E2BIG from a hash.
-func explainFull(err error, name string) error {
+// explainFull adds what to do to the kernel's word for a full map of policies, or
+// of pods, whose size follows from it: ENOSPC from an LPM trie, E2BIG from a hash.
+func explainFull(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) {
-		return fmt.Errorf("the map is full, raise --max-%s: %w", name, err)
+		return fmt.Errorf("the map is full, raise --max-policies: %w", err)
 	}
 	return err
 }

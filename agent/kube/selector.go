@@ -3,10 +3,10 @@
 package kube
 
 import (
-	"flag"
 	"fmt"
 	"maps"
 
+	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -19,7 +19,7 @@ type Selector struct {
 	selector labels.Selector
 }
 
-var _ flag.Value = (*Selector)(nil)
+var _ pflag.Value = (*Selector)(nil)
 
 // String returns what Set accepts.
 func (s *Selector) String() string {
@@ -28,6 +28,9 @@ func (s *Selector) String() string {
 	}
 	return s.selector.String()
 }
+
+// Type is for the help of a flag.
+func (s *Selector) Type() string { return "selector" }
 
 // Set parses a selector.
 func (s *Selector) Set(text string) error {

@@ -50,8 +50,8 @@ func (n *node) mustStart(t *testing.T, annotations map[string]string, flags ...s
 		t.Fatal(err)
 	}
 	cmd := exec.Command(n.binary, append([]string{
-		"run", "--pods-file=" + podsFile, "--cgroup=" + n.Cgroup, "--run-dir=" + filepath.Dir(n.AttachmentsDir),
-		"--socket=" + n.AgentSocket, "--pin-dir=" + filepath.Join(n.BPF, "podshunt"),
+		"run", "--pods-file=" + podsFile, "--cgroup=" + n.Cgroup, n.runDir(),
+		"--pin-dir=" + filepath.Join(n.BPF, "podshunt"),
 	}, flags...)...)
 	var log bytes.Buffer
 	cmd.Stderr = &log
@@ -85,9 +85,11 @@ func (n *node) mustStart(t *testing.T, annotations map[string]string, flags ...s
 	}
 }
 
+func (n *node) runDir() string { return "--run-dir=" + filepath.Dir(n.AgentSocket) }
+
 // show runs one of the agent's other commands.
 func show[T any](n *node, command string) (answer T, err error) {
-	text, err := exec.Command(n.binary, command, "-o", "json", "--socket="+n.AgentSocket).Output()
+	text, err := exec.Command(n.binary, command, "-o", "json", n.runDir()).Output()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		err = fmt.Errorf("%w: %s", err, exit.Stderr)
 	}

@@ -97,7 +97,7 @@ func (s *stage) watch() {
 func (s *stage) logFlows() {
 	s.Helper()
 	for _, format := range []string{"text", "json"} {
-		out, err := exec.Command(s.node.binary, "flows", "-o", format, "--socket="+s.node.AgentSocket).CombinedOutput()
+		out, err := exec.Command(s.node.binary, "flows", "-o", format, s.node.runDir()).CombinedOutput()
 		s.Logf("flows (%v):\n%s", err, out)
 	}
 }

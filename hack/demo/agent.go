@@ -19,18 +19,18 @@ import (
 
 // agent is podshunt-agent as a process of its own.
 type agent struct {
-	path, socket string
+	path, runDir string
 	log          *os.File
 	cmd          *exec.Cmd
 	ended        chan error // nil unless it runs
 }
 
-func newAgent(path, socket string) (*agent, error) {
-	log, err := os.Create(filepath.Join(filepath.Dir(socket), "agent.log"))
+func newAgent(path, runDir string) (*agent, error) {
+	log, err := os.Create(filepath.Join(runDir, "agent.log"))
 	if err != nil {
 		return nil, err
 	}
-	return &agent{path: path, socket: socket, log: log}, nil
+	return &agent{path: path, runDir: runDir, log: log}, nil
 }
 
 // start returns when the agent answers.
@@ -81,7 +81,7 @@ func (a *agent) command(ctx context.Context, name string, args ...string) (strin
 
 func (a *agent) status(ctx context.Context) (api.Status, error) {
 	var status api.Status
-	text, err := a.command(ctx, "status", "--socket="+a.socket, "-o", "json")
+	text, err := a.command(ctx, "status", "--run-dir="+a.runDir, "-o", "json")
 	if err == nil {
 		err = json.Unmarshal([]byte(text), &status)
 	}

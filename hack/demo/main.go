@@ -79,7 +79,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	// After a failure or an interrupt this is the whole clean-up: the pins go with the sandbox's bpffs.
 	defer func() { err = errors.Join(err, d.agent.stop(), s.Close()) }()
-	if d.agent, err = newAgent(filepath.Join(dir, "podshunt-agent"), s.AgentSocket); err != nil {
+	if d.agent, err = newAgent(filepath.Join(dir, "podshunt-agent"), s.Base); err != nil {
 		return err
 	}
 	if err := d.show(ctx); err != nil {
@@ -270,7 +270,7 @@ func (d *demo) showExcluded(ctx context.Context) error {
 }
 
 func (d *demo) printFlows(ctx context.Context) error {
-	text, err := d.agent.command(ctx, "flows", "--socket="+d.sandbox.AgentSocket)
+	text, err := d.agent.command(ctx, "flows", "--run-dir="+d.sandbox.Base)
 	if err != nil {
 		return err
 	}

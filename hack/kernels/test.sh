@@ -21,8 +21,8 @@ refused() {
 	local output status=0
 	output=$("$top/hack/kernels/run.sh" "$1" "$top/bin/podshunt-agent" doctor) || status=$?
 	printf '%s\n' "$output"
-	((status == 1)) && [[ $output == *"needed is Linux 6.1 or later with BTF"* ]] && return
-	echo "kernels: got status $status, want 1 and the kernel that is needed"
+	((status == 4)) && [[ $output == *"needed is Linux 6.1 or later with BTF"* ]] && return
+	echo "kernels: got status $status, want 4 and the kernel that is needed"
 	return 1
 }
 

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+// runDirVar adds the flag that tells where the agent of the node is.
+func runDirVar(cmd *cobra.Command, value *string) {
+	*value = api.RunDir
+	dirVar(cmd, value, "run-dir", "`directory` of the agent's socket, lock and attachments")
+}
+
+// outputVar adds the flag for people or programs.
+func outputVar(cmd *cobra.Command, value *string) {
+	*value = "text"
+	choiceVar(cmd, value, "output", "o", "`form` of what is printed: text or json", "text", "json")
+}
+
+// dirVar adds a flag that a shell completes with directories. Its default is the
+// present value.
+func dirVar(cmd *cobra.Command, value *string, name, usage string) {
+	cmd.Flags().StringVar(value, name, *value, usage)
+	_ = cmd.MarkFlagDirname(name) // it fails for a flag that is not there
+}
+
+// fileVar is the same for files.
+func fileVar(cmd *cobra.Command, value *string, name, usage string) {
+	cmd.Flags().StringVar(value, name, *value, usage)
+	_ = cmd.MarkFlagFilename(name) // it fails for a flag that is not there
+}
+
+// choiceVar adds a flag that accepts a few words, which a shell completes.
+func choiceVar(cmd *cobra.Command, value *string, name, shorthand, usage string, accepted ...string) {
+	cmd.Flags().VarP(&choice{value, accepted}, name, shorthand, usage)
+	completeWords(cmd, name, accepted)
+}
+
+// completeWords lets a shell complete a flag.
+func completeWords(cmd *cobra.Command, name string, words []string) {
+	// It fails for a flag that is not there, or that has words already.
+	_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// choice is a flag that accepts a few words.
+type choice struct {
+	value    *string
+	accepted []string
+}
+
+var _ pflag.Value = (*choice)(nil)
+
+func (c *choice) String() string { return *c.value }
+
+func (c *choice) Type() string { return "choice" }
+
+func (c *choice) Set(text string) error {
+	if !slices.Contains(c.accepted, text) {
+		return errors.New("accepted are " + strings.Join(c.accepted, ", "))
+	}
+	*c.value = text
+	return nil
+}
+
+// patterns is a flag with patterns as of path.Match.
+type patterns []string
+
+var _ pflag.Value = (*patterns)(nil)
+
+func (p *patterns) String() string { return strings.Join(*p, ",") }
+
+func (p *patterns) Type() string { return "patterns" }
+
+func (p *patterns) Set(text string) error {
+	*p = nil
+	for item := range strings.SplitSeq(text, ",") {
+		item = strings.TrimSpace(item)
+		if _, err := path.Match(item, ""); err != nil {
+			return fmt.Errorf("%q: accepted are patterns with * and ?, such as \"kata-*\"", item)
+		}
+		if item != "" {
+			*p = append(*p, item)
+		}
+	}
+	return nil
+}
+
+// noArgs refuses arguments that are not flags.
+func noArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("unexpected argument %q: accepted are flags only", args[0])
+	}
+	return nil
+}
+
+// flagError says what is accepted instead of a wrong flag.
+func flagError(cmd *cobra.Command, err error) error {
+	if !cmd.HasParent() && cmd.Flags().NArg() > 0 {
+		return commandError(cmd, cmd.Flags().Args()) // its flags cannot be known
+	}
+	var unknown *pflag.NotExistError
+	var bare *pflag.ValueRequiredError
+	var invalid *pflag.InvalidValueError
+	switch {
+	case errors.As(err, &unknown):
+		name := "--" + unknown.GetSpecifiedName()
+		if letters := unknown.GetSpecifiedShortnames(); letters != "" {
+			name = "-" + letters
+		}
+		return fmt.Errorf("unknown flag %s of %q: accepted are %s", name, cmd.CommandPath(), strings.Join(acceptedFlags(cmd.Flags()), ", "))
+	case errors.As(err, &bare):
+		_, usage := pflag.UnquoteUsage(bare.GetFlag())
+		return fmt.Errorf("--%s has no value: %w", bare.GetFlag().Name, accepted(bare.GetFlag(), errors.New(usage)))
+	case errors.As(err, &invalid):
+		return fmt.Errorf("--%s=%q: %w", invalid.GetFlag().Name, invalid.GetValue(), accepted(invalid.GetFlag(), invalid.Unwrap()))
+	}
+	return err
+}
+
+func acceptedFlags(flags *pflag.FlagSet) []string {
+	var names []string
+	flags.VisitAll(func(f *pflag.Flag) {
+		name := "--" + f.Name
+		if f.Shorthand != "" {
+			name = "-" + f.Shorthand + " or " + name
+		}
+		names = append(names, name)
+	})
+	return names
+}
+
+// accepted says what a flag accepts, if the error of its library does not.
+func accepted(flag *pflag.Flag, err error) error {
+	switch flag.Value.Type() {
+	case "bool":
+		return errors.New("accepted are true, false")
+	case "duration":
+		return errors.New("accepted are durations such as 500ms, 30s or 5m")
+	case "uint32":
+		return errors.New("accepted are numbers from 0 to 4294967295")
+	case "uint64":
+		return errors.New("accepted are numbers from 0 to 18446744073709551615")
+	}
+	return err
+}
+
+// commandError says what is accepted instead of no command, or of an unknown one.
+func commandError(root *cobra.Command, args []string) error {
+	var names []string
+	for _, c := range root.Commands() {
+		if c.IsAvailableCommand() {
+			names = append(names, c.Name())
+		}
+	}
+	what := "no command given"
+	if len(args) > 0 {
+		what = fmt.Sprintf("unknown command %q", args[0])
+	}
+	return fmt.Errorf("%s: accepted are %s", what, strings.Join(names, ", "))
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/podshunt/podshunt/api"
+)
+
+func newStatusCommand() *cobra.Command {
+	var runDir, output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show what takes part on this node and what does not, and why",
+		Long: `Shows what the agent of this node knows: the kernel and its hazards, the CNI
+configuration, each pod with its state and why it is on TCP, server ports whose
+new connections are not paired, how full the kernel maps are, and a counter for
+every decision of the kernel programs.`,
+		Example: `  podshunt-agent status
+  podshunt-agent status --output=json`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return show(cmd, runDir, api.PathStatus, output, writeStatus)
+		},
+	}
+	runDirVar(cmd, &runDir)
+	outputVar(cmd, &output)
+	return cmd
+}
+
+func writeStatus(w io.Writer, s api.Status) error {
+	t := newTable(w)
+	state := "running"
+	if s.Unloaded {
+		state = "unloaded: nothing is shortcut until the agent is started again"
+	}
+	t.row("agent", s.Version+", "+state)
+	t.row("kernel", s.Kernel)
+	t.row("observer", s.Observer)
+	t.row("cgroup", s.Cgroup)
+	t.row("pins", s.PinDir)
+	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
+	if s.CNI != nil {
+		t.row("cni plugin", cniText(*s.CNI))
+	}
+	if s.SourceError != "" {
+		t.row("source", s.SourceError)
+	}
+	if s.PolicyError != "" {
+		t.row("policy", s.PolicyError)
+	}
+	if s.Lease != nil {
+		t.row("policy lease", leaseText(*s.Lease, time.Now()))
+	}
+	t.row()
+	t.row("HAZARD", "PRESENT", "DETAIL")
+	for _, h := range s.Hazards {
+		t.row(h.Name, hazardState(h, s.HazardsAccepted), h.Detail)
+	}
+	t.row()
+	t.row("POD", "ADDRESSES", "STATE", "REASON")
+	for _, p := range s.Pods {
+		state := "tcp"
+		if p.Enrolled {
+			state = "takes part"
+		}
+		t.row(p.Pod.String(), join(p.Addresses), state, p.Reason)
+	}
+	if len(s.Pods) == 0 {
+		t.row("none")
+	}
+	if len(s.UnsupportedPorts) > 0 {
+		t.row()
+		t.row("NOT PAIRED", "SERVER PORT", "FROM", "USED", "SINCE")
+	}
+	for _, m := range s.UnsupportedPorts {
+		from := "everywhere"
+		if m.Client != nil {
+			from = podText(*m.Client)
+		}
+		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, strings.Join(m.Reasons, ", "), m.Since.Format(time.DateTime))
+	}
+	t.row()
+	t.row("MAP", "ENTRIES", "MAX")
+	for _, m := range s.Maps {
+		t.row(m.Name, strconv.Itoa(m.Entries), strconv.Itoa(m.Max))
+	}
+	t.row()
+	t.row("OUTCOME", "COUNT", "BYTES")
+	for _, o := range s.Outcomes {
+		if o.Count > 0 {
+			t.row(o.Name, strconv.FormatUint(o.Count, 10), bytesOrNone(o.Bytes))
+		}
+	}
+	return t.Flush()
+}
+
+func cniText(s api.CNIStatus) string {
+	text := "not installed"
+	if s.Installed {
+		text = "installed in " + s.Conflist
+	}
+	text += " since " + s.Since.Local().Format(time.DateTime)
+	if s.Error != "" {
+		text += ": " + s.Error
+	}
+	return text
+}
+
+func hazardState(h api.Hazard, accepted bool) string {
+	switch {
+	case !h.Present:
+		return "no"
+	case h.Guard != "":
+		return "yes, guarded"
+	case !h.Fatal:
+		return "yes"
+	case accepted:
+		return "yes, accepted"
+	}
+	return "yes, refused"
+}
+
+func leaseText(l api.Lease, now time.Time) string {
+	left := l.Until.Sub(now).Round(time.Second)
+	text := fmt.Sprintf("ends in %s unless it is renewed", left)
+	if left <= 0 {
+		text = fmt.Sprintf("ended %s ago: all connections go by TCP", -left)
+	}
+	if l.Error != "" {
+		text += "; not renewed: " + l.Error
+	}
+	return text
+}
