@@ -35,7 +35,7 @@ func languages() []program {
 		{name: "gunicorn, threads", version: gunicorn, run: gunicornThreads, stays: blocking},
 		{name: "PHP-FPM and MariaDB", version: version("php-fpm8.2", "--version"), run: phpAndMariaDB, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn, stays: blocking},
 		{name: "Puma", version: version("puma", "--version"), run: puma},
-		{name: "Java, HTTP", version: java, run: javaHTTP},
+		{name: "Java, HTTP", version: java, run: javaHTTP, stays: blocking},
 		{name: "Java, records", version: java, run: javaRecords, hazards: asksBeforeReading(), pod: "server", annotations: exclude(recordsPort), reason: excluded, stays: blocking},
 		{name: "Node.js", version: version("/usr/bin/node", "--version"), run: nodeJS},
 	}
