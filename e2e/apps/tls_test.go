@@ -22,7 +22,7 @@ func encrypted() []program {
 	openssl := version("openssl", "version")
 	return []program{
 		{name: "nginx, TLS", version: version("nginx", "-v"), run: func(s *stage) { s.nginxTLS("") }},
-		{name: "nginx, kTLS", version: version("nginx", "-v"), run: func(s *stage) { s.nginxTLS("ssl_conf_command Options KTLS;") }},
+		{name: "nginx, kTLS", version: version("nginx", "-v"), run: func(s *stage) { s.nginxTLS("ssl_conf_command Options KTLS;") }, stays: "kTLS"},
 		{name: "openssl, kTLS", version: openssl, run: opensslKTLS, stays: blocking},
 	}
 }
