@@ -63,6 +63,7 @@ static __always_inline bool take_mark(__u64 of)
 static __always_inline struct flow *find_flow(struct sock *sk, __u32 *side)
 {
 	struct sk_flow *self;
+	struct flow *flow;
 
 	if (!sk)
 		return NULL;
@@ -70,7 +71,13 @@ static __always_inline struct flow *find_flow(struct sock *sk, __u32 *side)
 	if (!self)
 		return NULL;
 	*side = self->side & 1;
-	return flow_of(self, sk);
+	flow = flow_by_id(self->flow);
+	if (!flow)
+		return NULL;
+	/* The agent proves a guard with a flow that has no addresses: it does not know them. */
+	if (flow->sock[SIDE_CLIENT] && flow->sock[*side & 1] != (__u64)sk)
+		return NULL;
+	return flow;
 }
 
 static __always_inline bool evicted(const struct flow *flow, __u32 side)

@@ -53,19 +53,24 @@ struct {
 	__type(value, struct sk_flow);
 } sk_flows SEC(".maps");
 
+/* The flow of an id, or NULL: a record may be used again for another flow. */
+static __always_inline struct flow *flow_by_id(__u64 id)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+
+	return flow && flow->state >> FLOW_STATE_BITS == id ? flow : NULL;
+}
+
 /*
- * The flow of a socket by its storage, or NULL. A record may be used again for
- * another flow, and an id too: a client's socket that connects once more has the
- * cookie of before, while the first server's socket may still be open and be read.
+ * The flow of a socket by its storage, or NULL. An id may be used again, too: a
+ * client's socket that connects once more has the cookie of before, while the first
+ * server's socket may still be open and be read.
  */
 static __always_inline struct flow *flow_of(const struct sk_flow *self, const void *sk)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, &self->flow);
+	struct flow *flow = flow_by_id(self->flow);
 
-	if (!flow || flow->state >> FLOW_STATE_BITS != self->flow ||
-	    flow->sock[self->side & 1] != (__u64)sk)
-		return NULL;
-	return flow;
+	return flow && flow->sock[self->side & 1] == (__u64)sk ? flow : NULL;
 }
 
 /*
