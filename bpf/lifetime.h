@@ -264,12 +264,10 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 SEC("syscall")
 int end_flow(struct flow_id *ctx)
 {
-	struct flow *flow;
-	__u64 id = ctx->id;
+	struct flow *flow = flow_by_id(ctx->id);
 
-	flow = bpf_map_lookup_elem(&flows, &id);
-	if (flow && flow->state >> FLOW_STATE_BITS == id)
-		delete_flow(flow, id);
+	if (flow)
+		delete_flow(flow, ctx->id);
 	return 0;
 }
 
