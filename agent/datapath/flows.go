@@ -28,13 +28,13 @@ func (d *Datapath) flows() ([]Flow, error) {
 	if d.unloaded || d.objects.Maps[bpf.ShortcutMapFlows] == nil {
 		return nil, nil
 	}
-	pairs, err := entries[uint64, bpf.ShortcutFlow](d.objects.Maps[bpf.ShortcutMapFlows])
+	records, err := entries[uint64, bpf.ShortcutFlow](d.objects.Maps[bpf.ShortcutMapFlows])
 	if err != nil {
 		return nil, fmt.Errorf("read the flows map: %w", err)
 	}
 	boot := time.Now().Add(-monotonic())
-	flows := make([]Flow, 0, len(pairs))
-	for id, p := range pairs {
+	flows := make([]Flow, 0, len(records))
+	for id, p := range records {
 		flows = append(flows, Flow{
 			ID:          id,
 			ServerID:    p.Cookie[server],
@@ -53,7 +53,7 @@ func (d *Datapath) flows() ([]Flow, error) {
 	return flows, nil
 }
 
-// The sides of a pair.
+// The sides of a flow.
 const (
 	client = 0
 	server = 1

@@ -23,7 +23,7 @@ const (
 	// GuardSplice puts a direction on TCP when its receiver uses splice, which fails
 	// with EINVAL while redirected bytes are unread. It costs every read and write of a file on the node a few nanoseconds.
 	GuardSplice = "splice"
-	// GuardULP lets TCP_ULP (kTLS) on a socket of a pair fail with ENOENT.
+	// GuardULP lets TCP_ULP (kTLS) on a socket of a flow fail with ENOENT.
 	GuardULP = "ulp"
 	// GuardFIONREAD puts a direction on TCP when its receiver calls FIONREAD.
 	GuardFIONREAD = "fionread"

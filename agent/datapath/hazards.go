@@ -563,7 +563,7 @@ func setTimeouts(fd int, limit time.Duration) error {
 // proveGuard attaches a guard to a connection of its own and tells why it does
 // not do what it is for.
 func proveGuard(name string, cache *btf.Cache) error {
-	proofs := map[string]func(sender, receiver int, pair func() (bpf.ShortcutFlow, error)) error{
+	proofs := map[string]func(sender, receiver int, flow func() (bpf.ShortcutFlow, error)) error{
 		GuardSplice: proveSplice, GuardULP: proveULP, GuardFIONREAD: proveFIONREAD, GuardFlags: proveFlags,
 	}
 	// A sender without a program on its sockmap sends as a plain socket does.
@@ -582,15 +582,15 @@ func proveGuard(name string, cache *btf.Cache) error {
 		}
 		defer objects.Close()
 		const id = uint64(1)
-		pairs := objects.Maps[bpf.ShortcutMapFlows]
-		pair := bpf.ShortcutFlow{State: id << bpf.ShortcutFlowStateFLOW_STATE_BITS}
-		pair.Side[client].Sending.RedirectEnd = probeBytes // as if they were unread
-		if err := pairs.Put(id, pair); err != nil {
-			return fmt.Errorf("make a pair: %w", err)
+		flows := objects.Maps[bpf.ShortcutMapFlows]
+		flow := bpf.ShortcutFlow{State: id << bpf.ShortcutFlowStateFLOW_STATE_BITS}
+		flow.Side[client].Sending.RedirectEnd = probeBytes // as if they were unread
+		if err := flows.Put(id, flow); err != nil {
+			return fmt.Errorf("make a flow: %w", err)
 		}
 		for side, fd := range []int{client: sender, server: receiver} {
 			if err := objects.Maps[bpf.ShortcutMapSkFlows].Put(int32(fd), bpf.ShortcutSkFlow{Flow: id, Side: uint32(side)}); err != nil {
-				return fmt.Errorf("make a member: %w", err)
+				return fmt.Errorf("make a socket's way to it: %w", err)
 			}
 		}
 		g, err := attachGuard(name, objects.Maps, "", cache)
@@ -598,8 +598,8 @@ func proveGuard(name string, cache *btf.Cache) error {
 			return withoutGuess(err)
 		}
 		defer func() { _ = g.close() }() // it ends with the process at the latest
-		return proofs[name](sender, receiver, func() (pair bpf.ShortcutFlow, err error) {
-			return pair, pairs.Lookup(id, &pair)
+		return proofs[name](sender, receiver, func() (flow bpf.ShortcutFlow, err error) {
+			return flow, flows.Lookup(id, &flow)
 		})
 	})
 }
@@ -623,42 +623,42 @@ func proveSplice(sender, receiver int, _ func() (bpf.ShortcutFlow, error)) error
 	return nil
 }
 
-func proveULP(sender, _ int, pair func() (bpf.ShortcutFlow, error)) error {
+func proveULP(sender, _ int, flow func() (bpf.ShortcutFlow, error)) error {
 	if err := unix.SetsockoptString(sender, unix.SOL_TCP, unix.TCP_ULP, "tls"); !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("TCP_ULP gives %s, want ENOENT", fmt.Sprint(err))
 	}
 	// So it does without a guard where there is no kTLS.
-	noted, err := pair()
+	noted, err := flow()
 	if err == nil && noted.Unsupported[server] != uint32(bpf.ShortcutUnsupportedUNSUPPORTED_ULP) {
 		err = errors.New("TCP_ULP is not seen")
 	}
 	return err
 }
 
-func proveFIONREAD(_, receiver int, pair func() (bpf.ShortcutFlow, error)) error {
+func proveFIONREAD(_, receiver int, flow func() (bpf.ShortcutFlow, error)) error {
 	if _, err := unix.IoctlGetInt(receiver, unix.TIOCINQ); err != nil {
 		return err
 	}
-	return wantUnsupported(pair, bpf.ShortcutUnsupportedUNSUPPORTED_FIONREAD)
+	return wantUnsupported(flow, bpf.ShortcutUnsupportedUNSUPPORTED_FIONREAD)
 }
 
-func proveFlags(sender, receiver int, pair func() (bpf.ShortcutFlow, error)) error {
+func proveFlags(sender, receiver int, flow func() (bpf.ShortcutFlow, error)) error {
 	if _, _, err := unix.Recvfrom(receiver, make([]byte, 1), unix.MSG_WAITALL|unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
 		return fmt.Errorf("recv of nothing gives %s, want EAGAIN", fmt.Sprint(err))
 	}
 	if err := unix.Sendto(sender, []byte("x"), unix.MSG_OOB, nil); err != nil {
 		return err
 	}
-	return wantUnsupported(pair, bpf.ShortcutUnsupportedUNSUPPORTED_WAITALL|bpf.ShortcutUnsupportedUNSUPPORTED_OOB)
+	return wantUnsupported(flow, bpf.ShortcutUnsupportedUNSUPPORTED_WAITALL|bpf.ShortcutUnsupportedUNSUPPORTED_OOB)
 }
 
 // wantUnsupported tells why the direction to the receiver is not on TCP for just these reasons.
 func wantUnsupported(get func() (bpf.ShortcutFlow, error), want bpf.ShortcutUnsupported) error {
-	pair, err := get()
+	flow, err := get()
 	if err != nil {
-		return fmt.Errorf("read the pair: %w", err)
+		return fmt.Errorf("read the flow: %w", err)
 	}
-	if noted := pair.Unsupported[client] | pair.Unsupported[server]; noted != uint32(want) || pair.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSUPPORTED == 0 {
+	if noted := flow.Unsupported[client] | flow.Unsupported[server]; noted != uint32(want) || flow.Side[server].Receiving.State&bpf.ShortcutReadStateREAD_UNSUPPORTED == 0 {
 		return fmt.Errorf("the call is not seen: noted are %v", reasons(noted))
 	}
 	return nil

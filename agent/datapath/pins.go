@@ -199,7 +199,7 @@ func (d *Datapath) detachTrack(pin string) error {
 }
 
 // evictAll deletes the sockets from the SOCKHASH that have nothing redirected to
-// read, and returns how many stay: those that have, and those whose pair is gone,
+// read, and returns how many stay: those that have, and those whose flow is gone,
 // so that nobody knows. Both are of connections that are reset or closed, but not
 // by the program that has them. To delete one would throw away what it has not
 // read, and it would then read on behind the gap. It leaves when its program

@@ -31,8 +31,8 @@ func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err
 		cookies, pods [2]uint64
 	}
 	var suspects []suspect
-	err = eachBatch(table[bpf.ShortcutMapFlows], func(ids []uint64, pairs []bpf.ShortcutFlow) {
-		for i, p := range pairs {
+	err = eachBatch(table[bpf.ShortcutMapFlows], func(ids []uint64, flows []bpf.ShortcutFlow) {
+		for i, p := range flows {
 			if p.SinceNs < limit && p.State&evicted == 0 {
 				suspects = append(suspects, suspect{ids[i], p.Cookie, p.Netns})
 			} else {

@@ -21,11 +21,11 @@ func BenchmarkSweep(b *testing.B) {
 	l, address := mustRawListen(b, pods[1].Netns, pods[1].IPv4)
 	rawPair(b, pods[0], l, address)
 	open := n.mustFlow(b)
-	pairs := n.mustPinned(b, bpf.ShortcutMapFlows)
+	pinned := n.mustPinned(b, bpf.ShortcutMapFlows)
 	// None of them is ended: each has the sockets of the one that is open.
 	made := bpf.ShortcutFlow{Cookie: [2]uint64{open.ID, open.ServerID}, Netns: [2]uint64{cookies[0], cookies[1]}}
 	for i := range uint64(flows - 1) {
-		if err := pairs.Put(1<<60+i, made); err != nil {
+		if err := pinned.Put(1<<60+i, made); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -51,7 +51,7 @@ func BenchmarkSweep(b *testing.B) {
 		b.Errorf("got %d flows after the sweeps, want %d", got, flows)
 	}
 	for i := range uint64(flows - 1) {
-		if err := pairs.Delete(1<<60 + i); err != nil {
+		if err := pinned.Delete(1<<60 + i); err != nil {
 			b.Fatal(err)
 		}
 	}

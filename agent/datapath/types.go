@@ -41,7 +41,7 @@ type PairRules struct {
 	Rules          []Rule
 }
 
-// Flow is one paired connection, as the kernel's pair record has it.
+// Flow is one paired connection, as the kernel's record has it.
 type Flow struct {
 	// ID is the socket cookie of the client's socket.
 	ID uint64
