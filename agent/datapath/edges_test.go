@@ -95,11 +95,8 @@ func TestEdges(t *testing.T) {
 		{name: "stops, without the trial", wantShortcut: true, wantStall: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) { c.TrialDrains = tc.drains })
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-			l, address := mustListenOn(t, pods[1])
-			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+			n := mustTwoPods(t, func(c *datapath.Config) { c.TrialDrains = tc.drains })
+			c, s := n.connect(t)
 			r := mustWatch(t, s, tc.untilNothing)
 			before := n.counts(t)
 			for i := range rounds {
@@ -123,7 +120,7 @@ func TestEdges(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustWriteAll(t, c, message)
-			n.mustSetPolicy(t, between(datapath.Hold, cookies...))
+			n.mustSetPolicy(t, between(datapath.Hold, n.cookies...))
 			mustWriteAll(t, c, message)
 			waitUntil(t, "the second message at the receiver", func() bool {
 				info, err := tcpInfo(s)

@@ -17,14 +17,11 @@ import (
 // waits for the answer. The peer's acknowledgement of the end wakes the recv, which
 // must go on to wait. A plain close is not counted as a socket that leaves.
 func TestBlockingHalfClose(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	const connections, warm = 20, 5
 	var ends []func() error
 	for i := range connections {
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		c, s := n.connect(t)
 		socket := blocking(t, c)
 		ends = append(ends, onThread(func() error {
 			p := make([]byte, 100)
@@ -78,9 +75,9 @@ func TestBlockingHalfClose(t *testing.T) {
 	}
 
 	before := n.counts(t)
-	raw, rawAddress := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	raw, rawAddress := mustRawListen(t, n.pods[1].Netns, n.pods[1].IPv4)
 	for range connections {
-		c, s := rawPair(t, pods[0], raw, rawAddress)
+		c, s := rawPair(t, n.pods[0], raw, rawAddress)
 		pingPong(t, c, s, 2, 100)
 		if err := unix.SetNonblock(c.fd, false); err != nil {
 			t.Fatal(err)

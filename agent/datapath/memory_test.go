@@ -248,13 +248,10 @@ func growing(limit int) iter.Seq[int] {
 // the limit in force, whatever the size of the messages, and all of it arrives.
 func TestUnreadMemory(t *testing.T) {
 	const budget = 1 << 20
-	n := mustNode(t, func(c *datapath.Config) {
+	n := mustTwoPods(t, func(c *datapath.Config) {
 		atOnce(c)
 		c.Budget, c.PodBudget = budget, 64<<20
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
 	// Other processes of this machine use slabs, too: in these seconds some MiB of
 	// this size, and tens of MiB of all. 500,000 messages without a limit are 500 MiB.
 	// What the messages that grow would cost without one is less than the noise of a
@@ -276,7 +273,7 @@ func TestUnreadMemory(t *testing.T) {
 		{"messages that grow to a proven reader", budget, growing(budget)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+			c, s := n.connect(t)
 			n.warmUp(t, c, s)
 			if tc.limit > firstLimit {
 				// 16 KiB and their own cost, until no more fit.
@@ -331,14 +328,11 @@ func TestUnreadMemory(t *testing.T) {
 // and ends at the budget. It is the direction's own.
 func TestLimitGrows(t *testing.T) {
 	const budget = 512 << 10
-	n := mustNode(t, func(c *datapath.Config) {
+	n := mustTwoPods(t, func(c *datapath.Config) {
 		atOnce(c)
 		c.Budget, c.PodBudget = budget, 64<<20
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	c, s := n.connect(t)
 	n.warmUp(t, c, s)
 	const size, cost = 8 << 10, 8<<10 + messageCost
 	fill := func(from, to net.Conn) int {
@@ -358,7 +352,7 @@ func TestLimitGrows(t *testing.T) {
 		t.Errorf("the other direction: got %d bytes by shortcut, want %d", got, want)
 	}
 	// Reading without a spill proves nothing.
-	other, otherS := connect(t, pods[0].Netns, l, "tcp4", address)
+	other, otherS := n.connect(t)
 	pingPong(t, other, otherS, 50, 64<<10)
 	if got, want := fill(other, otherS), firstLimit/cost*size; got != want {
 		t.Errorf("after reading without a spill: got %d bytes by shortcut, want %d", got, want)
@@ -368,21 +362,18 @@ func TestLimitGrows(t *testing.T) {
 // TestLimitBeginsProved: a direction begins with a limit of what its receiver has
 // read in its trial, and with the limit of earlier connections to the port.
 func TestLimitBeginsProved(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) {
+	n := mustTwoPods(t, func(c *datapath.Config) {
 		onTrial(c)
 		c.Budget, c.PodBudget = 16<<20, 64<<20
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
 	// Room for it beside what TCP may send.
-	if err := pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
+	if err := n.pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
 		t.Fatal(err)
 	}
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
 	const size, cost = 8 << 10, 8<<10 + messageCost
 	talk := func() (net.Conn, net.Conn) {
 		t.Helper()
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+		c, s := n.connect(t)
 		for n.mustFlow(t).ToServer.ShortcutBytes == 0 {
 			request(t, c, s, 64<<10)
 		}
@@ -421,10 +412,10 @@ func TestLimitBeginsProved(t *testing.T) {
 	end(c, s)
 
 	// Another program, on the same port.
-	if err := l.Close(); err != nil {
+	if err := n.l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	l = pods[1].MustListen(t, "tcp4", address.String())
+	n.l = n.pods[1].MustListen(t, "tcp4", n.address.String())
 	c, s = talk()
 	proved = int(n.mustFlow(t).ToServer.TCPBytes)
 	if got, want := holds(c, s), proved/cost*size; got != want {

@@ -8,19 +8,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/podshunt/podshunt/agent/datapath"
 )
 
 // TestRefusedTLS: on a kernel whose version says that it refuses kTLS on a socket of
 // a flow, it does, and what was redirected before and what is sent after arrives. A
 // program then encrypts itself. Where the hazard is present, the guard's test has it.
 func TestRefusedTLS(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	n.warmUp(t, c, s)
 	if hazard(t, "ktls") {
 		t.Log("this kernel has the hazard ktls")

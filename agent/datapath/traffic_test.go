@@ -191,10 +191,7 @@ func TestStreams(t *testing.T) {
 	// All has been read when the next begins, so that it takes the shortcut again.
 	const rounds = 4
 	// A large write reaches deliver in pieces of at most 17 times 32 KiB.
-	n := mustNode(t, func(c *datapath.Config) { c.Budget = 600 << 10 })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, func(c *datapath.Config) { c.Budget = 600 << 10 })
 
 	for _, tc := range []struct {
 		name        string
@@ -211,7 +208,7 @@ func TestStreams(t *testing.T) {
 			before := n.counts(t)
 			var exchanges, ends []func() error
 			for i := range tc.connections {
-				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+				c, s := n.connect(t)
 				limit := time.Now().Add(2 * time.Minute)
 				if err := errors.Join(c.SetDeadline(limit), s.SetDeadline(limit)); err != nil {
 					t.Fatal(err)
@@ -274,10 +271,7 @@ func TestStreams(t *testing.T) {
 // more than TCP's buffers hold; a read must never return early with EAGAIN.
 // Short exchanges are shortcut; a client with a large request leaves.
 func TestBlocking(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
+	n := mustTwoPods(t, func(c *datapath.Config) { c.AllowBlocking = true })
 	const connections, rounds = 20, 10
 	for _, tc := range []struct {
 		size      int
@@ -286,7 +280,7 @@ func TestBlocking(t *testing.T) {
 		t.Run(fmt.Sprint(tc.size), func(t *testing.T) {
 			var ends []func() error
 			for i := range connections {
-				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+				c, s := n.connect(t)
 				socket := blocking(t, c)
 				talk := func(end io.ReadWriter, isClient bool) func() error {
 					return func() error {

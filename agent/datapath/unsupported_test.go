@@ -170,16 +170,13 @@ func (n *node) closeAll(tb testing.TB, ends ...net.Conn) {
 
 // TestUnsupportedGo: what is remembered of a pod goes when it does not take part any more.
 func TestUnsupportedGo(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.AllowBlocking = true })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, func(c *datapath.Config) { c.AllowBlocking = true })
+	c, s := n.connect(t)
 	recvAll(t, c, int(blocking(t, s).(blockingSocket)), []byte("0123456789"))
 	if err := n.Sweep(time.Hour); err != nil || len(n.unsupported(t)) != 1 {
 		t.Fatalf("got unsupported ports %v (%v), want one", n.unsupported(t), err)
 	}
-	if err := n.Release(cookies[1]); err != nil {
+	if err := n.Release(n.cookies[1]); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.Sweep(time.Hour); err != nil || len(n.unsupported(t)) != 0 {
@@ -190,11 +187,8 @@ func TestUnsupportedGo(t *testing.T) {
 // TestZerocopy: a sender that sets SO_ZEROCOPY in the middle of a flow gets its
 // completions, one for each message.
 func TestZerocopy(t *testing.T) {
-	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	l, address := mustListenOn(t, pods[1])
-	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
 	n.warmUp(t, c, s)
 	const messages = 5
 	message := bytes.Repeat([]byte("podshunt"), 4096)
