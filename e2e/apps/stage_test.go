@@ -159,7 +159,7 @@ func (s *stage) commandUntil(ctx context.Context, name string, args ...string) *
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = s.dir
 	cmd.Env = append(os.Environ(), "HOME="+s.dir, "USER="+accountName)
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = time.Minute // what it has printed may be large, and the machine busy
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: accountID, Gid: accountID}}
 	return cmd
 }

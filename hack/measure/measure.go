@@ -161,7 +161,7 @@ func start(ctx context.Context, name string, c child, end End) (*process, error)
 	p := &process{name: name, cmd: exec.CommandContext(ctx, exe, childArg, string(arg))}
 	// The signals that make goroutines yield would interrupt system calls.
 	p.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
-	p.cmd.WaitDelay = time.Second
+	p.cmd.WaitDelay = time.Minute
 	p.cmd.Stderr = &p.stderr
 	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
