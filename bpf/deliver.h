@@ -209,7 +209,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		dir->flags |= SENDING_SPILLED;
 		return OUTCOME_BUDGET;
 	}
-	if (!has_room(flow, peer & 1, tp, unread + size))
+	if (!has_room(flow, peer & 1, dir, tp, size))
 		return OUTCOME_RECEIVE_BUFFER;
 	*held = cost;
 	*charged = bpf_map_lookup_elem(&charges, &flow->netns[peer & 1]);
@@ -288,6 +288,7 @@ int deliver(struct sk_msg_md *msg)
 		dir->reason = outcome;
 		dir->shortcut = false;
 		dir->last_tcp_ns = now;
+		measure_cost(dir, flow, own ^ 1);
 		remember_option(flow, own, outcome, tp);
 	}
 	if (!(dir->flags & SENDING_LEARNED) &&

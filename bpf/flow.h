@@ -102,7 +102,9 @@ struct sending {
 	__u32 drained_seq; /* write_seq for which copied_seq of the peer was last seen equal */
 	__u32 busy; /* deliver is at work */
 	__u32 generation; /* of the policy that verdict is from */
-	enum verdict verdict;
+	__u8 verdict; /* enum verdict */
+	__u8 tcp_cost; /* see measure_cost */
+	__u16 reserved;
 	__u32 policy_reason;
 	enum outcome reason; /* why the last message that went by TCP did so */
 	__u32 switches; /* from TCP to the shortcut */

@@ -17,6 +17,10 @@ typedef struct {
 	__s64 counter;
 } atomic64_t;
 
+typedef struct {
+	int counter;
+} atomic_t;
+
 struct netns_ipv4 {
 	int sysctl_tcp_rmem[3];
 };
@@ -108,6 +112,9 @@ struct sock {
 	void *sk_user_data;
 	void *sk_data_ready; /* a function */
 	int sk_rcvbuf;
+	struct {
+		atomic_t rmem_alloc;
+	} sk_backlog;
 	int sk_rcvlowat;
 	int sk_wmem_queued;
 	int sk_sndbuf;
@@ -130,6 +137,7 @@ struct inet_connection_sock {
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 write_seq;
 	__u32 snd_wnd; /* what the receiver has room for */

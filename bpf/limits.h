@@ -41,25 +41,63 @@ static __always_inline bool memory_pressure(const struct tcp_sock *tp)
 	       bpf_core_read(&low, sizeof(low), prot->sysctl_mem) || allocated > low;
 }
 
+/* What a byte of TCP takes of the receive buffer is measured when so many are unread. */
+#define COST_MEASURED (256 << 10)
+/* The unit, what is taken for granted until then, and the least that is believed. */
+#define COST_UNIT 32
+#define COST_UNKNOWN 40
+#define COST_LEAST 33
+
+/*
+ * Measures what a byte of TCP takes of the receive buffer, the kernel's own data with
+ * it. The kernel reckons once, with the first segments, and promises its sender less
+ * than fits: a large stream whose window is open would never leave room for a redirect.
+ * For example, 14 KB take 16 KB, but each 64 KB of what follows take 66 KB. In this
+ * order, what arrives or is read meanwhile makes the cost too high, not too low.
+ */
+static __always_inline void measure_cost(struct sending *dir, const struct flow *flow, __u32 peer)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)flow->sock[peer];
+	__u64 read = flow->side[peer & 1].receiving.read_bytes + dir->missed;
+	__u32 next, copied, unread;
+	__u64 cost;
+	int held;
+
+	/* All that was redirected has been read, so what is held is TCP's. */
+	if (read < dir->redirect_end ||
+	    dir->shortcut_bytes + dir->tcp_bytes < read + COST_MEASURED ||
+	    bpf_core_read(&next, sizeof(next), &tp->rcv_nxt) ||
+	    bpf_core_read(&held, sizeof(held),
+			  &tp->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter) ||
+	    bpf_core_read(&copied, sizeof(copied), &tp->copied_seq))
+		return;
+	unread = next - copied;
+	if (held <= 0 || (__s32)unread < COST_MEASURED)
+		return;
+	cost = ((__u64)held * COST_UNIT + unread - 1) / unread;
+	dir->tcp_cost = cost < COST_LEAST ? COST_LEAST : cost > 255 ? 255 : cost;
+}
+
 /*
  * Redirected bytes count in the receive buffer (bpf_tcp_ingress), and a segment
  * that finds no room there is dropped and sent again later and later. So what is
- * redirected leaves room for all that the sender may send by TCP, a quarter of it
- * more for what the kernel keeps with the bytes, or as much as the kernel has
- * reckoned with when it said what may be sent. A buffer that the application has
- * not fixed grows up to tcp_rmem (tcp_clamp_window).
+ * redirected leaves room for all that the sender may send by TCP, at what that costs,
+ * or as much as the kernel has reckoned with when it said what may be sent. A buffer
+ * that the application has not fixed grows up to tcp_rmem (tcp_clamp_window).
  */
-static __always_inline bool has_room(const struct flow *flow, __u32 peer,
-				     const struct tcp_sock *own, __s64 bytes)
+static __always_inline bool has_room(const struct flow *flow, __u32 peer, const struct sending *dir,
+				     const struct tcp_sock *own, __u32 size)
 {
 	struct sock *sk = (struct sock *)flow->sock[peer];
-	__s64 by_tcp = own->snd_wnd + own->snd_wnd / 4;
+	__s64 by_tcp = (__u64)own->snd_wnd * (dir->tcp_cost ?: COST_UNKNOWN) / COST_UNIT;
 	struct net *net;
-	int room, highest;
+	int held, room, highest;
+	__s64 bytes;
 
-	if (bpf_core_read(&room, sizeof(room), &sk->sk_rcvbuf))
+	if (bpf_core_read(&held, sizeof(held), &sk->sk_backlog.rmem_alloc.counter) ||
+	    bpf_core_read(&room, sizeof(room), &sk->sk_rcvbuf))
 		return false;
-	bytes += by_tcp < room ? by_tcp : room;
+	bytes = (__s64)held + size + (by_tcp < room ? by_tcp : room);
 	if (bytes <= room)
 		return true;
 	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)

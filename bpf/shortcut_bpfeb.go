@@ -199,7 +199,9 @@ type ShortcutSending struct {
 	DrainedSeq    uint32
 	Busy          uint32
 	Generation    uint32
-	Verdict       ShortcutVerdict
+	Verdict       uint8
+	TcpCost       uint8
+	Reserved      uint16
 	PolicyReason  uint32
 	Reason        ShortcutOutcome
 	Switches      uint32

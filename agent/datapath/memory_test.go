@@ -19,6 +19,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -256,10 +257,12 @@ func TestUnreadMemory(t *testing.T) {
 	// this size, and tens of MiB of all. 500,000 messages without a limit are 500 MiB.
 	// What the messages that grow would cost without one is less than the noise of a
 	// machine that is not our own; there the count of messages alone tells. TCP sums
-	// up its memory in steps of 1 MiB for each CPU.
+	// up its memory in steps of 1 MiB for each CPU: what it says may lack one for each
+	// afterwards, and have one too many for each before.
 	noise, noiseOfAll := 16<<20, 128<<20
 	if *ownMachine {
-		noise, noiseOfAll = 1<<20, (2+2*runtime.NumCPU())<<20
+		steps := 2 * runtime.NumCPU() << 20
+		noise, noiseOfAll = 1<<20+steps, 2<<20+steps
 	}
 	for _, tc := range []struct {
 		name  string
@@ -430,14 +433,21 @@ func TestLimitBeginsProved(t *testing.T) {
 // after a time about as long as the rest: the sender tries after 0.2 s, 0.6 s,
 // 1.4 s, ..., 6.2 s and 12.6 s.
 func TestRestedReader(t *testing.T) {
-	const rest, attempts = 9 * time.Second, 3
+	const attempts, memory = 3, "4096 131072 6291456"
 	for _, tc := range []struct {
 		name    string
 		receive int    // SO_RCVBUF
 		memory  string // net.ipv4.tcp_rmem of the receiver's pod
+		rest    time.Duration
+		// open is how much TCP carries before: its window opens, and stays open. least is
+		// what may be unread by the shortcut even so.
+		open, least int
+		packets     bool // the sender makes segments of one packet, and each takes more than it holds
 	}{
-		{name: "SO_RCVBUF of 100 KB", receive: 100_000},
-		{name: "tcp_rmem of 6 MiB", memory: "4096 131072 6291456"},
+		{name: "SO_RCVBUF of 100 KB", receive: 100_000, rest: 9 * time.Second},
+		{name: "tcp_rmem of 6 MiB", memory: memory, rest: 9 * time.Second, least: 1 << 20},
+		{name: "window wide open", memory: memory, rest: 4 * time.Second, open: 64 << 20, least: 64 << 10},
+		{name: "window wide open, segments of one packet", memory: memory, rest: 4 * time.Second, open: 64 << 20, packets: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
@@ -450,6 +460,17 @@ func TestRestedReader(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			if tc.packets {
+				if err := pods[0].Do(func() error {
+					link, err := netlink.LinkByName("eth0")
+					if err != nil {
+						return err
+					}
+					return netlink.LinkSetGSOMaxSegs(link, 1)
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
 			l, address := mustListenOn(t, pods[1])
 			if tc.receive != 0 {
 				control(t, l.(*net.TCPListener), func(fd int) error {
@@ -459,11 +480,20 @@ func TestRestedReader(t *testing.T) {
 			// read returns how long the reader waited at most once it read again, and how
 			// many segments had no room before.
 			read := func(verdict datapath.Verdict) (longest time.Duration, dropped int) {
-				n.mustSetPolicy(t, between(verdict, cookies...))
+				n.mustSetPolicy(t, between(datapath.Hold, cookies...))
 				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
+				bulk := traffic{seed: 9, bytes: tc.open, maxWrite: 64 << 10, maxRead: 256 << 10}
+				if err := together(func() error { return bulk.write(c) }, func() error { return bulk.read(s) }); err != nil {
+					t.Fatal(err)
+				}
 				pingPong(t, c, s, 5, 100)
+				n.mustSetPolicy(t, between(verdict, cookies...))
 				if verdict == datapath.Allow {
-					t.Logf("the reader has proved %d bytes", n.grow(t, c, s))
+					got := n.grow(t, c, s)
+					t.Logf("%d bytes may be unread", got)
+					if got < tc.least {
+						t.Errorf("got %d bytes that may be unread by the shortcut, want at least %d", got, tc.least)
+					}
 				}
 				dropsBefore := drops(t, pods[1])
 				before := n.counts(t)
@@ -473,7 +503,7 @@ func TestRestedReader(t *testing.T) {
 				err := together(
 					func() error { return all.write(c) },
 					func() error {
-						time.Sleep(rest)
+						time.Sleep(tc.rest)
 						reader.last = time.Now()
 						return all.read(reader)
 					},
