@@ -92,6 +92,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Source:      src,
 		Proc:        cfg.proc,
 		HostNetns:   host,
+		Refused:     !examination.TakesPart,
 		Refusal:     examination.Refusal,
 		Report:      src.report,
 		Datapath:    kernel{d},
@@ -171,7 +172,9 @@ type source struct {
 
 func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 	if cfg.podsFile != "" {
-		return source{Source: pods.NewFile(cfg.podsFile), run: func(context.Context) error { return nil }, vouch: func(time.Time) error { return nil }}, nil
+		file := pods.NewFile(cfg.podsFile)
+		run := func(ctx context.Context) error { return file.Run(ctx, log) }
+		return source{Source: file, run: run, vouch: func(time.Time) error { return nil }}, nil
 	}
 	cluster, err := kube.Open(kube.Config{
 		Kubeconfig:              cfg.kubeconfig,

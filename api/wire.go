@@ -189,11 +189,34 @@ type PodStatus struct {
 	Netns       string       `json:"netns"`
 	Addresses   []netip.Addr `json:"addresses,omitempty"`
 	// NetnsCookie is the kernel's identity of the pod's network namespace; 0 if it could not be read.
-	NetnsCookie uint64 `json:"netnsCookie,omitempty"`
-	Enrolled    bool   `json:"enrolled"`
-	// Reason says why the pod does not take part, or takes part with a restriction (a pause).
+	NetnsCookie uint64   `json:"netnsCookie,omitempty"`
+	State       PodState `json:"state"`
+	// Enrolled is true in the states PodEnrolled and PodHeld.
+	Enrolled bool `json:"enrolled"`
+	// Reason explains State to people; nothing goes by it.
 	Reason string `json:"reason,omitempty"`
 }
+
+// PodState says what has become of a pod.
+type PodState string
+
+// The states of a pod.
+const (
+	// PodOut stays on TCP, and does not ask for more: it has not opted in or has
+	// finished, or podshunt was unloaded.
+	PodOut PodState = "out"
+	// PodRefused asks to take part and cannot.
+	PodRefused PodState = "refused"
+	// PodWaiting stays on TCP until something is known: what it asks for, or where its
+	// network namespace is.
+	PodWaiting PodState = "waiting"
+	// PodWanted will be enrolled next.
+	PodWanted PodState = "wanted"
+	// PodEnrolled takes part: its new connections are paired where the policy allows it.
+	PodEnrolled PodState = "enrolled"
+	// PodHeld takes part, and all its messages go by TCP while it is paused.
+	PodHeld PodState = "held"
+)
 
 // MapUsage is how full a kernel map is.
 type MapUsage struct {

@@ -31,8 +31,7 @@ func TestPodsFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPods = 1 })
 	pods, cookies := n.mustEnrol(t, "first")
 	second := n.MustAddPod(t, "second", sandbox.PodOptions{})
-	_, err := n.Enrol(second.Path)
-	wantAdvice(t, err, "--max-policies")
+	wantAdvice(t, n.Enrol(mustCookie(t, second)), "--max-policies")
 	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
 
 	l, address := mustListenOn(t, pods[0])
@@ -46,7 +45,7 @@ func TestPodsFull(t *testing.T) {
 	if err := n.Release(cookies[0]); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Enrol(second.Path); err != nil {
+	if err := n.Enrol(mustCookie(t, second)); err != nil {
 		t.Errorf("after the release of another pod: %v", err)
 	}
 }

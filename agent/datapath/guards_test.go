@@ -186,7 +186,7 @@ func TestGuards(t *testing.T) {
 		for _, name := range datapath.GuardNames() {
 			n := mustNode(t, func(c *datapath.Config) { c.Guards = []string{name} })
 			pod := n.MustAddPod(t, "client", sandbox.PodOptions{})
-			if _, err := n.Enrol(pod.Path); !errors.Is(err, unix.EPERM) {
+			if err := n.Enrol(mustCookie(t, pod)); !errors.Is(err, unix.EPERM) {
 				t.Errorf("enrol with guard %s: got error %v, want EPERM", name, err)
 			}
 			n.waitUsage(t, map[string]int{})

@@ -76,13 +76,22 @@ func (n *node) mustOpen(tb testing.TB) {
 	n.Datapath = d
 }
 
+func mustCookie(tb testing.TB, pod *sandbox.Pod) uint64 {
+	tb.Helper()
+	cookie, err := datapath.NetnsCookie(pod.Path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return cookie
+}
+
 // mustEnrol makes pods and enrols them.
 func (n *node) mustEnrol(tb testing.TB, names ...string) (pods []*sandbox.Pod, cookies []uint64) {
 	tb.Helper()
 	for _, name := range names {
 		pod := n.MustAddPod(tb, name, sandbox.PodOptions{})
-		cookie, err := n.Enrol(pod.Path)
-		if err != nil {
+		cookie := mustCookie(tb, pod)
+		if err := n.Enrol(cookie); err != nil {
 			tb.Fatal(err)
 		}
 		pods = append(pods, pod)

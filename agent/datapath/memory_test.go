@@ -745,7 +745,7 @@ func TestPodBudget(t *testing.T) {
 					if err := n.Release(cookies[1]); err != nil {
 						t.Fatal(err)
 					}
-					if _, err := n.Enrol(pods[1].Path); err != nil {
+					if err := n.Enrol(cookies[1]); err != nil {
 						t.Fatal(err)
 					}
 					readAll(t, all)

@@ -456,7 +456,7 @@ func TestNotPaired(t *testing.T) {
 				cookies = append(cookies, cookie)
 			}
 			for _, name := range tc.enrol {
-				if _, err := n.Enrol(pods[name].Path); err != nil {
+				if err := n.Enrol(mustCookie(t, pods[name])); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -256,8 +256,8 @@ func (n *node) mustLoad(tb testing.TB, pods []*sandbox.Pod) load {
 	w := load{pods: pods, old: mustObjects(tb, n.cfg.PinDir)}
 	var cookies []uint64
 	for _, pod := range pods {
-		cookie, err := n.Enrol(pod.Path)
-		if err != nil {
+		cookie := mustCookie(tb, pod)
+		if err := n.Enrol(cookie); err != nil {
 			tb.Fatal(err)
 		}
 		cookies = append(cookies, cookie)
@@ -465,7 +465,7 @@ func TestUnloadGoesOn(t *testing.T) {
 				}
 			}
 			pingPong(t, w.c, w.s, 2, 100)
-			if _, err := n.Enrol(pods[0].Path); failed != "" && !errors.Is(err, datapath.ErrUnloaded) {
+			if err := n.Enrol(mustCookie(t, pods[0])); failed != "" && !errors.Is(err, datapath.ErrUnloaded) {
 				t.Errorf("%s: enrol: got %v, want %v", failed, err, datapath.ErrUnloaded)
 			}
 			if waiting, err := n.Unload(ctx); err != nil {

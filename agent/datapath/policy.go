@@ -17,33 +17,30 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Enrol lets the pod of the network namespace at path take part: its new
-// connections are paired where the policy allows it. It returns the namespace's
-// cookie; enrolling twice is the same as once.
-func (d *Datapath) Enrol(netns string) (uint64, error) {
-	cookie, err := NetnsCookie(netns)
-	if err != nil {
-		return 0, err
-	}
+// Enrol lets the pod whose network namespace has the cookie take part: its new
+// connections are paired where the policy allows it, so the policy comes first.
+// Enrolling twice is the same as once. A cookie is never used again, so that to enrol
+// that of a namespace that is gone does nothing but take room until it is released.
+func (d *Datapath) Enrol(cookie uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
-		return 0, ErrUnloaded
+		return ErrUnloaded
 	}
 	// What a pod has left from an earlier part stays: its connections are still there.
 	for name, zero := range map[string]any{bpf.ShortcutMapCharges: int64(0), bpf.ShortcutMapShares: bpf.ShortcutShare{}} {
 		err := d.objects.Maps[name].Update(cookie, zero, ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-			return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err))
+			return fmt.Errorf("enrol netns cookie %d: %w", cookie, explainFull(err))
 		}
 	}
 	if err := d.objects.Maps[bpf.ShortcutMapPods].Put(cookie, uint32(1)); err != nil {
-		return 0, fmt.Errorf("enrol netns %s: %w", netns, explainFull(err))
+		return fmt.Errorf("enrol netns cookie %d: %w", cookie, explainFull(err))
 	}
 	if err := d.updateGuards(); err != nil {
-		return 0, errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
+		return errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
 	}
-	return cookie, nil
+	return nil
 }
 
 // Release ends a pod's part in new connections. What becomes of its paired ones

@@ -371,7 +371,7 @@ func TestUnload(t *testing.T) {
 		t.Fatal(err)
 	}
 	pingPong(t, c, s, 100, 1000)
-	if _, err := n.Enrol(n.pods[0].Path); !errors.Is(err, datapath.ErrUnloaded) {
+	if err := n.Enrol(n.cookies[0]); !errors.Is(err, datapath.ErrUnloaded) {
 		t.Errorf("enrol: got %v, want %v", err, datapath.ErrUnloaded)
 	}
 	if err := n.SetPolicy(nil); !errors.Is(err, datapath.ErrUnloaded) {
@@ -389,8 +389,8 @@ func TestUnload(t *testing.T) {
 		t.Errorf("map usage after loading anew (-want +got):\n%s", diff)
 	}
 	n.mustCount(t, nil, map[string]uint64{})
-	for _, pod := range n.pods {
-		if _, err := n.Enrol(pod.Path); err != nil {
+	for _, cookie := range n.cookies {
+		if err := n.Enrol(cookie); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -435,8 +435,8 @@ func TestUnloadUnderLoad(t *testing.T) {
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
 	for range 3 {
-		for _, pod := range pods {
-			if _, err := n.Enrol(pod.Path); err != nil {
+		for _, cookie := range cookies {
+			if err := n.Enrol(cookie); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -198,14 +198,18 @@ func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.Watc
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		o := &s.outages[k]
+		before := fmt.Sprint(o.err)
 		switch {
 		case err == nil:
 			*o = outage{}
-			return
 		case o.err == nil:
-			o.since = time.Now()
+			*o = outage{time.Now(), fmt.Errorf("%s %s: %w", verb, k, err)}
+		default:
+			o.err = fmt.Errorf("%s %s: %w", verb, k, err)
 		}
-		o.err = fmt.Errorf("%s %s: %w", verb, k, err)
+		if fmt.Sprint(o.err) != before {
+			s.notify()
+		}
 	}
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
@@ -276,7 +280,7 @@ func (s *Source) Run(ctx context.Context) error {
 	return nil
 }
 
-// Changed receives after a change.
+// Changed receives after a change of what Content returns, the error included.
 func (s *Source) Changed() <-chan struct{} { return s.changed }
 
 func (s *Source) String() string { return "the API server" }

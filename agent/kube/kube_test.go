@@ -67,6 +67,22 @@ func waitFor(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// changedUntil asks for the content only when Changed receives, until ok is true of the error.
+func (s *Source) changedUntil(t testing.TB, what string, ok func(error) bool) {
+	t.Helper()
+	deadline := time.After(time.Minute)
+	for {
+		select {
+		case <-s.Changed():
+		case <-deadline:
+			t.Fatalf("%s: Changed does not tell of it", what)
+		}
+		if _, err := s.Content(); ok(err) {
+			return
+		}
+	}
+}
+
 // mustContent waits for a content that is ready and up to date.
 func (s *Source) mustContent(t testing.TB, what string, ok func(*pods.Content) bool) *pods.Content {
 	t.Helper()
@@ -222,8 +238,12 @@ func TestOutage(t *testing.T) {
 			s.start(t)
 			before := s.mustContent(t, "content", func(c *pods.Content) bool { return len(c.Pods) == 1 })
 
+			select {
+			case <-s.Changed():
+			default:
+			}
 			server.leave(tc.err)
-			waitFor(t, "outage", func() bool { _, err := s.Content(); return err != nil })
+			s.changedUntil(t, "outage", func(err error) bool { return err != nil })
 			content, err := s.Content()
 			if content != before {
 				t.Errorf("got %+v, want the content from before the outage", content)
@@ -233,7 +253,7 @@ func TestOutage(t *testing.T) {
 			}
 
 			server.err.Store(nil)
-			s.mustContent(t, "end of the outage", func(*pods.Content) bool { return true })
+			s.changedUntil(t, "end of the outage", func(err error) bool { return err == nil })
 			if _, err := client.CoreV1().Pods("shop").Create(t.Context(), newPod("new", nil), metav1.CreateOptions{}); err != nil {
 				t.Fatal(err)
 			}

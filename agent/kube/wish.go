@@ -119,7 +119,7 @@ func wish(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods
 		w.UIDs = append(w.UIDs, hash)
 	}
 	w.Settings, w.Err = settings(pod, namespace)
-	w.Reason, w.Problem = exclusion(pod, sandboxed)
+	w.Excluded = exclusion(pod, sandboxed)
 	for _, ip := range podIPs(pod) {
 		if address, err := netip.ParseAddr(ip); err == nil {
 			w.Addresses = append(w.Addresses, address.Unmap())
@@ -177,23 +177,25 @@ func settings(pod *corev1.Pod, namespace map[string]string) (api.Settings, error
 	return api.ParseAnnotations(defaults)
 }
 
-// exclusion returns why the pod cannot take part whatever it asks for, or "".
-func exclusion(pod *corev1.Pod, sandboxed []string) (reason string, problem pods.Problem) {
+// exclusion returns what becomes of the pod whatever it asks for, or nil.
+func exclusion(pod *corev1.Pod, sandboxed []string) *pods.Standing {
 	if phase := pod.Status.Phase; phase == corev1.PodSucceeded || phase == corev1.PodFailed {
-		return "it has finished", ""
+		return &pods.Standing{State: api.PodOut, Reason: "it has finished"}
 	}
 	if pod.Spec.HostNetwork {
-		return pods.ReasonHostNetwork, pods.HostNetwork
+		return &pods.Standing{State: api.PodRefused, Problem: pods.HostNetwork, Reason: pods.ReasonHostNetwork}
 	}
 	if class := pod.Spec.RuntimeClassName; class != nil {
 		for _, pattern := range sandboxed {
 			if ok, _ := path.Match(pattern, *class); ok {
-				return fmt.Sprintf("its sockets are not in the node's kernel: runtime class %s is one of --sandboxed-runtime-classes", *class),
-					pods.SandboxedRuntime
+				return &pods.Standing{
+					State: api.PodRefused, Problem: pods.SandboxedRuntime,
+					Reason: fmt.Sprintf("its sockets are not in the node's kernel: runtime class %s is one of --sandboxed-runtime-classes", *class),
+				}
 			}
 		}
 	}
-	return "", ""
+	return nil
 }
 
 func podIPs(pod *corev1.Pod) []string {

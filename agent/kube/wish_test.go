@@ -61,9 +61,14 @@ func TestWish(t *testing.T) {
 	}
 	sandboxed := func(name string) func(*pods.Wish) {
 		return func(w *pods.Wish) {
-			w.Reason = "its sockets are not in the node's kernel: runtime class " + name + " is one of --sandboxed-runtime-classes"
-			w.Problem = pods.SandboxedRuntime
+			w.Excluded = &pods.Standing{
+				State: api.PodRefused, Problem: pods.SandboxedRuntime,
+				Reason: "its sockets are not in the node's kernel: runtime class " + name + " is one of --sandboxed-runtime-classes",
+			}
 		}
+	}
+	finished := func(w *pods.Wish) {
+		w.Excluded = &pods.Standing{State: api.PodOut, Reason: "it has finished"}
 	}
 	end := time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC)
 	for _, tc := range []struct {
@@ -117,12 +122,12 @@ func TestWish(t *testing.T) {
 		{
 			name:   "succeeded",
 			change: func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded },
-			want:   func(w *pods.Wish) { w.Reason = "it has finished" },
+			want:   finished,
 		},
 		{
 			name:   "failed",
 			change: func(p *corev1.Pod) { p.Status.Phase, p.Spec.HostNetwork = corev1.PodFailed, true },
-			want:   func(w *pods.Wish) { w.Reason = "it has finished" },
+			want:   finished,
 		},
 		{
 			name: "being deleted",
@@ -133,7 +138,9 @@ func TestWish(t *testing.T) {
 		{
 			name:   "hostNetwork",
 			change: func(p *corev1.Pod) { p.Spec.HostNetwork = true },
-			want:   func(w *pods.Wish) { w.Reason, w.Problem = pods.ReasonHostNetwork, pods.HostNetwork },
+			want: func(w *pods.Wish) {
+				w.Excluded = &pods.Standing{State: api.PodRefused, Problem: pods.HostNetwork, Reason: pods.ReasonHostNetwork}
+			},
 		},
 		{name: "runtime class of runc", change: class("nvidia")},
 		{name: "gVisor", change: class("gvisor"), want: sandboxed("gvisor")},

@@ -39,7 +39,7 @@ func TestRedirects(t *testing.T) {
 
 	poll := func(d time.Duration) {
 		for end := f.now.Add(d); f.now.Before(end); {
-			f.now = f.now.Add(pollInterval)
+			f.now = f.now.Add(lookInterval / 2)
 			f.Sync()
 		}
 	}

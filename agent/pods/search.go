@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The search for pods that want to take part and have no attachment, by their processes.
+
 package pods
 
 import (
@@ -41,8 +43,9 @@ func (s *search) forget() {
 	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.refused, s.lost, s.by = "", stamp{}, 0, nil, nil, false, ""
 }
 
-// search brings r.searches in line with the source, and adds their pods to r.pods.
-func (r *Registry) search(attached map[string]bool) {
+// search brings r.searches in line with the source, and adds their pods to r.pods. If
+// all is true, it looks first whether known network namespaces are still there.
+func (r *Registry) search(attached map[string]bool, all bool) {
 	searches := map[string]*search{}
 	if r.content != nil {
 		contested := r.content.contested()
@@ -62,10 +65,10 @@ func (r *Registry) search(attached map[string]bool) {
 			if s.by != "" && !slices.Contains(s.uids, s.by) {
 				s.forget()
 			}
-			reason, problem := w.out()
+			standing := w.standing()
 			// A pod has addresses from the moment on that it has a network namespace.
-			s.wanted = reason == "" && len(s.uids) > 0 && len(w.Addresses) > 0 && r.cfg.Refusal == "" && r.stopped == ""
-			if s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
+			s.wanted = standing.State == api.PodWanted && len(s.uids) > 0 && len(w.Addresses) > 0 && !r.cfg.Refused && !r.stopped
+			if all && s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
 				if s.wanted {
 					// Another process of the pod may still be in it: settle decides.
 					s.lost, s.next = true, time.Time{}
@@ -74,14 +77,14 @@ func (r *Registry) search(attached map[string]bool) {
 				}
 			}
 			// A pod that does not want to take part, or has finished, is not asked about.
-			if s.cookie == 0 && reason != "" && problem == "" {
+			if s.cookie == 0 && standing.State == api.PodOut {
 				continue
 			}
 			searches[key] = s
-			if reason == "" && len(s.uids) == 0 {
-				w.Reason = "another pod of this node claims its UID, so that its processes are not known"
+			if standing.State == api.PodWanted && len(s.uids) == 0 {
+				standing = Standing{State: api.PodRefused, Reason: "another pod of this node claims its UID, so that its processes are not known"}
 			}
-			r.add(&s.entry, &w, "")
+			r.add(&s.entry, &w, standing)
 		}
 	}
 	r.searches = searches
@@ -102,6 +105,24 @@ func (r *Registry) missing() map[string]bool {
 		}
 	}
 	return uids
+}
+
+// nextFind returns when missing has something to return, zero if nothing is missing.
+func (r *Registry) nextFind() time.Time {
+	var next time.Time
+	for _, s := range r.searches {
+		if !s.wanted || s.cookie != 0 && !s.lost {
+			continue
+		}
+		due := s.next
+		if due.Before(r.nextSearch) {
+			due = r.nextSearch
+		}
+		if next.IsZero() || due.Before(next) {
+			next = due
+		}
+	}
+	return next
 }
 
 // settle takes up the result of a search for uids.

@@ -3,7 +3,6 @@
 package pods
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -166,9 +165,9 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	f.process(t, 102, hash, 12)
 	f.process(t, 103, uid2, 13)
 	host := enabled("host")
-	host.Reason, host.Problem = ReasonHostNetwork, HostNetwork
+	host.Excluded = &Standing{api.PodRefused, HostNetwork, ReasonHostNetwork}
 	finished := enabled("finished")
-	finished.Reason = "it has finished"
+	finished.Excluded = &Standing{State: api.PodOut, Reason: "it has finished"}
 	starting := enabled("starting")
 	starting.Addresses = nil
 	source.set(map[string]Wish{
@@ -180,13 +179,16 @@ func TestPodOlderThanPlugin(t *testing.T) {
 		"web": "in", "static": "in", "host": "out " + ReasonHostNetwork,
 		"starting": "out waiting for its network", "hidden": "out no process of it is found yet",
 	}, f.states())
+	wantDiff(t, "codes", map[string]api.PodState{
+		"web": api.PodEnrolled, "static": api.PodEnrolled, "host": api.PodRefused, "starting": api.PodWaiting, "hidden": api.PodWaiting,
+	}, f.codes())
 	slices.Sort(f.kernel.enrolled)
 	wantDiff(t, "enrolled", []uint64{10, 12}, f.kernel.enrolled)
 	for _, p := range f.Snapshot().Pods {
 		if p.Pod.Name == "web" {
 			wantDiff(t, "status", api.PodStatus{
 				Pod:   api.PodRef{Namespace: "default", Name: "web", UID: uid1},
-				Netns: filepath.Join(f.cfg.Proc, "100", "ns", "net"), NetnsCookie: 10, Enrolled: true,
+				Netns: filepath.Join(f.cfg.Proc, "100", "ns", "net"), NetnsCookie: 10, State: api.PodEnrolled, Enrolled: true,
 			}, withoutAddresses(p.PodStatus))
 		}
 	}
@@ -223,6 +225,7 @@ func TestUIDClaimedTwice(t *testing.T) {
 	f.Sync()
 	// The thief is found by what is its own.
 	wantDiff(t, "states", map[string]string{"thief": "in", "pure-thief": contested}, f.states())
+	wantDiff(t, "codes", map[string]api.PodState{"thief": api.PodEnrolled, "pure-thief": api.PodRefused}, f.codes())
 	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
 
 	source.set(map[string]Wish{"victim": enabled(hash)})
@@ -287,7 +290,7 @@ func TestRestartKeepsFoundPods(t *testing.T) {
 	f.enrolled[10], f.enrolled[99] = false, false
 	source.set(map[string]Wish{"web": enabled(uid1), "late": enabled(uid2)})
 	f.Sync()
-	wantDiff(t, "calls", []string{"enrol 10", "policy of 1", "release 99"}, f.take())
+	wantDiff(t, "calls", []string{"policy of 1", "enrol 10", "release 99"}, f.take())
 
 	// After that no start of a pod waits for a search.
 	wantDiff(t, "admission", api.Admission{Enrolled: true}, f.mustPut(t, f.attachment(t, "late", 20)))
@@ -326,7 +329,7 @@ func TestFoundProcessEnds(t *testing.T) {
 	f.process(t, 102, uid1, 30)
 	f.now = f.now.Add(2 * searchInterval)
 	f.Sync()
-	wantDiff(t, "calls", []string{"enrol 30", "policy of 1"}, f.take())
+	wantDiff(t, "calls", []string{"policy of 1", "enrol 30"}, f.take())
 }
 
 // A pod that is not found is looked for less and less often.
@@ -342,7 +345,7 @@ func TestSearchBacksOff(t *testing.T) {
 	source.set(map[string]Wish{"web": enabled(uid1)})
 	for range 4 * 600 {
 		f.Sync()
-		f.now = f.now.Add(pollInterval)
+		f.now = f.now.Add(250 * time.Millisecond)
 	}
 	// After 0, 1, 3, 7, 15, 31, 63 s, and then every minute.
 	if want := 7 + 8; looks != want {
@@ -400,7 +403,7 @@ func TestReport(t *testing.T) {
 	})
 	bad, host := enabled("bad"), enabled("host")
 	bad.Err, bad.Settings = errors.New("bad"), api.Settings{}
-	host.Reason, host.Problem = ReasonHostNetwork, HostNetwork
+	host.Excluded = &Standing{api.PodRefused, HostNetwork, ReasonHostNetwork}
 	f.kernel.enrolErr = errors.New("map full")
 	source.set(map[string]Wish{"bad": bad, "host": host, "web": enabled(uid1), "out": {UIDs: []string{uid2}}})
 	f.mustPut(t, f.attachment(t, "web", 10))
@@ -417,7 +420,7 @@ func TestReport(t *testing.T) {
 func TestReportOfRefusedKernel(t *testing.T) {
 	var got []string
 	f, source := newClusterFixture(t, func(cfg *Config) {
-		cfg.Refusal = "hazard"
+		cfg.Refused, cfg.Refusal = true, "hazard"
 		cfg.Report = func(pods []Pod) {
 			for _, p := range pods {
 				got = append(got, fmt.Sprint(p.Pod.Name, " ", p.Problem, " ", p.Reason))
@@ -428,21 +431,4 @@ func TestReportOfRefusedKernel(t *testing.T) {
 	f.mustPut(t, f.attachment(t, "out", 11))
 	slices.Sort(got)
 	wantDiff(t, "report", []string{"out  hazard", "web KernelRefused hazard"}, got)
-}
-
-// What a source tells is in force at once.
-func TestRunTakesUpChangesOfSource(t *testing.T) {
-	f, source := newClusterFixture(t, nil)
-	source.set(map[string]Wish{})
-	f.mustPut(t, f.attachment(t, "a", 10))
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- f.Run(ctx) }()
-	defer func() { cancel(); wantDiff(t, "Run", nil, <-done) }()
-	source.set(map[string]Wish{"a": enabled(uid1)})
-	for deadline := time.Now().Add(10 * time.Second); f.states()["a"] != "in"; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("got %v, want the pod in", f.states())
-		}
-	}
 }

@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What the pods ask for: the Source, its content, and the pods file as one.
+
 package pods
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"sigs.k8s.io/yaml"
 
@@ -23,7 +29,7 @@ type Source interface {
 	// then what an earlier agent left stays in force. The error is why it is not up
 	// to date. A Content is not changed after it was returned.
 	Content() (*Content, error)
-	// Changed receives after a change. It is nil if the source has to be polled.
+	// Changed receives after a change of what Content returns, the error included.
 	Changed() <-chan struct{}
 	// String names the source in texts: "waiting for ...".
 	String() string
@@ -60,10 +66,8 @@ type Wish struct {
 	Settings api.Settings
 	// Err is why the annotations are not accepted; Settings are zero then.
 	Err error
-	// Reason is why the pod cannot take part whatever it asks for. Problem goes
-	// with it where this is not the ordinary course of things.
-	Reason  string
-	Problem Problem
+	// Excluded is what becomes of the pod whatever it asks for; nil: what it asks for.
+	Excluded *Standing
 	// The rest is as in policy.Pod.
 	Labels    map[string]string
 	Addresses []netip.Addr
@@ -71,42 +75,31 @@ type Wish struct {
 	Bandwidth string
 }
 
-// Problem tells why a pod that wants to take part cannot, where somebody can do
-// something about it. It is the reason of an Event.
-type Problem string
-
-const (
-	InvalidAnnotation Problem = "InvalidAnnotation"
-	HostNetwork       Problem = "HostNetwork"
-	SandboxedRuntime  Problem = "SandboxedRuntime"
-	KernelRefused     Problem = "KernelRefused"
-	EnrolFailed       Problem = "EnrolFailed"
-)
-
-// ReasonHostNetwork is the reason of pods with the problem HostNetwork.
-const ReasonHostNetwork = "it runs in the node's own network namespace (hostNetwork)"
-
 // isFor tells whether the wish is that of the pod with the UID, which a runtime
 // may not have given.
 func (w *Wish) isFor(uid string) bool {
 	return len(w.UIDs) == 0 || uid == "" || slices.Contains(w.UIDs, uid)
 }
 
-// out returns why the pod does not take part by its own wish or nature, or "".
-func (w *Wish) out() (reason string, problem Problem) {
+// standing returns what becomes of the pod by its own wish and nature.
+func (w *Wish) standing() Standing {
 	switch {
 	case w.Err != nil:
-		return w.Err.Error(), InvalidAnnotation
+		return Standing{api.PodRefused, InvalidAnnotation, w.Err.Error()}
 	case !w.Settings.Enabled:
-		return "not opted in by " + api.AnnotationShortcut, ""
+		return Standing{State: api.PodOut, Reason: "not opted in by " + api.AnnotationShortcut}
+	case w.Excluded != nil:
+		return *w.Excluded
 	}
-	return w.Reason, w.Problem
+	return Standing{State: api.PodWanted}
 }
 
 // File is a Source that needs no cluster: a YAML file with the annotations of the
 // pods of a machine.
 type File struct {
-	path string
+	path     string
+	changed  chan struct{}
+	interval time.Duration // passInterval, but for tests
 
 	mu sync.Mutex
 	// stamp is that of the content last read, accepted or not.
@@ -119,13 +112,38 @@ type File struct {
 
 var _ Source = (*File)(nil)
 
-// NewFile returns a File that need not exist yet.
-func NewFile(path string) *File { return &File{path: path} }
+// NewFile returns a File that need not exist yet. Run watches it.
+func NewFile(path string) *File {
+	return &File{path: path, changed: make(chan struct{}, 1), interval: passInterval}
+}
 
 func (f *File) String() string { return "the pods file" }
 
-// Changed returns nil: the file has to be polled.
-func (f *File) Changed() <-chan struct{} { return nil }
+// Changed receives after a change, while Run runs.
+func (f *File) Changed() <-chan struct{} { return f.changed }
+
+// Run watches the file until ctx ends.
+func (f *File) Run(ctx context.Context, log *slog.Logger) error {
+	watch(ctx, f.dirs, f.interval, log, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		content, err := f.content, fmt.Sprint(f.err)
+		f.read()
+		if f.content != content || fmt.Sprint(f.err) != err {
+			notify(f.changed)
+		}
+	})
+	return nil
+}
+
+// dirs returns the directory of the file, and that of the file that it links to.
+func (f *File) dirs() []string {
+	dirs := []string{filepath.Dir(f.path)}
+	if target, err := filepath.EvalSymlinks(f.path); err == nil && filepath.Dir(target) != dirs[0] {
+		dirs = append(dirs, filepath.Dir(target))
+	}
+	return dirs
+}
 
 // Content takes up the file if it has changed.
 func (f *File) Content() (*Content, error) {

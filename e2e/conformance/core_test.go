@@ -224,8 +224,11 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 			if w == plain {
 				continue
 			}
-			cookie, err := s.Enrol(pods[i].Path)
+			cookie, err := datapath.NetnsCookie(pods[i].Path)
 			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Enrol(cookie); err != nil {
 				t.Fatal(err)
 			}
 			cookies = append(cookies, cookie)

@@ -240,9 +240,12 @@ func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sam
 
 // enrol makes a pod take part or not.
 func (b *bench) enrol(p *sandbox.Pod, takesPart bool) error {
-	cookie, err := b.datapath.Enrol(p.Path)
-	if err != nil || takesPart {
+	cookie, err := datapath.NetnsCookie(p.Path)
+	if err != nil {
 		return err
+	}
+	if takesPart {
+		return b.datapath.Enrol(cookie)
 	}
 	return b.datapath.Release(cookie)
 }

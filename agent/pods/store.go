@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The attachments: kept in memory, written through to the files of a directory. A file
+// that somebody else writes or deletes, as the plugin does when the agent does not
+// answer, counts from the next refresh on. So do the network namespaces that they name.
+
 package pods
 
 import (
@@ -7,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,8 +51,9 @@ type entry struct {
 	// refused is why a process that may look like the pod's does not count.
 	refused error
 
-	// told is what was last logged about the attachment.
-	told string
+	// told is what was last logged about the pod; logged is set when fileErr has been.
+	told   string
+	logged bool
 }
 
 // read reads the cookie of the pod's network namespace if it may have changed. It
@@ -71,12 +77,18 @@ func (e *entry) read(cookieOf func(path string) (uint64, error)) bool {
 	return true
 }
 
-// readAttachments returns an entry for every file in dir, taken from old where
-// the file has not changed.
-func readAttachments(dir string, old map[string]*entry) (map[string]*entry, error) {
-	files, err := os.ReadDir(dir)
+// store is a directory of attachments and what is in it.
+type store struct {
+	dir     string
+	entries map[string]*entry // by file name
+}
+
+// refresh takes up what others have changed in the directory, and returns true if that
+// is anything. With an error, the entries are what they were.
+func (s *store) refresh() (changed bool, err error) {
+	files, err := os.ReadDir(s.dir)
 	if err != nil {
-		return old, err
+		return false, err
 	}
 	entries := make(map[string]*entry, len(files))
 	for _, file := range files {
@@ -85,9 +97,9 @@ func readAttachments(dir string, old map[string]*entry) (map[string]*entry, erro
 		if strings.HasPrefix(name, ".") || !strings.HasSuffix(name, ".json") {
 			continue
 		}
-		path := filepath.Join(dir, name)
+		path := filepath.Join(s.dir, name)
 		now, err := readStamp(path)
-		if e := old[name]; err == nil && e != nil && e.file == now {
+		if e := s.entries[name]; err == nil && e != nil && e.file == now {
 			entries[name] = e
 			continue
 		}
@@ -99,7 +111,29 @@ func readAttachments(dir string, old map[string]*entry) (map[string]*entry, erro
 			entries[name] = e
 		}
 	}
-	return entries, nil
+	changed = !maps.Equal(entries, s.entries)
+	s.entries = entries
+	return changed, nil
+}
+
+// put writes an attachment. It is a new entry also where it is the same as before: its
+// network namespace may be another one.
+func (s *store) put(a api.Attachment) error {
+	file, err := writeAttachment(s.dir, a)
+	if err != nil {
+		return err
+	}
+	s.entries[a.FileName()] = &entry{file: file, attachment: a}
+	return nil
+}
+
+// remove deletes an attachment; that it is gone already is no error.
+func (s *store) remove(name string) error {
+	if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	delete(s.entries, name)
+	return nil
 }
 
 func readAttachment(path string) (api.Attachment, error) {
@@ -117,31 +151,33 @@ func readAttachment(path string) (api.Attachment, error) {
 	return a, nil
 }
 
-// writeAttachment publishes the attachment's file in one step.
-func writeAttachment(dir string, a api.Attachment) error {
+// writeAttachment publishes the attachment's file in one step. The stamp is zero if
+// somebody has replaced the file since.
+func writeAttachment(dir string, a api.Attachment) (stamp, error) {
 	data, err := json.Marshal(a)
 	if err != nil {
-		return fmt.Errorf("encode attachment: %w", err)
+		return stamp{}, fmt.Errorf("encode attachment: %w", err)
 	}
 	temp, err := os.CreateTemp(dir, ".*.tmp")
 	if err != nil {
-		return err
+		return stamp{}, err
 	}
 	_, err = temp.Write(data)
 	err = errors.Join(err, temp.Close())
+	var ours stamp
 	if err == nil {
-		err = os.Rename(temp.Name(), filepath.Join(dir, a.FileName()))
+		ours, err = readStamp(temp.Name())
+	}
+	path := filepath.Join(dir, a.FileName())
+	if err == nil {
+		err = os.Rename(temp.Name(), path)
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(temp.Name()))
+		return stamp{}, errors.Join(err, os.Remove(temp.Name()))
 	}
-	return nil
-}
-
-// removeAttachment deletes an attachment's file; that it is gone already is no error.
-func removeAttachment(dir, name string) error {
-	if err := os.Remove(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
-		return err
+	// The rename has changed the ctime.
+	if now, err := readStamp(path); err == nil && now.dev == ours.dev && now.ino == ours.ino {
+		return now, nil
 	}
-	return nil
+	return stamp{}, nil
 }

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// What becomes of each pod, from its attachment or search and from what it asks for,
+// and the words for it. Nothing here touches the kernel.
+
+package pods
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/api"
+)
+
+// Standing is the state of a pod, and why it has that.
+type Standing struct {
+	State api.PodState
+	// Problem is what somebody can do something about; in PodRefused only.
+	Problem Problem
+	// Reason is for people. Nothing is decided by it.
+	Reason string
+}
+
+// Problem tells why a pod that wants to take part cannot, where somebody can do
+// something about it. It is the reason of an Event.
+type Problem string
+
+const (
+	InvalidAnnotation Problem = "InvalidAnnotation"
+	HostNetwork       Problem = "HostNetwork"
+	SandboxedRuntime  Problem = "SandboxedRuntime"
+	KernelRefused     Problem = "KernelRefused"
+	EnrolFailed       Problem = "EnrolFailed"
+)
+
+// ReasonHostNetwork is the reason of pods with the problem HostNetwork.
+const ReasonHostNetwork = "it runs in the node's own network namespace (hostNetwork)"
+
+// waiting tells whether the pods' wishes are still unknown, or where those are that
+// an earlier agent has found, so that the state it left has to stay.
+func (r *Registry) waiting() bool {
+	return !r.cfg.Refused && (r.content == nil || !r.started && len(r.missing()) > 0)
+}
+
+// decide fills r.pods: the attachments in the order of their file names, then
+// the pods that r.searches is for. If all is true, these are looked at as well.
+func (r *Registry) decide(all bool) {
+	r.pods = nil
+	attached := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(r.store.entries)) {
+		e := r.store.entries[name]
+		if e.fileErr != nil {
+			continue
+		}
+		pod := e.attachment.Pod
+		w, standing := r.wish(pod)
+		if w != nil {
+			attached[pod.String()] = true
+		}
+		r.add(e, w, standing)
+	}
+	r.search(attached, all)
+
+	owner := map[uint64]string{}
+	shared := map[uint64]bool{}
+	for _, p := range r.pods {
+		pod := p.Pod.String()
+		if other, ok := owner[p.NetnsCookie]; ok && p.NetnsCookie != 0 && other != pod {
+			shared[p.NetnsCookie] = true
+		}
+		owner[p.NetnsCookie] = pod
+	}
+	for i, p := range r.pods {
+		if shared[p.NetnsCookie] && p.State == api.PodWanted {
+			r.pods[i].set(Standing{State: api.PodRefused, Reason: "another pod is attached to the same network namespace"})
+		}
+	}
+}
+
+// wish returns what a pod asks for, which is nil where it is not known, and what becomes
+// of the pod by that.
+func (r *Registry) wish(pod api.PodRef) (*Wish, Standing) {
+	if r.content == nil {
+		reason := "waiting for " + r.cfg.Source.String()
+		if r.sourceErr != nil {
+			reason += ": " + r.sourceErr.Error()
+		}
+		return nil, Standing{State: api.PodWaiting, Reason: reason}
+	}
+	wish, ok := r.content.Pods[pod.String()]
+	switch {
+	case !ok:
+		return nil, Standing{State: api.PodOut, Reason: r.content.Unlisted}
+	case !wish.isFor(pod.UID):
+		// Either the pod has been replaced, or its source does not tell of it yet.
+		return nil, Standing{State: api.PodWaiting, Reason: "another pod of the same name is known to " + r.cfg.Source.String()}
+	}
+	return &wish, wish.standing()
+}
+
+// add appends a pod to r.pods. It is wanted if that is its standing by its wish, and
+// nothing else keeps it out. Without a wish its wish is not known.
+func (r *Registry) add(e *entry, w *Wish, standing Standing) {
+	p := Pod{PodStatus: api.PodStatus{
+		Pod:         e.attachment.Pod,
+		ContainerID: e.attachment.ContainerID,
+		Netns:       e.attachment.Netns,
+		Addresses:   e.attachment.Addresses,
+		NetnsCookie: e.cookie,
+	}, ID: e.attachment.AttachmentID, entry: e}
+	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name}
+	if w != nil {
+		p.Policy.Labels, p.Policy.Ports, p.Policy.Settings, p.Policy.Bandwidth = w.Labels, w.Ports, w.Settings, w.Bandwidth
+		if len(w.Addresses) > 0 {
+			// They may have changed since the attachment was made.
+			p.Addresses = w.Addresses
+		}
+	}
+	wants := standing.State == api.PodWanted
+	refuse := func(reason string, problem Problem) {
+		standing = Standing{State: api.PodOut, Reason: reason}
+		if wants {
+			standing.State, standing.Problem = api.PodRefused, problem
+		}
+	}
+	switch {
+	case r.stopped:
+		standing = Standing{State: api.PodOut, Reason: r.stopReason}
+	case e.netnsErr != nil && e.cookie == 0:
+		standing = Standing{State: api.PodWaiting, Reason: e.netnsErr.Error()}
+	case slices.Contains(r.cfg.HostNetns, e.cookie):
+		refuse(ReasonHostNetwork, HostNetwork)
+	case r.cfg.Refused:
+		refuse(r.cfg.Refusal, KernelRefused)
+	case wants && e.cookie == 0:
+		standing = Standing{State: api.PodWaiting, Reason: "no process of it is found yet"}
+		if e.refused != nil {
+			standing.Reason += ", and one in a cgroup of its name does not count: " + e.refused.Error()
+		}
+		if len(p.Addresses) == 0 {
+			standing.Reason = "waiting for its network"
+		}
+	}
+	p.set(standing)
+	r.pods = append(r.pods, p)
+}
+
+func (p *Pod) set(s Standing) { p.State, p.Problem, p.Reason = s.State, s.Problem, s.Reason }
+
+// finish completes a pod's status, and logs it and returns true if it has changed.
+func (r *Registry) finish(p *Pod, waiting bool) bool {
+	switch _, in := r.enrolled[p.NetnsCookie]; {
+	case r.stopped:
+	case waiting && in:
+		// An earlier agent has enrolled it, and that stays.
+		p.State = api.PodEnrolled
+	case !waiting && p.State == api.PodWanted:
+		p.State = api.PodEnrolled
+		if end := p.Policy.Settings.PausedUntil; end.After(r.cfg.Now()) {
+			p.State, p.Reason = api.PodHeld, "paused until "+end.Format(time.RFC3339)
+		}
+	}
+	p.Enrolled = p.State == api.PodEnrolled || p.State == api.PodHeld
+	told := fmt.Sprint(p.State, p.NetnsCookie, p.Reason)
+	if p.entry.told == told {
+		return false
+	}
+	p.entry.told = told
+	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
+	if p.Enrolled {
+		log.Info("pod takes part")
+	} else {
+		log.Info("pod stays on tcp")
+	}
+	return true
+}

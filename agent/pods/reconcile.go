@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// The work on the kernel: when to look, then pods in, policy, pods out.
+
+package pods
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/api"
+)
+
+// policyRetry is how long a policy of which some is missing rests before all of it is
+// written again. Where the map is full that is doubled each time, up to maxPolicyRetry:
+// a pod that starts waits for it. Changes are written meanwhile.
+const (
+	policyRetry    = 5 * time.Second
+	maxPolicyRetry = time.Minute
+)
+
+// tryAgain is how long what could not be done rests first. That is doubled each time, up
+// to passInterval.
+const tryAgain = 250 * time.Millisecond
+
+// Run keeps the kernel in line until ctx ends.
+func (r *Registry) Run(ctx context.Context) error {
+	files := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	watching.Go(func() {
+		watch(ctx, func() []string { return []string{r.cfg.Dir} }, r.interval, r.cfg.Log, func() { notify(files) })
+	})
+	due := time.Now().Add(r.wait())
+	timer := time.NewTimer(time.Until(due))
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.wake:
+		case <-files:
+			r.refresh()
+		case <-r.cfg.Source.Changed():
+			r.Sync()
+		case <-timer.C:
+			due = time.Time{}
+			r.onTime()
+		}
+		// Events that come one after the other do not put off what is due.
+		if next := time.Now().Add(r.wait()); due.IsZero() || next.Before(due) {
+			due = next
+		}
+		timer.Reset(time.Until(due))
+	}
+}
+
+// wait returns how long there is nothing to do unless an event tells of something.
+func (r *Registry) wait() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next := r.nextPass
+	if !r.stopped {
+		for _, t := range []time.Time{r.nextTry, r.policyEnd, r.nextPolicy(), r.nextFind(), r.nextLook()} {
+			if !t.IsZero() && t.Before(next) {
+				next = t
+			}
+		}
+	}
+	// A time that has passed and stays cannot keep a core busy.
+	return max(next.Sub(r.cfg.Now()), settleTime)
+}
+
+// nextPolicy returns when the whole policy is to be written again, zero if not.
+func (r *Registry) nextPolicy() time.Time {
+	if r.policyErr == nil {
+		return time.Time{}
+	}
+	return r.policyNext
+}
+
+// onTime does what it is time for.
+func (r *Registry) onTime() {
+	r.mu.Lock()
+	now := r.cfg.Now()
+	all := !now.Before(r.nextPass)
+	for _, t := range []time.Time{r.nextTry, r.policyEnd, r.nextPolicy(), r.nextFind()} {
+		all = all || !t.IsZero() && !now.Before(t)
+	}
+	if !all && !r.stopped && r.lookAgain() {
+		r.sync(false)
+	}
+	r.mu.Unlock()
+	if all {
+		r.Sync()
+	}
+}
+
+// refresh takes up what others have changed in the directory of attachments.
+func (r *Registry) refresh() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.readFiles() {
+		r.sync(false)
+	}
+}
+
+// readFiles returns true if the attachments have changed.
+func (r *Registry) readFiles() bool {
+	changed, err := r.store.refresh()
+	r.complain("attachments", "attachments not read, the last ones stay in force", err)
+	return changed
+}
+
+// Sync looks at everything, and brings the kernel in line with it. What could not be
+// done is in the Snapshot, and is tried again by the next Sync.
+func (r *Registry) Sync() {
+	defer r.lookedNow()
+	r.mu.Lock()
+	r.nextPass = r.cfg.Now().Add(r.interval)
+	r.readFiles()
+	if !r.stopped {
+		r.lookAgain()
+	}
+	r.sync(true)
+	uids := r.missing()
+	r.mu.Unlock()
+	if len(uids) == 0 {
+		return
+	}
+	// Without the lock: a pod that starts does not wait for a look at all processes.
+	found, refused, err := r.finder.Find(uids)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.complain("search", "processes not searched for pods without an attachment", err)
+	r.settle(uids, found, refused)
+	r.sync(false)
+}
+
+// sync brings the kernel in line with what is known. If all is true, it looks first
+// whether known network namespaces are still there.
+func (r *Registry) sync(all bool) {
+	for _, name := range slices.Sorted(maps.Keys(r.store.entries)) {
+		if e := r.store.entries[name]; all || e.cookie == 0 {
+			r.findNetns(name)
+		}
+	}
+	content, err := r.cfg.Source.Content()
+	if content != nil {
+		r.content = content
+	}
+	r.sourceErr = err
+	r.complain("source", "what pods ask for is not up to date, what was last known stays in force", err)
+
+	r.decide(all)
+	waiting := r.waiting()
+	if !r.stopped && !waiting {
+		r.started = true
+		r.lookForRedirects()
+		// The policy is there before the pod is enrolled: a connection is judged once, when
+		// it is made, and without a rule the pod's first ones would stay on TCP for life.
+		r.setPolicy()
+		if r.enrol() {
+			r.setPolicy()
+		}
+		r.release()
+	}
+	changed := false
+	for i := range r.pods {
+		changed = r.finish(&r.pods[i], waiting) || changed
+	}
+	if changed && r.cfg.Report != nil {
+		r.cfg.Report(slices.Clone(r.pods))
+	}
+	r.planNextTry()
+	notify(r.wake)
+}
+
+// planNextTry sets when to try again what no event tells of: to enrol, to release, to
+// read a network namespace for the first time.
+func (r *Registry) planNextTry() {
+	unfinished := len(r.failed) > 0 || r.releaseFailed
+	for _, p := range r.pods {
+		unfinished = unfinished || p.entry.netnsErr != nil && p.NetnsCookie == 0
+	}
+	if !unfinished {
+		r.nextTry, r.tryDelay = time.Time{}, 0
+		return
+	}
+	r.tryDelay = min(max(2*r.tryDelay, tryAgain), passInterval)
+	r.nextTry = r.cfg.Now().Add(r.tryDelay)
+}
+
+// findNetns reads the cookie of an attachment's network namespace if it may have
+// changed, and drops the attachment if the namespace is not there any more.
+func (r *Registry) findNetns(name string) {
+	e := r.store.entries[name]
+	if e.fileErr != nil {
+		if !e.logged {
+			e.logged = true
+			r.cfg.Log.Warn("attachment ignored", "err", e.fileErr)
+		}
+		return
+	}
+	if e.read(r.cfg.NetnsCookie) {
+		return
+	}
+	r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
+	r.complain("remove "+name, "attachment of a gone network namespace not deleted", r.store.remove(name))
+	// It is none any more, also where its file stays.
+	delete(r.store.entries, name)
+}
+
+func (r *Registry) cluster() policy.Cluster {
+	if r.content == nil {
+		return policy.Cluster{}
+	}
+	cluster := r.content.Cluster
+	if r.cfg.MaxPolicies > 0 {
+		cluster.Share = policy.Share(r.cfg.MaxPolicies, len(r.policyPods))
+	}
+	return cluster
+}
+
+// enrol takes in the pods that decide has picked, and refuses those that fail. It
+// returns true if the policy was written for other pods than those that are in.
+func (r *Registry) enrol() bool {
+	failed := map[uint64]bool{}
+	for i := range r.pods {
+		p := &r.pods[i]
+		if p.State != api.PodWanted || r.enrolled[p.NetnsCookie] {
+			continue
+		}
+		err := r.enrolPod(p)
+		// A pod that an earlier agent has enrolled is in all the same.
+		if _, in := r.enrolled[p.NetnsCookie]; err != nil && !in {
+			p.set(Standing{api.PodRefused, EnrolFailed, err.Error()})
+			failed[p.NetnsCookie] = true
+			err = nil
+		}
+		r.complain("enrol "+p.Netns, "pod not enrolled again, it stays as the earlier agent left it", err)
+	}
+	changed := !maps.Equal(failed, r.failed)
+	r.failed = failed
+	return changed
+}
+
+func (r *Registry) enrolPod(p *Pod) error {
+	// The cookie may have been read a while ago. If its namespace is not there any more,
+	// the next look at namespaces drops the attachment.
+	if !p.entry.read(r.cfg.NetnsCookie) {
+		return fmt.Errorf("network namespace %s was replaced meanwhile", p.Netns)
+	}
+	if err := r.cfg.Datapath.Enrol(p.NetnsCookie); err != nil {
+		return err
+	}
+	r.enrolled[p.NetnsCookie] = true
+	return nil
+}
+
+// setPolicy writes the policy for the pods that take part if it is not in force yet.
+func (r *Registry) setPolicy() {
+	var taking []policy.Pod
+	for _, p := range r.pods {
+		if p.State == api.PodWanted && !r.failed[p.NetnsCookie] {
+			taking = append(taking, p.Policy)
+		}
+	}
+	slices.SortStableFunc(taking, func(a, b policy.Pod) int { return cmp.Compare(a.ID, b.ID) })
+	taking = slices.CompactFunc(taking, func(a, b policy.Pod) bool { return a.ID == b.ID })
+
+	now := r.cfg.Now()
+	ended := !r.policyEnd.IsZero() && !now.Before(r.policyEnd)
+	whole := r.compiler == nil || r.policyErr != nil && !now.Before(r.policyNext)
+	if !whole && !ended && r.content == r.policyContent && reflect.DeepEqual(taking, r.policyPods) {
+		return
+	}
+	err := r.writePolicy(taking, now, whole)
+	switch {
+	case err != nil && whole && isFull(err):
+		r.policyDelay = min(max(2*r.policyDelay, policyRetry), maxPolicyRetry)
+	case err != nil && (whole || r.policyErr == nil):
+		r.policyDelay = policyRetry
+	}
+	if err != nil && (whole || r.policyErr == nil) {
+		r.policyNext = now.Add(r.policyDelay)
+	}
+	// What was missing before a change is missing after it.
+	if whole || err != nil {
+		r.policyErr = err
+	}
+	if r.policyErr == nil {
+		r.policyDelay = 0
+	}
+	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
+}
+
+// isFull tells whether an error is the kernel's word for a full map.
+func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) }
+
+// writePolicy writes what has changed, or all of it.
+func (r *Registry) writePolicy(taking []policy.Pod, now time.Time, whole bool) error {
+	if r.compiler == nil {
+		r.compiler = &policy.Compiler{}
+	}
+	r.policyPods, r.policyContent = taking, r.content
+	changed, end := r.compiler.Update(taking, r.cluster(), now)
+	r.policyEnd = end
+	if whole {
+		return r.cfg.Datapath.SetPolicy(r.compiler.Rules())
+	}
+	if len(changed) == 0 {
+		return nil
+	}
+	return r.cfg.Datapath.UpdatePolicy(changed)
+}
+
+// release takes out the pods that do not take part any more. Their policy is
+// revoked already, so that their connections are back on TCP.
+func (r *Registry) release() {
+	keep := map[uint64]bool{}
+	for _, p := range r.pods {
+		if p.State == api.PodWanted {
+			keep[p.NetnsCookie] = true
+		}
+	}
+	r.releaseFailed = false
+	for cookie := range r.enrolled {
+		if keep[cookie] {
+			continue
+		}
+		err := r.cfg.Datapath.Release(cookie)
+		r.complain(fmt.Sprint("release ", cookie), "pod not released", err)
+		if err == nil {
+			delete(r.enrolled, cookie)
+			r.tryDelay = 0 // there may be room now for a pod that has failed
+		} else {
+			r.releaseFailed = true
+		}
+	}
+}
+
+// complain logs a fault when it appears or changes.
+func (r *Registry) complain(subject, msg string, err error) {
+	if err == nil {
+		delete(r.faults, subject)
+		return
+	}
+	if r.faults[subject] != err.Error() {
+		r.faults[subject] = err.Error()
+		r.cfg.Log.Warn(msg, "err", err) //nolint:sloglint // every caller passes a constant
+	}
+}
