@@ -198,6 +198,9 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
 	if (unread && (!dir->shortcut || cost > limit) && recount(flow, peer & 1, set)) {
+		/* Splice may have taken the bytes since we asked above; its guard marks first. */
+		if (__sync_fetch_and_or((__u32 *)&reader->state, 0) & READ_UNSUPPORTED)
+			return OUTCOME_UNSUPPORTED;
 		dir->missed += unread;
 		unread = 0;
 		count_queued(dir, end, end);

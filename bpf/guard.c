@@ -95,9 +95,14 @@ static __always_inline bool redirected(const struct flow *flow, __u32 side)
 {
 	const struct sending *toward = &flow->side[side ^ 1].sending;
 
-	return *(volatile __u32 *)&toward->busy ||
-	       *(volatile __u64 *)&toward->redirect_end >
-		       flow->side[side].receiving.read_bytes + toward->missed;
+	return *(volatile __u64 *)&toward->redirect_end >
+	       flow->side[side].receiving.read_bytes + toward->missed;
+}
+
+/* What deliver is at work on may go by the shortcut, if it has not seen our mark. */
+static __always_inline bool busy(const struct flow *flow, __u32 side)
+{
+	return *(volatile __u32 *)&flow->side[side ^ 1].sending.busy;
 }
 
 SEC("fentry/do_splice")
@@ -106,15 +111,22 @@ int splice_begins(__u64 *ctx)
 	struct socket *socket = bpf_sock_from_file((struct file *)ctx[0]);
 	struct flow *flow;
 	__u32 side;
+	bool first;
 
 	if (!socket)
 		return 0;
 	flow = find_flow(socket->sk, &side);
 	if (!flow || evicted(flow, side))
 		return 0;
+	first = !(flow->side[side].receiving.state & READ_UNSUPPORTED);
 	/* A full barrier: either deliver sees that, or we see it at work. */
 	mark_unsupported(flow, side, side, UNSUPPORTED_SPLICE);
-	if (redirected(flow, side))
+	/*
+	 * A program that has spliced once takes a refusal for the end of the connection
+	 * (Go's io.Copy, for example). So a later call is refused for redirected bytes
+	 * alone: what deliver is at work on since then goes by TCP.
+	 */
+	if (redirected(flow, side) || (first && busy(flow, side)))
 		set_mark(ctx[0]);
 	return 0;
 }

@@ -3,6 +3,7 @@
 package datapath_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"runtime"
@@ -214,4 +215,49 @@ func TestNoReads(t *testing.T) {
 		mustRead(t, s, "hello")
 		unread(t, n, 1) // the urgent byte is in no read of the stream
 	})
+}
+
+// TestSpliceBesideSends: once splice has taken bytes it goes on, whatever the sender is
+// at. Go's io.Copy takes a refusal in the middle for the end of the connection.
+func TestSpliceBesideSends(t *testing.T) {
+	if hazard(t, "no-trampolines") {
+		t.Log("no trampolines here, so NO guard: TestGuards has the refusal")
+		return
+	}
+	n, c, s, connect := spliceNode(t)
+	r, w := mustPipe(t)
+	const size, messages = 100, 100_000
+	want := bytes.Repeat([]byte{'x'}, size)
+	sent := make(chan error, 1)
+	go func() {
+		for range messages {
+			if _, err := c.Write(want); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- nil
+	}()
+	// Each splice finds the sender at another place of its work.
+	got := make([]byte, size)
+	for total := 0; total < size*messages; {
+		if err := s.wait(unix.POLLIN); err != nil {
+			t.Fatalf("wait after %d bytes: %v", total, err)
+		}
+		taken, err := unix.Splice(s.fd, nil, w, nil, size, unix.SPLICE_F_NONBLOCK)
+		if err != nil {
+			t.Fatalf("splice after %d bytes: %v", total, err)
+		}
+		if taken == 0 {
+			t.Fatalf("the stream ends after %d bytes", total)
+		}
+		if k, err := unix.Read(r, got[:taken]); int64(k) != taken || !bytes.Equal(got[:k], want[:k]) {
+			t.Fatalf("got %q (%v) through the pipe after %d bytes", got[:max(k, 0)], err, total)
+		}
+		total += int(taken)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	n.mustBeUnsupported(t, c, s, connect)
 }
