@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The watch of directories, by fsnotify. It is an entry in `syns` to look, never what is so: events
-// get lost.
+// The watch of directories, by fsnotify. An event says that it is worth a look, never what
+// is so: events get lost.
 
 package pods
 
