@@ -29,8 +29,8 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
-	"github.com/fsnotify/fsnotify"
 
+	"github.com/podshunt/podshunt/agent/watch"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -38,9 +38,6 @@ const (
 	// pollInterval is how soon a change is seen that no event tells of: the
 	// directory was made or mounted, or the node is out of inotify watches.
 	pollInterval = 500 * time.Millisecond
-	// settleTime is how long a change is left alone: files that are written in
-	// place are incomplete for a moment.
-	settleTime = 50 * time.Millisecond
 	// maxWrites is how often a configuration is changed within writeWindow.
 	// Another program that undoes each change would do so for ever, and make
 	// the runtime load its configuration each time.
@@ -104,50 +101,16 @@ func (k *Keeper) State() api.CNIStatus { return *k.state.Load() }
 // an error if one of the directories is not the node's any more: whoever started
 // the container has to do so again, for the directory that the node has now.
 func (k *Keeper) Run(ctx context.Context) error {
-	var events <-chan fsnotify.Event
-	var failures <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer watcher.Close()
-		events, failures = watcher.Events, watcher.Errors
-	} else {
-		k.cfg.Log.Warn("cni directories not watched, but looked at from time to time", "interval", pollInterval.String(), "err", err)
+	cfg := watch.Config{
+		Dirs:     func() []string { return []string{k.cfg.ConfDir, k.cfg.BinDir} },
+		Interval: pollInterval, Unwatched: pollInterval, Log: k.cfg.Log,
 	}
-	ticker := time.NewTicker(pollInterval)
-	defer ticker.Stop()
-	for {
-		if watcher != nil {
-			// Added again each time: the watch of a directory ends with it. Without one the next tick comes.
-			_, _ = watcher.Add(k.cfg.ConfDir), watcher.Add(k.cfg.BinDir)
-		}
+	return watch.Run(ctx, cfg, func() error {
 		if err := k.look(); errors.Is(err, errReplaced) {
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-		case err := <-failures:
-			k.cfg.Log.Debug("events of cni directories lost", "err", err)
-		case <-events:
-			settle(ctx, events)
-		}
-	}
-}
-
-// settle waits for the end of what may be a series of events.
-func settle(ctx context.Context, events <-chan fsnotify.Event) {
-	timer := time.NewTimer(settleTime)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
-			return
-		case <-events:
-		}
-	}
+		return nil
+	})
 }
 
 // Keep looks at everything once and changes what is not as wanted, unless

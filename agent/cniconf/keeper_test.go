@@ -20,6 +20,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/watch"
 )
 
 const (
@@ -167,7 +169,7 @@ func TestRunKeeps(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
-	time.Sleep(pollInterval + settleTime)
+	time.Sleep(pollInterval + watch.Settle)
 	wantFiles(t, k, "still uninstalled", map[string]string{"10-a.conflist": testList})
 	wantState(t, k, "", "uninstalled: start the agent again")
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/watch"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -39,7 +40,7 @@ func (r *Registry) Run(ctx context.Context) error {
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	watching.Go(func() {
-		watch(ctx, func() []string { return []string{r.cfg.Dir} }, r.interval, r.cfg.Log, func() { notify(files) })
+		watchDirs(ctx, func() []string { return []string{r.cfg.Dir} }, r.interval, r.cfg.Log, func() { notify(files) })
 	})
 	due := time.Now().Add(r.wait())
 	timer := time.NewTimer(time.Until(due))
@@ -78,7 +79,7 @@ func (r *Registry) wait() time.Duration {
 		}
 	}
 	// A time that has passed and stays cannot keep a core busy.
-	return max(next.Sub(r.cfg.Now()), settleTime)
+	return max(next.Sub(r.cfg.Now()), watch.Settle)
 }
 
 // nextPolicy returns when the whole policy is to be written again, zero if not.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/watch"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -271,7 +272,7 @@ func TestWait(t *testing.T) {
 	f.Sync()
 	wantDiff(t, "paused", 3*time.Second, f.wait())
 	f.now = f.now.Add(3 * time.Second)
-	wantDiff(t, "overdue", settleTime, f.wait())
+	wantDiff(t, "overdue", watch.Settle, f.wait())
 	f.onTime()
 	wantDiff(t, "after the pause", f.interval, f.wait())
 

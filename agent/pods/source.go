@@ -124,7 +124,7 @@ func (f *File) Changed() <-chan struct{} { return f.changed }
 
 // Run watches the file until ctx ends.
 func (f *File) Run(ctx context.Context, log *slog.Logger) error {
-	watch(ctx, f.dirs, f.interval, log, func() {
+	watchDirs(ctx, f.dirs, f.interval, log, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		content, err := f.content, fmt.Sprint(f.err)

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The watch of directories, by fsnotify. An event says that it is worth a look, never what
-// is so: events get lost.
+// The watch of directories.
 
 package pods
 
@@ -10,7 +9,7 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
+	"github.com/podshunt/podshunt/agent/watch"
 )
 
 const (
@@ -21,59 +20,14 @@ const (
 	// unwatchedInterval takes its place for directories that cannot be watched, because
 	// they are not there or the node has no more inotify instances.
 	unwatchedInterval = time.Second
-	// settleTime is how long what may be a series of events is waited for.
-	settleTime = 50 * time.Millisecond
 )
 
-// watch calls look when something may have changed in a directory, and once in an
-// interval, until ctx ends. Which directories that are is asked each time.
-func watch(ctx context.Context, dirs func() []string, interval time.Duration, log *slog.Logger, look func()) {
-	var events <-chan fsnotify.Event
-	var failures <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer watcher.Close()
-		events, failures = watcher.Events, watcher.Errors
-	} else {
-		log.Warn("directories not watched, but looked at from time to time", "interval", unwatchedInterval.String(), "err", err)
-	}
-	for {
-		rest := interval
-		for _, dir := range dirs() {
-			// Added again each time: the watch of a directory ends with it.
-			if watcher == nil || watcher.Add(dir) != nil {
-				rest = min(interval, unwatchedInterval)
-			}
-		}
-		// After the watch, which tells of what comes later.
-		look()
-		timer := time.NewTimer(rest)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		case <-timer.C:
-		case err := <-failures:
-			log.Debug("events of directories lost", "err", err)
-		case <-events:
-			settle(ctx, events)
-		}
-		timer.Stop()
-	}
-}
-
-func settle(ctx context.Context, events <-chan fsnotify.Event) {
-	timer := time.NewTimer(settleTime)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
-			return
-		case <-events:
-		}
-	}
+// watchDirs calls look when something may have changed in one of the directories, and once
+// in an interval, until ctx ends.
+func watchDirs(ctx context.Context, dirs func() []string, interval time.Duration, log *slog.Logger, look func()) {
+	cfg := watch.Config{Dirs: dirs, Interval: interval, Unwatched: unwatchedInterval, Log: log}
+	// It fails as look does, never.
+	_ = watch.Run(ctx, cfg, func() error { look(); return nil })
 }
 
 // notify makes a channel with room for one receive.
