@@ -17,6 +17,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -155,7 +156,7 @@ func (v *view) why(client, server *pods.Pod, port uint16) string {
 		decision = policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
 		v.decisions[asked] = decision
 	}
-	if decision.Verdict != policy.Allow {
+	if decision.Verdict != rule.Allow {
 		return decision.String()
 	}
 	m, ok := v.unsupported[question{0, server.NetnsCookie, port}]
@@ -220,7 +221,7 @@ func (v *view) detail(f datapath.Flow, d datapath.Direction, client, server *pod
 	switch {
 	case d.Reason == "":
 		return ""
-	case d.Verdict != datapath.Allow:
+	case d.Verdict != rule.Allow:
 		// What the kernel was told when the direction last had something to send.
 		// Why it was refused is known here only.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {

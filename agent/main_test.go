@@ -27,6 +27,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -365,16 +366,6 @@ func TestRefuseHazards(t *testing.T) {
 		"with --kernel-hazards=accept they take part on this one, and those programs break", refuseHazards(hazards))
 }
 
-func TestVerdict(t *testing.T) {
-	for from, want := range map[policy.Verdict]datapath.Verdict{
-		policy.Refuse: datapath.Refuse, policy.Allow: datapath.Allow, policy.Hold: datapath.Hold,
-	} {
-		if got := verdict(from); got != want {
-			t.Errorf("verdict %d: got %d, want %d", from, got, want)
-		}
-	}
-}
-
 func at(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
 
 // The pods of the tests: client 1 (10.0.0.1), web 2 (10.0.0.2, port 22 excluded),
@@ -512,17 +503,17 @@ func TestPaired(t *testing.T) {
 		ID: 1, ClientNetns: 1, ServerNetns: 2, Joined: true, Since: since,
 		Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
 		ToServer: datapath.Direction{
-			Shortcut: true, Verdict: datapath.Allow, Reason: "unsupported", ReadFlags: 0x100 | 0x10,
+			Shortcut: true, Verdict: rule.Allow, Reason: "unsupported", ReadFlags: 0x100 | 0x10,
 			ShortcutBytes: 1, TCPBytes: 2, Unread: 3, Switches: 4,
 		},
-		ToClient: datapath.Direction{Verdict: datapath.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed"},
+		ToClient: datapath.Direction{Verdict: rule.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed"},
 	}
 	released := flow
 	released.Joined, released.ServerNetns = false, 3
-	released.ToClient = datapath.Direction{Verdict: datapath.Refuse, Reason: "not allowed"}
+	released.ToClient = datapath.Direction{Verdict: rule.Refuse, Reason: "not allowed"}
 	strange := released
 	strange.ClientNetns, strange.ServerNetns = 99, 98
-	strange.ToServer = datapath.Direction{Verdict: datapath.Allow}
+	strange.ToServer = datapath.Direction{Verdict: rule.Allow}
 
 	client := api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "client"}, Address: flow.Client}
 	toServer := &api.Direction{
@@ -551,8 +542,8 @@ func TestWriteFlows(t *testing.T) {
 	flows := testView().paired([]datapath.Flow{
 		{
 			ClientNetns: 1, ServerNetns: 2, Joined: true, Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
-			ToServer: datapath.Direction{Shortcut: true, Verdict: datapath.Allow, ShortcutBytes: 1 << 30, TCPBytes: 12, Reason: "budget"},
-			ToClient: datapath.Direction{Verdict: datapath.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed", TCPBytes: 1536},
+			ToServer: datapath.Direction{Shortcut: true, Verdict: rule.Allow, ShortcutBytes: 1 << 30, TCPBytes: 12, Reason: "budget"},
+			ToClient: datapath.Direction{Verdict: rule.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed", TCPBytes: 1536},
 		},
 		{ClientNetns: 1, ServerNetns: 2, Client: at("10.0.0.1:5001"), OrigDst: at("10.0.0.2:8080")},
 	})

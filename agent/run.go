@@ -21,7 +21,6 @@ import (
 	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/agent/pods"
-	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/server"
 )
 
@@ -95,7 +94,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Refused:     !examination.TakesPart,
 		Refusal:     examination.Refusal,
 		Report:      src.report,
-		Datapath:    kernel{d},
+		Datapath:    d,
 		MaxPolicies: int(cfg.datapath.MaxPolicies),
 		Redirects:   nat.Redirects,
 		NetnsCookie: datapath.NetnsCookie,
@@ -226,40 +225,4 @@ func hostNetns(proc string, log *slog.Logger) ([]uint64, error) {
 		cookies = append(cookies, cookie)
 	}
 	return cookies, nil
-}
-
-// kernel is the datapath as the registry wants it.
-type kernel struct {
-	*datapath.Datapath
-}
-
-func (k kernel) SetPolicy(rules []policy.Rule) error { return k.Datapath.SetPolicy(convert(rules)) }
-
-func (k kernel) UpdatePolicy(changed []policy.PairRules) error {
-	converted := make([]datapath.PairRules, len(changed))
-	for i, pair := range changed {
-		converted[i] = datapath.PairRules{Client: pair.Client, Server: pair.Server, Rules: convert(pair.Rules)}
-	}
-	return k.Datapath.UpdatePolicy(converted)
-}
-
-func convert(rules []policy.Rule) []datapath.Rule {
-	converted := make([]datapath.Rule, len(rules))
-	for i, r := range rules {
-		converted[i] = datapath.Rule{
-			Client: r.Client, Server: r.Server, First: r.Ports.First, Last: r.Ports.Last,
-			Verdict: verdict(r.Decision.Verdict), Reason: uint32(r.Decision.Reason),
-		}
-	}
-	return converted
-}
-
-func verdict(v policy.Verdict) datapath.Verdict {
-	switch v {
-	case policy.Allow:
-		return datapath.Allow
-	case policy.Hold:
-		return datapath.Hold
-	}
-	return datapath.Refuse
 }

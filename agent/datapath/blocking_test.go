@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 )
 
 // TestBlockingListener: the first connections to a listener in blocking mode are
@@ -27,7 +27,7 @@ func TestBlockingListener(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
 			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			listener, err := l.(*net.TCPListener).File()
 			if err != nil {

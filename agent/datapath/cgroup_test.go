@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -162,7 +163,7 @@ func receiverInCgroup(t *testing.T) {
 	})
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	// fill returns what the receiver holds when nobody can send more to it.
-	fill := func(t *testing.T, verdict datapath.Verdict) (held int) {
+	fill := func(t *testing.T, verdict rule.Verdict) (held int) {
 		n.mustSetPolicy(t, between(verdict, cookies...))
 		m := mustMemoryCgroup(t, filepath.Dir(n.Sandbox.Cgroup), limit)
 		r := mustStartReceiver(t, pods[1], m)
@@ -195,7 +196,7 @@ func receiverInCgroup(t *testing.T) {
 		}
 		t.Logf("%s: %d bytes unread, %d of them in %d messages by shortcut; the receiver holds %d KiB, %d KiB for its sockets", wayOf(verdict),
 			accepted, bytes, messages, held>>10, (m.value(t, "memory.stat", "sock")-sockets)>>10)
-		if (bytes > 0) != (verdict == datapath.Allow) {
+		if (bytes > 0) != (verdict == rule.Allow) {
 			t.Errorf("got %d bytes by shortcut", bytes)
 		}
 		for i, b := range all {
@@ -215,8 +216,8 @@ func receiverInCgroup(t *testing.T) {
 		return held
 	}
 	var plain, shortcut int
-	t.Run("TCP", func(t *testing.T) { plain = fill(t, datapath.Hold) })
-	t.Run("shortcut", func(t *testing.T) { shortcut = fill(t, datapath.Allow) })
+	t.Run("TCP", func(t *testing.T) { plain = fill(t, rule.Hold) })
+	t.Run("shortcut", func(t *testing.T) { shortcut = fill(t, rule.Allow) })
 	if shortcut > 4*plain {
 		t.Errorf("the receiver holds %d KiB, want at most four times the %d KiB that it holds on TCP", shortcut>>10, plain>>10)
 	}

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 )
 
 // edgeReader reads as nginx does: it waits for an edge, and takes a recv that was
@@ -120,7 +121,7 @@ func TestEdges(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustWriteAll(t, c, message)
-			n.mustSetPolicy(t, between(datapath.Hold, n.cookies...))
+			n.mustSetPolicy(t, between(rule.Hold, n.cookies...))
 			mustWriteAll(t, c, message)
 			waitUntil(t, "the second message at the receiver", func() bool {
 				info, err := tcpInfo(s)

@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
 )
@@ -64,7 +65,7 @@ func direction(p *bpf.ShortcutFlow, from int) Direction {
 	s, r := p.Side[from].Sending, p.Side[1-from].Receiving
 	dir := Direction{
 		Shortcut:      s.Shortcut != 0,
-		Verdict:       Verdict(s.Verdict),
+		Verdict:       rule.Verdict(s.Verdict),
 		PolicyReason:  s.PolicyReason,
 		ReadFlags:     r.UnsupportedFlags,
 		Unsupported:   r.State&bpf.ShortcutReadStateREAD_UNSUPPORTED != 0,

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -42,9 +43,9 @@ func TestRefresh(t *testing.T) {
 
 	// What goes by TCP for another reason keeps the connection fresh as well.
 	time.Sleep(interval - 3*time.Second)
-	n.mustSetPolicy(t, between(datapath.Hold, n.cookies...))
+	n.mustSetPolicy(t, between(rule.Hold, n.cookies...))
 	pingPong(t, c, s, 1, 100)
-	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
 	before = n.counts(t)
 	time.Sleep(4 * time.Second)
 	pingPong(t, c, s, 10, 100)
@@ -171,7 +172,7 @@ func outlast(t *testing.T, refresh time.Duration) (n *node, all []*conversation)
 	})
 	pods, cookies := n.mustEnrol(t, "client", "server", "filtered", "other")
 	client, server, filtered, other := pods[0], pods[1], pods[2], pods[3]
-	rules := between(datapath.Allow, cookies...)
+	rules := between(rule.Allow, cookies...)
 	vip := netip.MustParseAddr("10.96.0.10")
 	var moves [][2]netip.AddrPort // services that get another endpoint
 	for i, held := range []bool{false, true} {
@@ -201,8 +202,8 @@ func outlast(t *testing.T, refresh time.Duration) (n *node, all []*conversation)
 				if pod == filtered {
 					cookie = cookies[2]
 				}
-				rules = append(rules, datapath.Rule{
-					Client: cookies[0], Server: cookie, First: address.Port(), Last: address.Port(), Verdict: datapath.Hold,
+				rules = append(rules, rule.Rule{
+					Client: cookies[0], Server: cookie, First: address.Port(), Last: address.Port(), Verdict: rule.Hold,
 				})
 			}
 			n.mustSetPolicy(t, rules)
@@ -277,7 +278,7 @@ func TestForgottenConnections(t *testing.T) {
 			for _, f := range flows {
 				for _, d := range []datapath.Direction{f.ToServer, f.ToClient} {
 					switch messages := d.TCPBytes / 100; {
-					case d.Verdict == datapath.Hold:
+					case d.Verdict == rule.Hold:
 						held++
 					case d.Unread > 0 && sandbox.MustMisses(t) != misses:
 						// A read that the kernel has not shown puts a direction on TCP (docs/limits.md).
@@ -319,7 +320,7 @@ func TestForgottenConnections(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			n.mustSetPolicy(t, between(datapath.Hold, enrolled...))
+			n.mustSetPolicy(t, between(rule.Hold, enrolled...))
 			var acts []func() error
 			for _, c := range left {
 				acts = append(acts, func() error {
@@ -356,19 +357,19 @@ func TestGenerationAfterCrash(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		change func(policies *ebpf.Map, key bpf.ShortcutPolicyKey) error
-		rules  func(cookies []uint64, port uint16) []datapath.Rule // what it was about to write
+		rules  func(cookies []uint64, port uint16) []rule.Rule // what it was about to write
 	}{
 		{
 			name:   "rule deleted",
 			change: func(policies *ebpf.Map, key bpf.ShortcutPolicyKey) error { return policies.Delete(key) },
-			rules:  func([]uint64, uint16) []datapath.Rule { return nil },
+			rules:  func([]uint64, uint16) []rule.Rule { return nil },
 		},
 		{
 			name: "rule changed",
 			change: func(policies *ebpf.Map, key bpf.ShortcutPolicyKey) error {
-				return policies.Put(key, bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(datapath.Refuse)})
+				return policies.Put(key, bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(rule.Refuse)})
 			},
-			rules: func(cookies []uint64, _ uint16) []datapath.Rule { return between(datapath.Refuse, cookies...) },
+			rules: func(cookies []uint64, _ uint16) []rule.Rule { return between(rule.Refuse, cookies...) },
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -429,9 +430,9 @@ func TestGenerationDue(t *testing.T) {
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
 
 	// The same by changes to one pair.
-	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
 	restore = n.MakeControlsReadOnly(t)
-	refused := []datapath.PairRules{{Client: n.cookies[0], Server: n.cookies[1]}}
+	refused := []rule.PairRules{{Client: n.cookies[0], Server: n.cookies[1]}}
 	for i := range 2 {
 		if err := n.UpdatePolicy(refused); !errors.Is(err, unix.EPERM) {
 			t.Errorf("update %d: got %v, want %v", i, err, unix.EPERM)

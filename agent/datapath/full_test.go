@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -32,7 +33,7 @@ func TestPodsFull(t *testing.T) {
 	pods, cookies := n.mustEnrol(t, "first")
 	second := n.MustAddPod(t, "second", sandbox.PodOptions{})
 	wantAdvice(t, n.Enrol(mustCookie(t, second)), "--max-policies")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 
 	l, address := mustListenOn(t, pods[0])
 	c, s := connect(t, second.Netns, l, "tcp4", address)
@@ -74,24 +75,24 @@ func (n *node) isPaired(tb testing.TB, from *sandbox.Pod, to *sandbox.Pod, port 
 func TestPoliciesFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 4 })
 	pods, cookies := n.mustEnrol(t, "first", "second", "third")
-	rule := func(client, server int, first, last uint16, verdict datapath.Verdict) datapath.Rule {
-		return datapath.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
+	newRule := func(client, server int, first, last uint16, verdict rule.Verdict) rule.Rule {
+		return rule.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
 	}
-	base := rule(0, 1, 0, 65535, datapath.Allow)
-	other := rule(0, 2, 0, 65535, datapath.Allow)
+	base := newRule(0, 1, 0, 65535, rule.Allow)
+	other := newRule(0, 2, 0, 65535, rule.Allow)
 
 	for _, tc := range []struct {
 		name                  string
-		rules                 []datapath.Rule
+		rules                 []rule.Rule
 		wantErr               bool
 		wantFirst, wantSecond bool // paired from first to second, and to third
 	}{
-		{"fits", []datapath.Rule{base, other}, false, true, true},
+		{"fits", []rule.Rule{base, other}, false, true, true},
 		// 1 to 1000 are 16 prefixes.
-		{"override does not fit", []datapath.Rule{base, rule(0, 1, 1, 1000, datapath.Refuse), other}, true, false, true},
-		{"the same again", []datapath.Rule{base, rule(0, 1, 1, 1000, datapath.Refuse), other}, true, false, true},
-		{"fits again", []datapath.Rule{base, other}, false, true, true},
-		{"both fit with small overrides", []datapath.Rule{base, rule(0, 1, 80, 80, datapath.Refuse), other, rule(0, 2, 80, 80, datapath.Refuse)}, false, true, true},
+		{"override does not fit", []rule.Rule{base, newRule(0, 1, 1, 1000, rule.Refuse), other}, true, false, true},
+		{"the same again", []rule.Rule{base, newRule(0, 1, 1, 1000, rule.Refuse), other}, true, false, true},
+		{"fits again", []rule.Rule{base, other}, false, true, true},
+		{"both fit with small overrides", []rule.Rule{base, newRule(0, 1, 80, 80, rule.Refuse), other, newRule(0, 2, 80, 80, rule.Refuse)}, false, true, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := n.SetPolicy(tc.rules)
@@ -112,7 +113,7 @@ func TestPoliciesFull(t *testing.T) {
 	}
 
 	t.Run("more pairs than fit", func(t *testing.T) {
-		rules := between(datapath.Allow, cookies...)
+		rules := between(rule.Allow, cookies...)
 		wantAdvice(t, n.SetPolicy(rules), "--max-policies")
 		allowed := 0
 		for _, from := range pods {
@@ -136,7 +137,7 @@ func TestPoliciesReplacedInFullMap(t *testing.T) {
 	pods, cookies := n.mustEnrol(t, "first", "second")
 	for _, pair := range [][2]int{{0, 1}, {1, 0}} {
 		from, to := pair[0], pair[1]
-		err := n.SetPolicy([]datapath.Rule{{Client: cookies[from], Server: cookies[to], Last: 65535, Verdict: datapath.Allow}})
+		err := n.SetPolicy([]rule.Rule{{Client: cookies[from], Server: cookies[to], Last: 65535, Verdict: rule.Allow}})
 		if err != nil {
 			t.Errorf("%s to %s: %v", pods[from].Name, pods[to].Name, err)
 		}
@@ -156,26 +157,26 @@ func TestPortRanges(t *testing.T) {
 	ports := []uint16{1, 79, 80, 81, 1000, 1001, 1006, 1007, 4095, 4096, 7999, 8000, 8001, 32768, 65534, 65535}
 	for _, tc := range []struct {
 		name  string
-		rules []datapath.Rule
+		rules []rule.Rule
 		want  []uint16
 	}{
 		{"no rule", nil, nil},
-		{"base", []datapath.Rule{{Last: 65535, Verdict: datapath.Allow}}, ports},
-		{"ranges", []datapath.Rule{
-			{First: 80, Last: 80, Verdict: datapath.Allow},
-			{First: 1001, Last: 1006, Verdict: datapath.Allow},
-			{First: 4095, Last: 8000, Verdict: datapath.Allow},
-			{First: 65535, Last: 65535, Verdict: datapath.Allow},
+		{"base", []rule.Rule{{Last: 65535, Verdict: rule.Allow}}, ports},
+		{"ranges", []rule.Rule{
+			{First: 80, Last: 80, Verdict: rule.Allow},
+			{First: 1001, Last: 1006, Verdict: rule.Allow},
+			{First: 4095, Last: 8000, Verdict: rule.Allow},
+			{First: 65535, Last: 65535, Verdict: rule.Allow},
 		}, []uint16{80, 1001, 1006, 4095, 4096, 7999, 8000, 65535}},
-		{"overrides in a base", []datapath.Rule{
-			{Last: 65535, Verdict: datapath.Allow},
-			{First: 80, Last: 1000, Verdict: datapath.Refuse},
-			{First: 1007, Last: 7999, Verdict: datapath.Refuse},
-			{First: 65535, Last: 65535, Verdict: datapath.Refuse},
+		{"overrides in a base", []rule.Rule{
+			{Last: 65535, Verdict: rule.Allow},
+			{First: 80, Last: 1000, Verdict: rule.Refuse},
+			{First: 1007, Last: 7999, Verdict: rule.Refuse},
+			{First: 65535, Last: 65535, Verdict: rule.Refuse},
 		}, []uint16{1, 79, 1001, 1006, 8000, 8001, 32768, 65534}},
-		{"allowed inside of a refusal", []datapath.Rule{
-			{Last: 65535, Verdict: datapath.Refuse},
-			{First: 81, Last: 1006, Verdict: datapath.Allow},
+		{"allowed inside of a refusal", []rule.Rule{
+			{Last: 65535, Verdict: rule.Refuse},
+			{First: 81, Last: 1006, Verdict: rule.Allow},
 		}, []uint16{81, 1000, 1001, 1006}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -228,7 +229,7 @@ func TestConnectionsFull(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, tc.change)
 			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			for range 2 {
 				before := n.counts(t)
@@ -258,12 +259,12 @@ func TestConnectionsFull(t *testing.T) {
 func TestFlowsFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 4 })
 	var pods []*sandbox.Pod
-	var rules []datapath.Rule
+	var rules []rule.Rule
 	for i := range 3 {
 		names := []string{fmt.Sprintf("client%d", i), fmt.Sprintf("server%d", i)}
 		two, cookies := n.mustEnrol(t, names...)
 		pods = append(pods, two...)
-		rules = append(rules, between(datapath.Allow, cookies...)...)
+		rules = append(rules, between(rule.Allow, cookies...)...)
 	}
 	n.mustSetPolicy(t, rules)
 	open := func(i int) []net.Conn {
@@ -295,7 +296,7 @@ func TestFlowsFull(t *testing.T) {
 func TestPendingFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxHandshakes = 8 })
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	const connections = 64
 	dropped, restore := mustDropSYNACKs(t, pods[0].Netns, pods[1].IPv4)
@@ -337,10 +338,10 @@ func TestPendingFull(t *testing.T) {
 func TestSmallPairsFirst(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 4 })
 	pods, cookies := n.mustEnrol(t, "large", "small", "other")
-	pair := func(client, server int, ports ...uint16) (rules []datapath.Rule) {
+	pair := func(client, server int, ports ...uint16) (rules []rule.Rule) {
 		for _, port := range ports {
-			rules = append(rules, datapath.Rule{
-				Client: cookies[client], Server: cookies[server], First: port, Last: port, Verdict: datapath.Allow,
+			rules = append(rules, rule.Rule{
+				Client: cookies[client], Server: cookies[server], First: port, Last: port, Verdict: rule.Allow,
 			})
 		}
 		return rules
@@ -406,7 +407,7 @@ func TestMapsAreCounted(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"pods": 2, "syns": syns, "policies": others}, n.usage(t)); diff != "" {
 		t.Errorf("before the first policy (-want +got)\n%s", diff)
 	}
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{0, 1 << 31}}
 	if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
 		t.Fatal(err)

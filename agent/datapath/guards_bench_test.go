@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 )
 
 // BenchmarkGuards has what the guards cost: calls that any program of the node
@@ -28,7 +29,7 @@ func BenchmarkGuards(b *testing.B) {
 	for _, guards := range sets {
 		n := mustNode(b, func(c *datapath.Config) { c.Guards = guards })
 		pods, cookies := n.mustEnrol(b, "client", "server")
-		n.mustSetPolicy(b, between(datapath.Allow, cookies...))
+		n.mustSetPolicy(b, between(rule.Allow, cookies...))
 		l, address := mustListenOn(b, pods[1])
 		c, s := connect(b, pods[0].Netns, l, "tcp4", address)
 		n.warmUp(b, c, s)

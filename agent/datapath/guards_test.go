@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -208,7 +209,7 @@ func TestGuards(t *testing.T) {
 						}
 					})
 					pods, cookies := n.mustEnrol(t, "client", "server")
-					n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+					n.mustSetPolicy(t, between(rule.Allow, cookies...))
 					l, address := mustListenOn(t, pods[1])
 					c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 					n.warmUp(t, c, s)
@@ -300,7 +301,7 @@ func TestGuardsComeAndGo(t *testing.T) {
 	reopen("splice")
 	check("with one switched off", "splice")
 
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	n.warmUp(t, c, s)

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -101,16 +102,16 @@ func (n *node) mustEnrol(tb testing.TB, names ...string) (pods []*sandbox.Pod, c
 }
 
 // between returns a rule over all ports for every ordered pair.
-func between(verdict datapath.Verdict, cookies ...uint64) (rules []datapath.Rule) {
+func between(verdict rule.Verdict, cookies ...uint64) (rules []rule.Rule) {
 	for _, client := range cookies {
 		for _, server := range cookies {
-			rules = append(rules, datapath.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
+			rules = append(rules, rule.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
 		}
 	}
 	return rules
 }
 
-func (n *node) mustSetPolicy(tb testing.TB, rules []datapath.Rule) {
+func (n *node) mustSetPolicy(tb testing.TB, rules []rule.Rule) {
 	tb.Helper()
 	if err := n.SetPolicy(rules); err != nil {
 		tb.Fatal(err)
@@ -204,7 +205,7 @@ func mustTwoPods(tb testing.TB, change func(*datapath.Config)) *twoPods {
 	tb.Helper()
 	n := &twoPods{node: mustNode(tb, change)}
 	n.pods, n.cookies = n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(datapath.Allow, n.cookies...))
+	n.mustSetPolicy(tb, between(rule.Allow, n.cookies...))
 	n.l, n.address = mustListenOn(tb, n.pods[1])
 	return n
 }
@@ -245,7 +246,7 @@ func listenerPort(l net.Listener) uint16 { return l.Addr().(*net.TCPAddr).AddrPo
 func TestPairing(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	client, server := pods[0], pods[1]
 	vip4, vip6 := netip.MustParseAddrPort("10.96.0.10:80"), netip.MustParseAddrPort("[fd00:96::10]:80")
 
@@ -304,7 +305,7 @@ func TestPairing(t *testing.T) {
 				clientCookie = cookies[1]
 			}
 			wantDirection := datapath.Direction{
-				Shortcut: true, Verdict: datapath.Allow, Switches: 1, ShortcutBytes: 900, TCPBytes: 100,
+				Shortcut: true, Verdict: rule.Allow, Switches: 1, ShortcutBytes: 900, TCPBytes: 100,
 				Reason: "the receiver has not been seen to read yet",
 			}
 			wantFlow := datapath.Flow{

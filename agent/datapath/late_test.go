@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 )
 
 // lateReader is a server that takes heads and small bodies by recv, and the rest
@@ -252,7 +253,7 @@ func TestLate(t *testing.T) {
 					c.AllowBlocking = true
 				})
 				pods, cookies := n.mustEnrol(t, "client", "server")
-				n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+				n.mustSetPolicy(t, between(rule.Allow, cookies...))
 				l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 				sizes := make([]int, small)
 				for i := range sizes {

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -213,8 +214,8 @@ func readSlabs(tb testing.TB) (s slabs) {
 }
 
 // wayOf names the way of messages under a verdict.
-func wayOf(verdict datapath.Verdict) string {
-	if verdict == datapath.Allow {
+func wayOf(verdict rule.Verdict) string {
+	if verdict == rule.Allow {
 		return "shortcut"
 	}
 	return "TCP"
@@ -479,8 +480,8 @@ func TestRestedReader(t *testing.T) {
 			}
 			// read returns how long the reader waited at most once it read again, and how
 			// many segments had no room before.
-			read := func(verdict datapath.Verdict) (longest time.Duration, dropped int) {
-				n.mustSetPolicy(t, between(datapath.Hold, cookies...))
+			read := func(verdict rule.Verdict) (longest time.Duration, dropped int) {
+				n.mustSetPolicy(t, between(rule.Hold, cookies...))
 				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 				bulk := traffic{seed: 9, bytes: tc.open, maxWrite: 64 << 10, maxRead: 256 << 10}
 				if err := together(func() error { return bulk.write(c) }, func() error { return bulk.read(s) }); err != nil {
@@ -488,7 +489,7 @@ func TestRestedReader(t *testing.T) {
 				}
 				pingPong(t, c, s, 5, 100)
 				n.mustSetPolicy(t, between(verdict, cookies...))
-				if verdict == datapath.Allow {
+				if verdict == rule.Allow {
 					got := n.grow(t, c, s)
 					t.Logf("%d bytes may be unread", got)
 					if got < tc.least {
@@ -514,7 +515,7 @@ func TestRestedReader(t *testing.T) {
 				dropped = drops(t, pods[1]) - dropsBefore
 				spilt := spills(n.since(t, before))
 				t.Logf("%s: the longest wait was %v, %d segments dropped, %d messages spilt", wayOf(verdict), reader.longest, dropped, spilt)
-				if verdict == datapath.Allow && spilt == 0 {
+				if verdict == rule.Allow && spilt == 0 {
 					t.Error("nothing was spilt")
 				}
 				if err := finish(c, s); err != nil {
@@ -527,8 +528,8 @@ func TestRestedReader(t *testing.T) {
 			// segment that was dropped comes every time, and is seconds long.
 			var got []string
 			for range attempts {
-				plain, plainDropped := read(datapath.Hold)
-				shortcut, dropped := read(datapath.Allow)
+				plain, plainDropped := read(rule.Hold)
+				shortcut, dropped := read(rule.Allow)
 				if shortcut <= 5*plain+time.Second && dropped <= plainDropped {
 					return
 				}
@@ -605,7 +606,7 @@ func TestPodBudget(t *testing.T) {
 				c.Budget, c.PodBudget = podBudget, podBudget
 			})
 			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			from, listen := pods[0], pods[1].IPv4.String()
 			if tc.loopback {
 				from, listen = pods[1], "127.0.0.1"
@@ -816,13 +817,13 @@ func TestUserTimeout(t *testing.T) {
 	l, address := mustListenOn(t, pods[1])
 	for _, tc := range []struct {
 		name    string
-		verdict datapath.Verdict
-	}{{"TCP", datapath.Hold}, {"shortcut", datapath.Allow}} {
+		verdict rule.Verdict
+	}{{"TCP", rule.Hold}, {"shortcut", rule.Allow}} {
 		t.Run(tc.name, func(t *testing.T) {
 			n.mustSetPolicy(t, between(tc.verdict, cookies...))
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 			pingPong(t, c, s, 5, 100)
-			if got := n.mustFlow(t).ToServer.Shortcut; got != (tc.verdict == datapath.Allow) {
+			if got := n.mustFlow(t).ToServer.Shortcut; got != (tc.verdict == rule.Allow) {
 				t.Fatalf("got the shortcut %v", got)
 			}
 			control(t, c.(*net.TCPConn), func(fd int) error {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -70,7 +71,7 @@ func TestOtherProgram(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 2 * share })
 	detach := mustReplaceCallbacks(t, n.cfg.Cgroup)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	open, accepted := rawPair(t, pods[0], l, address)
 	for range share - 1 {
@@ -171,7 +172,7 @@ func (n *node) mustCharge(tb testing.TB, netns uint64) (bytes int64) {
 func TestSharesAreSettled(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	rawPair(t, pods[0], l, address)
 	shares := n.mustPinned(t, bpf.ShortcutMapShares)
@@ -211,7 +212,7 @@ func TestSharesAreSettled(t *testing.T) {
 func TestLearnedShare(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "hostile", "other")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	control := n.mustPinned(t, bpf.ShortcutMapControl)
 	const share, ports = 4, 10
 	limit := func(change bool) {

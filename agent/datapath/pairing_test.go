@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -215,7 +216,7 @@ func mustDropSYNACKs(tb testing.TB, in *sandbox.Netns, from netip.Addr) (dropped
 func TestOnePortTwoServers(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "first", "second")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l1, first := mustListenOn(t, pods[1])
 	l2, second := mustListenOn(t, pods[2])
 	const rounds = 100
@@ -267,7 +268,7 @@ func TestSynReplaced(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
 			pods, cookies := n.mustEnrol(t, "client", "first", "second")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			var (
 				attempts [2]dialling
 				restore  [2]func()
@@ -328,7 +329,7 @@ func netstat(tb testing.TB, pod *sandbox.Pod, name string) string {
 func TestSYNCookies(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	if err := pods[1].Sysctl("net.ipv4.tcp_syncookies", "2"); err != nil {
 		t.Fatal(err)
 	}
@@ -348,7 +349,7 @@ func TestSYNCookies(t *testing.T) {
 func TestFastOpen(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	for _, pod := range pods {
 		if err := pod.Sysctl("net.ipv4.tcp_fastopen", "3"); err != nil {
 			t.Fatal(err)
@@ -430,16 +431,16 @@ func TestNotPaired(t *testing.T) {
 	for _, tc := range []struct {
 		name       string
 		enrol      []string
-		verdict    datapath.Verdict
+		verdict    rule.Verdict
 		masquerade bool
 		want       map[string]uint64
 	}{
-		{name: "client not enrolled", enrol: []string{"server"}, verdict: datapath.Allow},
-		{name: "server not enrolled", enrol: []string{"client"}, verdict: datapath.Allow},
-		{name: "neither enrolled", verdict: datapath.Allow},
-		{name: "masqueraded", enrol: []string{"client", "server"}, verdict: datapath.Allow, masquerade: true},
+		{name: "client not enrolled", enrol: []string{"server"}, verdict: rule.Allow},
+		{name: "server not enrolled", enrol: []string{"client"}, verdict: rule.Allow},
+		{name: "neither enrolled", verdict: rule.Allow},
+		{name: "masqueraded", enrol: []string{"client", "server"}, verdict: rule.Allow, masquerade: true},
 		{
-			name: "refused", enrol: []string{"client", "server"}, verdict: datapath.Refuse,
+			name: "refused", enrol: []string{"client", "server"}, verdict: rule.Refuse,
 			want: map[string]uint64{"connection_policy_refused": 1},
 		},
 	} {
@@ -512,7 +513,7 @@ func TestRelease(t *testing.T) {
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 21})
 	f := n.mustFlow(t)
 	for _, d := range []datapath.Direction{f.ToServer, f.ToClient} {
-		if d.Shortcut || d.Verdict != datapath.Refuse || d.Reason != reasonNotAllowed {
+		if d.Shortcut || d.Verdict != rule.Refuse || d.Reason != reasonNotAllowed {
 			t.Errorf("got direction %+v, want one on TCP that is refused: %q", d, reasonNotAllowed)
 		}
 	}
@@ -584,7 +585,7 @@ func TestAbortedConnections(t *testing.T) {
 func TestUnfinishedHandshake(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	_, address := mustListenOn(t, pods[1])
 	_, restore := mustDropSYNACKs(t, pods[0].Netns, pods[1].IPv4)
 	defer restore()
@@ -650,7 +651,7 @@ func TestWaitall(t *testing.T) {
 	}
 	n.mustCount(t, nil, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_unsupported": 10})
 	got := n.mustFlow(t).ToServer
-	want := datapath.Direction{Verdict: datapath.Allow, Reason: reasonUnsupported, ReadFlags: unix.MSG_WAITALL, Unsupported: true, TCPBytes: 600}
+	want := datapath.Direction{Verdict: rule.Allow, Reason: reasonUnsupported, ReadFlags: unix.MSG_WAITALL, Unsupported: true, TCPBytes: 600}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("direction (-want +got):\n%s", diff)
 	}
@@ -743,15 +744,15 @@ func TestPeerCloses(t *testing.T) {
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	for _, tc := range []struct {
 		name    string
-		verdict datapath.Verdict
-	}{{"TCP", datapath.Refuse}, {"shortcut", datapath.Allow}} {
+		verdict rule.Verdict
+	}{{"TCP", rule.Refuse}, {"shortcut", rule.Allow}} {
 		t.Run(tc.name, func(t *testing.T) {
 			n.mustSetPolicy(t, between(tc.verdict, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 			before := n.counts(t)
 			pingPong(t, c, s, 10, 100)
-			if got := n.since(t, before)["message_shortcut"]; (got > 0) != (tc.verdict == datapath.Allow) {
+			if got := n.since(t, before)["message_shortcut"]; (got > 0) != (tc.verdict == rule.Allow) {
 				t.Errorf("got %d messages by shortcut", got)
 			}
 			s.Close()

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -262,7 +263,7 @@ func (n *node) mustLoad(tb testing.TB, pods []*sandbox.Pod) load {
 		}
 		cookies = append(cookies, cookie)
 	}
-	n.mustSetPolicy(tb, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
 	l, address := mustListenOn(tb, pods[1])
 	w.c, w.s = connect(tb, pods[0].Netns, l, "tcp4", address)
 	before := n.counts(tb)
@@ -507,7 +508,7 @@ func TestOpenedAtOnce(t *testing.T) {
 	}
 	n.Datapath = d
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	pingPong(t, c, s, 10, 100)
@@ -713,7 +714,7 @@ func TestAllPinsDeleted(t *testing.T) {
 func TestUnloadClosedUnread(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, _ := mustListenOn(t, pods[1])
 	s, message := closedUnread(t, n, pods[0].Netns, l)
 	old := mustObjects(t, n.cfg.PinDir)

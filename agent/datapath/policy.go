@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -75,7 +76,7 @@ func (d *Datapath) Enrolled() ([]uint64, error) {
 // next message of paired ones. Only what changed is written. Where the map is
 // full, the pairs of pods that did not fit stay on TCP and the error says so;
 // the others are in force.
-func (d *Datapath) SetPolicy(rules []Rule) error {
+func (d *Datapath) SetPolicy(rules []rule.Rule) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.readPolicy(); err != nil {
@@ -94,7 +95,7 @@ func (d *Datapath) SetPolicy(rules []Rule) error {
 
 // UpdatePolicy changes the rules of the pairs of pods that are named and of no
 // others, each of which is named once. Else it is as SetPolicy.
-func (d *Datapath) UpdatePolicy(changed []PairRules) error {
+func (d *Datapath) UpdatePolicy(changed []rule.PairRules) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.readPolicy(); err != nil {
@@ -285,7 +286,7 @@ func split(cookie uint64) [2]uint32 { return [2]uint32{uint32(cookie), uint32(co
 func join(words [2]uint32) uint64 { return uint64(words[0]) | uint64(words[1])<<32 }
 
 // appendEntries turns a rule into entries of the longest-prefix match.
-func appendEntries(list []entry, r Rule) []entry {
+func appendEntries(list []entry, r rule.Rule) []entry {
 	value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason}
 	for port, length := range prefixes(r.First, r.Last) {
 		list = append(list, entry{prefixPods + uint32(length), networkOrder(port), value})

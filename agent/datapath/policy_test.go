@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -32,14 +33,14 @@ func (n *node) generation(tb testing.TB) uint32 {
 func TestUpdatePolicy(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "first", "second", "third")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
-	rule := func(client, server int, first, last uint16, verdict datapath.Verdict) datapath.Rule {
-		return datapath.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	newRule := func(client, server int, first, last uint16, verdict rule.Verdict) rule.Rule {
+		return rule.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
 	}
-	pair := func(client, server int, rules ...datapath.Rule) datapath.PairRules {
-		return datapath.PairRules{Client: cookies[client], Server: cookies[server], Rules: rules}
+	pair := func(client, server int, rules ...rule.Rule) rule.PairRules {
+		return rule.PairRules{Client: cookies[client], Server: cookies[server], Rules: rules}
 	}
-	base := rule(0, 1, 0, 65535, datapath.Allow)
+	base := newRule(0, 1, 0, 65535, rule.Allow)
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	pingPong(t, c, s, 10, 100)
@@ -47,22 +48,22 @@ func TestUpdatePolicy(t *testing.T) {
 
 	for _, tc := range []struct {
 		name     string
-		changed  []datapath.PairRules
+		changed  []rule.PairRules
 		policies int  // entries in the map
 		raised   bool // the generation
 		// paired connections from the first pod to port 80 and to others of the second, and whether the live one is shortcut
 		web, other, live bool
 	}{
-		{"the same rules", []datapath.PairRules{pair(0, 1, base)}, 9, false, true, true, true},
+		{"the same rules", []rule.PairRules{pair(0, 1, base)}, 9, false, true, true, true},
 		{"nothing", nil, 9, false, true, true, true},
-		{"an override", []datapath.PairRules{pair(0, 1, base, rule(0, 1, 80, 80, datapath.Refuse))}, 10, true, false, true, true},
-		{"the pair refused", []datapath.PairRules{pair(0, 1)}, 8, true, false, false, false},
-		{"refused again", []datapath.PairRules{pair(0, 1)}, 8, false, false, false, false},
-		{"ports without a base", []datapath.PairRules{pair(0, 1, rule(0, 1, 80, 81, datapath.Allow), rule(0, 1, port, port, datapath.Allow))}, 10, true, true, false, true},
-		{"from ports to a base with overrides", []datapath.PairRules{pair(0, 1, base, rule(0, 1, 80, 80, datapath.Refuse), rule(0, 1, port, port, datapath.Refuse))}, 11, true, false, true, false},
-		{"two pairs", []datapath.PairRules{pair(2, 2), pair(0, 1, base)}, 8, true, true, true, true},
-		{"held", []datapath.PairRules{pair(0, 1, rule(0, 1, 0, 65535, datapath.Hold)), pair(2, 2, rule(2, 2, 0, 65535, datapath.Allow))}, 9, true, true, true, false},
-		{"allowed again", []datapath.PairRules{pair(0, 1, base)}, 9, true, true, true, true},
+		{"an override", []rule.PairRules{pair(0, 1, base, newRule(0, 1, 80, 80, rule.Refuse))}, 10, true, false, true, true},
+		{"the pair refused", []rule.PairRules{pair(0, 1)}, 8, true, false, false, false},
+		{"refused again", []rule.PairRules{pair(0, 1)}, 8, false, false, false, false},
+		{"ports without a base", []rule.PairRules{pair(0, 1, newRule(0, 1, 80, 81, rule.Allow), newRule(0, 1, port, port, rule.Allow))}, 10, true, true, false, true},
+		{"from ports to a base with overrides", []rule.PairRules{pair(0, 1, base, newRule(0, 1, 80, 80, rule.Refuse), newRule(0, 1, port, port, rule.Refuse))}, 11, true, false, true, false},
+		{"two pairs", []rule.PairRules{pair(2, 2), pair(0, 1, base)}, 8, true, true, true, true},
+		{"held", []rule.PairRules{pair(0, 1, newRule(0, 1, 0, 65535, rule.Hold)), pair(2, 2, newRule(2, 2, 0, 65535, rule.Allow))}, 9, true, true, true, false},
+		{"allowed again", []rule.PairRules{pair(0, 1, base)}, 9, true, true, true, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			generation := n.generation(t)
@@ -102,7 +103,7 @@ func TestUpdatePolicy(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.mustOpen(t)
-		if err := n.UpdatePolicy([]datapath.PairRules{pair(0, 1)}); err != nil {
+		if err := n.UpdatePolicy([]rule.PairRules{pair(0, 1)}); err != nil {
 			t.Fatal(err)
 		}
 		if n.isPaired(t, pods[0], pods[1], 80) || !n.isPaired(t, pods[1], pods[0], 80) {
@@ -113,7 +114,7 @@ func TestUpdatePolicy(t *testing.T) {
 		}
 	})
 	t.Run("then the whole policy", func(t *testing.T) {
-		n.mustSetPolicy(t, []datapath.Rule{base})
+		n.mustSetPolicy(t, []rule.Rule{base})
 		if !n.isPaired(t, pods[0], pods[1], 80) || n.isPaired(t, pods[1], pods[0], 80) {
 			t.Error("want the one pair of the policy allowed, and no other")
 		}
@@ -128,29 +129,29 @@ func TestUpdatePolicy(t *testing.T) {
 func TestUpdatePolicyFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 2 })
 	pods, cookies := n.mustEnrol(t, "first", "second")
-	all := between(datapath.Allow, cookies...) // first to itself, first to second, back, second to itself
-	pair := func(r datapath.Rule, more ...datapath.Rule) datapath.PairRules {
+	all := between(rule.Allow, cookies...) // first to itself, first to second, back, second to itself
+	pair := func(r rule.Rule, more ...rule.Rule) rule.PairRules {
 		for i := range more {
 			more[i].Client, more[i].Server = r.Client, r.Server
 		}
-		return datapath.PairRules{Client: r.Client, Server: r.Server, Rules: append([]datapath.Rule{r}, more...)}
+		return rule.PairRules{Client: r.Client, Server: r.Server, Rules: append([]rule.Rule{r}, more...)}
 	}
-	none := func(r datapath.Rule) datapath.PairRules {
-		return datapath.PairRules{Client: r.Client, Server: r.Server}
+	none := func(r rule.Rule) rule.PairRules {
+		return rule.PairRules{Client: r.Client, Server: r.Server}
 	}
-	refused := datapath.Rule{First: 80, Last: 80}
+	refused := rule.Rule{First: 80, Last: 80}
 	for _, tc := range []struct {
 		name              string
-		changed           []datapath.PairRules
+		changed           []rule.PairRules
 		wantErr           bool
 		there, back, self bool // between the two, and within the second
 	}{
-		{"fits", []datapath.PairRules{pair(all[1]), pair(all[2])}, false, true, true, false},
-		{"one more", []datapath.PairRules{pair(all[3])}, true, true, true, false},
-		{"one comes and one goes", []datapath.PairRules{pair(all[3]), none(all[2])}, false, true, false, true},
-		{"an override that does not fit", []datapath.PairRules{pair(all[1], refused)}, true, false, false, true},
-		{"room for it", []datapath.PairRules{none(all[3]), pair(all[1], refused)}, false, true, false, false},
-		{"room by an override that goes", []datapath.PairRules{pair(all[3]), pair(all[1])}, false, true, false, true},
+		{"fits", []rule.PairRules{pair(all[1]), pair(all[2])}, false, true, true, false},
+		{"one more", []rule.PairRules{pair(all[3])}, true, true, true, false},
+		{"one comes and one goes", []rule.PairRules{pair(all[3]), none(all[2])}, false, true, false, true},
+		{"an override that does not fit", []rule.PairRules{pair(all[1], refused)}, true, false, false, true},
+		{"room for it", []rule.PairRules{none(all[3]), pair(all[1], refused)}, false, true, false, false},
+		{"room by an override that goes", []rule.PairRules{pair(all[3]), pair(all[1])}, false, true, false, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := n.UpdatePolicy(tc.changed)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -39,7 +40,7 @@ func mustOneWay(tb testing.TB, guard, blocking bool) *oneWay {
 		n.mustPretendGuard(tb)
 	}
 	pods, cookies := n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
 	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(tb, pods[0], l, address)
 	return &oneWay{node: n, cookies: cookies, c: c, s: s}
@@ -153,10 +154,10 @@ func TestRecount(t *testing.T) {
 
 			// On the way back from TCP.
 			w.MissReads(t, func() { w.miss(t) })
-			w.mustSetPolicy(t, between(datapath.Hold, w.cookies...))
+			w.mustSetPolicy(t, between(rule.Hold, w.cookies...))
 			before = w.counts(t)
 			w.say(t, 1)
-			w.mustSetPolicy(t, between(datapath.Allow, w.cookies...))
+			w.mustSetPolicy(t, between(rule.Allow, w.cookies...))
 			w.say(t, 10)
 			w.mustCount(t, before, map[string]uint64{"message_not_allowed": 1, "message_shortcut": 10})
 			w.wantAllRead(t)

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -61,7 +61,7 @@ func TestReusedSocket(t *testing.T) {
 			n := mustNode(t, nil)
 			pods, cookies := n.mustEnrol(t, "client", "server")
 			outside := n.MustAddPod(t, "outside", sandbox.PodOptions{})
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			c := mustSocket(t, pods[0].Netns, unix.AF_INET, 0)
 			c.mustConnect(t, address)
@@ -112,7 +112,7 @@ func TestReusedID(t *testing.T) {
 	const late, unread = "sent to the first", "sent to second"
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, first := rawPair(t, pods[0], l, address)
 	pingPong(t, c, first, 10, 100)

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -120,7 +120,7 @@ func TestKernelSockets(t *testing.T) {
 			log := mustFollowKernelLog(t)
 			n := mustNode(t, nil)
 			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l := mustSocket(t, pods[1].Netns, tc.server, 0)
 			l.mustListenOn(t, netip.AddrPortFrom(pods[1].IPv4, 0))
 			address := l.mustAddress(t)

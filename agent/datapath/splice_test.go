@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -21,7 +22,7 @@ func spliceNode(tb testing.TB) (n *node, c, s *rawSocket, connect func() (c, s *
 	tb.Helper()
 	n = mustNode(tb, func(c *datapath.Config) { c.Guards = []string{datapath.GuardSplice} })
 	pods, cookies := n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
 	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
 	connect = func() (c, s *rawSocket) { return rawPair(tb, pods[0], l, address) }
 	c, s = connect()
@@ -167,7 +168,7 @@ func TestNoReads(t *testing.T) {
 	start := func(t *testing.T) (n *node, cookies []uint64, c, s *rawSocket) {
 		n = mustNode(t, nil)
 		pods, cookies := n.mustEnrol(t, "client", "server")
-		n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+		n.mustSetPolicy(t, between(rule.Allow, cookies...))
 		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 		c, s = rawPair(t, pods[0], l, address)
 		return n, cookies, c, s
@@ -198,7 +199,7 @@ func TestNoReads(t *testing.T) {
 	t.Run("MSG_OOB", func(t *testing.T) {
 		n, cookies, c, s := start(t)
 		pingPong(t, c, s, 5, 100)
-		n.mustSetPolicy(t, between(datapath.Hold, cookies...))
+		n.mustSetPolicy(t, between(rule.Hold, cookies...))
 		if err := unix.Sendto(c.fd, []byte("!"), unix.MSG_OOB, nil); err != nil {
 			t.Fatal(err)
 		}

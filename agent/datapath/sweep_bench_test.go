@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -17,7 +17,7 @@ func BenchmarkSweep(b *testing.B) {
 	const flows = 9000
 	n := mustNode(b, nil)
 	pods, cookies := n.mustEnrol(b, "client", "server")
-	n.mustSetPolicy(b, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(b, between(rule.Allow, cookies...))
 	l, address := mustRawListen(b, pods[1].Netns, pods[1].IPv4)
 	rawPair(b, pods[0], l, address)
 	open := n.mustFlow(b)

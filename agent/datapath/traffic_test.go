@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -338,7 +339,7 @@ func onThread(f func() error) func() error {
 func TestBlockingKeptOut(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
@@ -393,7 +394,7 @@ func TestBlockingKeptOut(t *testing.T) {
 func TestShortConnections(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	const connections, workers = 5000, 16
@@ -461,8 +462,8 @@ func shortConnection(from *sandbox.Netns, address netip.AddrPort, message []byte
 func TestPolicyFlips(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	verdicts := []datapath.Verdict{datapath.Allow, datapath.Hold, datapath.Allow, datapath.Refuse}
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	verdicts := []rule.Verdict{rule.Allow, rule.Hold, rule.Allow, rule.Refuse}
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	var stop atomic.Bool
@@ -499,7 +500,7 @@ func TestPolicyFlips(t *testing.T) {
 		n.mustSetPolicy(t, between(verdicts[i%len(verdicts)], cookies...))
 		time.Sleep(500 * time.Microsecond)
 	}
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	stop.Store(true)
 	wg.Wait()
 	counts := n.counts(t)
@@ -519,7 +520,7 @@ func TestStalledReader(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.Budget = budget })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
-	fill := func(verdict datapath.Verdict) (accepted int) {
+	fill := func(verdict rule.Verdict) (accepted int) {
 		n.mustSetPolicy(t, between(verdict, cookies...))
 		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 		pingPong(t, c, s, 10, 100)
@@ -527,9 +528,9 @@ func TestStalledReader(t *testing.T) {
 		readUnread(t, c, s, accepted)
 		return accepted
 	}
-	plain := fill(datapath.Refuse)
+	plain := fill(rule.Refuse)
 	before := n.counts(t)["message_budget"]
-	shortcut := fill(datapath.Allow)
+	shortcut := fill(rule.Allow)
 	t.Logf("a stalled reader takes %d bytes on TCP, %d with the shortcut and a budget of %d", plain, shortcut, budget)
 	if n.counts(t)["message_budget"] == before {
 		t.Error("nothing was spilt to TCP")
@@ -548,7 +549,7 @@ func TestStalledReader(t *testing.T) {
 func shortOfMemory(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.Budget, c.PodBudget = 16<<20, 64<<20 })
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	// Other limits are far away.
 	if err := pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -78,7 +79,7 @@ func TestTrial(t *testing.T) {
 	n := mustNode(t, onTrial)
 	reads, bulk := uint64(n.cfg.TrialReads), uint64(n.cfg.TrialBytes)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(t, pods[0], l, address)
 
@@ -131,7 +132,7 @@ func TestTrial(t *testing.T) {
 func TestTrialStream(t *testing.T) {
 	n := mustNode(t, onTrial)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(t, pods[0], l, address)
 	p := make([]byte, 8000)
@@ -156,7 +157,7 @@ func TestTrialIsLearned(t *testing.T) {
 	n := mustNode(t, onTrial)
 	reads := uint64(n.cfg.TrialReads)
 	pods, cookies := n.mustEnrol(t, "client", "server", "neighbour")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	const rounds = 10
 	talk := func(when string, from *sandbox.Pod, l *rawSocket, to netip.AddrPort, serverProved, clientProved bool) {
@@ -217,7 +218,7 @@ func TestTrialIsLearned(t *testing.T) {
 func TestTrialOfLargeBursts(t *testing.T) {
 	n := mustNode(t, onTrial)
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	tcpBytes := func(size int) uint64 {
 		c, s := rawPair(t, pods[0], l, address)

@@ -5,41 +5,9 @@ package datapath
 import (
 	"net/netip"
 	"time"
+
+	"github.com/podshunt/podshunt/agent/rule"
 )
-
-// Verdict is what the policy map says of the connections between two pods.
-type Verdict uint32
-
-const (
-	// Refuse leaves new connections alone and turns paired ones back to TCP.
-	// It is also the answer where the map has no entry.
-	Refuse Verdict = iota
-	// Allow pairs new connections and lets both directions be shortcut.
-	Allow
-	// Hold pairs new connections but keeps them on TCP, for a refusal that is
-	// known to end (a pause).
-	Hold
-)
-
-// Rule is one line of the policy: what holds for connections from the pod with
-// netns cookie Client to the server ports First to Last of the pod with netns
-// cookie Server. A rule over all ports (First 0, Last 65535) is the base of a
-// pair; narrower rules of the same pair override it and must not overlap each
-// other.
-type Rule struct {
-	Client, Server uint64
-	First, Last    uint16
-	Verdict        Verdict
-	// Reason is opaque to the datapath; flows give it back.
-	Reason uint32
-}
-
-// PairRules are all rules of the connections from the pod Client to the pod
-// Server; none if they are refused.
-type PairRules struct {
-	Client, Server uint64
-	Rules          []Rule
-}
 
 // Flow is one paired connection, as the kernel's record has it.
 type Flow struct {
@@ -69,7 +37,7 @@ type Direction struct {
 	// Reason is why the last message that went by TCP did so; empty if none has.
 	Reason string
 	// Verdict and PolicyReason are what the policy map said when last asked.
-	Verdict      Verdict
+	Verdict      rule.Verdict
 	PolicyReason uint32
 	// ReadFlags are the recv flags of the receiver that this kernel does not
 	// serve on redirected data (MSG_WAITALL and others); 0 if it used none.

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -85,7 +86,7 @@ func TestUnsupported(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
 			pods, cookies := n.mustEnrol(t, "client", "server", "neighbour")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			other, otherAddress := mustListenOn(t, pods[1])
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
@@ -244,7 +245,7 @@ func TestMPTCPListener(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
 			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l := mustListenMPTCP(t, pods[1], tc.mptcp)
 			address := l.Addr().(*net.TCPAddr).AddrPort()
 			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
@@ -277,7 +278,7 @@ func TestMPTCPListener(t *testing.T) {
 func TestMPTCPListenerRace(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = true })
 	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l := mustListenMPTCP(t, pods[1], true)
 	address := l.Addr().(*net.TCPAddr).AddrPort()
 	connectAndForget := func(connections int, want string) {

@@ -22,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -61,7 +62,7 @@ func talk(a, b net.Conn, stop *atomic.Bool) error {
 func TestTakeOver(t *testing.T) {
 	n := mustNode(t, nil)
 	pods, cookies := n.mustEnrol(t, "client", "server", "refused")
-	n.mustSetPolicy(t, between(datapath.Allow, cookies[:2]...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies[:2]...))
 	l, address := mustListenOn(t, pods[1])
 	refusedL, refusedAddress := mustListenOn(t, pods[2])
 
@@ -125,7 +126,7 @@ func TestTakeOver(t *testing.T) {
 		t.Error(err)
 	}
 	// The policy of before is what changes are made to.
-	n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	before := n.counts(t)
 	c, s := connect(t, pods[0].Netns, refusedL, "tcp4", refusedAddress)
 	pingPong(t, c, s, 10, 100)
@@ -394,7 +395,7 @@ func TestUnload(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n.mustSetPolicy(t, between(datapath.Allow, n.cookies...))
+	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
 	c2, s2 := n.connect(t)
 	pingPong(t, c2, s2, 10, 100)
 	pingPong(t, c, s, 10, 100) // on TCP until it reconnects
@@ -440,7 +441,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		n.mustSetPolicy(t, between(datapath.Allow, cookies...))
+		n.mustSetPolicy(t, between(rule.Allow, cookies...))
 		var (
 			stop  atomic.Bool
 			loads []func() error

@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -23,7 +23,7 @@ import (
 // their cookie.
 type fakeKernel struct {
 	enrolled []uint64
-	rules    []policy.Rule
+	rules    []rule.Rule
 	// calls are those since take was last called.
 	calls []string
 
@@ -62,12 +62,12 @@ func (k *fakeKernel) Release(cookie uint64) error {
 
 func (k *fakeKernel) Enrolled() ([]uint64, error) { return slices.Clone(k.enrolled), nil }
 
-func (k *fakeKernel) SetPolicy(rules []policy.Rule) error {
+func (k *fakeKernel) SetPolicy(rules []rule.Rule) error {
 	k.whole++
 	return k.write(rules)
 }
 
-func (k *fakeKernel) write(rules []policy.Rule) error {
+func (k *fakeKernel) write(rules []rule.Rule) error {
 	if k.policyErr != nil {
 		return k.policyErr
 	}
@@ -77,9 +77,9 @@ func (k *fakeKernel) write(rules []policy.Rule) error {
 }
 
 // UpdatePolicy is logged with the number of all rules, as SetPolicy.
-func (k *fakeKernel) UpdatePolicy(changed []policy.PairRules) error {
-	rules := slices.DeleteFunc(slices.Clone(k.rules), func(r policy.Rule) bool {
-		return slices.ContainsFunc(changed, func(p policy.PairRules) bool { return p.Client == r.Client && p.Server == r.Server })
+func (k *fakeKernel) UpdatePolicy(changed []rule.PairRules) error {
+	rules := slices.DeleteFunc(slices.Clone(k.rules), func(r rule.Rule) bool {
+		return slices.ContainsFunc(changed, func(p rule.PairRules) bool { return p.Client == r.Client && p.Server == r.Server })
 	})
 	for _, pair := range changed {
 		rules = append(rules, pair.Rules...)

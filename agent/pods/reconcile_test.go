@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -266,13 +266,13 @@ func TestPauseEnds(t *testing.T) {
 	f := newFixture(t, nil)
 	write(t, f.podsFile, podsYAML("web shortcut=enabled paused-until=2026-01-31T18:00:01Z"))
 	f.mustPut(t, f.attachment(t, "web", 10))
-	wantDiff(t, "verdict", policy.Hold, f.kernel.rules[0].Decision.Verdict)
+	wantDiff(t, "verdict", rule.Hold, f.kernel.rules[0].Verdict)
 	f.take()
 
 	f.now = f.now.Add(time.Second)
 	f.Sync()
 	wantDiff(t, "calls", []string{"policy of 1"}, f.take())
-	wantDiff(t, "verdict", policy.Allow, f.kernel.rules[0].Decision.Verdict)
+	wantDiff(t, "verdict", rule.Allow, f.kernel.rules[0].Verdict)
 	wantDiff(t, "states", map[string]string{"web": "in"}, f.states())
 	f.Sync()
 	wantDiff(t, "calls after the pause", []string(nil), f.take())

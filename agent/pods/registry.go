@@ -26,6 +26,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/agent/proc"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -42,9 +43,9 @@ type Datapath interface {
 	// Enrolled lists the pods that are in, those of an earlier agent included.
 	Enrolled() ([]uint64, error)
 	// SetPolicy replaces the whole policy.
-	SetPolicy(rules []policy.Rule) error
+	SetPolicy(rules []rule.Rule) error
 	// UpdatePolicy replaces the rules of the pairs of pods that are named.
-	UpdatePolicy(changed []policy.PairRules) error
+	UpdatePolicy(changed []rule.PairRules) error
 }
 
 // Config is what a Registry works with; all of it but Refused and Report is required.

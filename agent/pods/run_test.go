@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/agent/watch"
 	"github.com/podshunt/podshunt/api"
 )
@@ -246,7 +246,7 @@ func TestOnTime(t *testing.T) {
 	f.waitState(t, "end of the pause", "a", "enrolled")
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	wantDiff(t, "verdict", policy.Allow, f.kernel.rules[0].Decision.Verdict)
+	wantDiff(t, "verdict", rule.Allow, f.kernel.rules[0].Verdict)
 }
 
 // A pod without an attachment is looked for until it is found.

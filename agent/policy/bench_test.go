@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -78,7 +79,7 @@ func benchmarkUpdate(b *testing.B, change func(pods []Pod, cluster *Cluster) []P
 	c.Update(pods, cluster, now)
 	changed := 0
 	for i := 0; b.Loop(); i++ {
-		var pairs []PairRules
+		var pairs []rule.PairRules
 		if i%2 == 0 {
 			pairs, _ = c.Update(otherPods, other, now)
 		} else {

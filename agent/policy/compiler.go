@@ -11,6 +11,7 @@ import (
 
 	networkingv1 "k8s.io/api/networking/v1"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -37,7 +38,7 @@ type grant struct {
 // when rules will change by time alone, zero for never. A pod is a pair with
 // itself too: that is loopback inside the pod. The arguments are kept, and must
 // not be changed afterwards; IDs are unique.
-func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []PairRules, until time.Time) {
+func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []rule.PairRules, until time.Time) {
 	if c.grants == nil {
 		c.grants = map[pair]grant{}
 	}
@@ -79,7 +80,7 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 			}
 			key := pair{client.ID, server.ID}
 			if next := newGrant(client, server, c.share); c.put(key, next) {
-				changed = append(changed, PairRules{key.client, key.server, next.rules(key)})
+				changed = append(changed, rule.PairRules{Client: key.client, Server: key.server, Rules: next.rules(key)})
 			}
 		}
 	}
@@ -107,8 +108,8 @@ func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed 
 }
 
 // Rules returns all rules, those of the last Update.
-func (c *Compiler) Rules() []Rule {
-	var rules []Rule
+func (c *Compiler) Rules() []rule.Rule {
+	var rules []rule.Rule
 	for key, g := range c.grants {
 		rules = append(rules, g.rules(key)...)
 	}
@@ -130,7 +131,7 @@ func (c *Compiler) put(key pair, next grant) bool {
 }
 
 // forget drops the grants of pods that are not among c.pods any more.
-func (c *Compiler) forget(before map[uint64]*pod) (changed []PairRules) {
+func (c *Compiler) forget(before map[uint64]*pod) (changed []rule.PairRules) {
 	gone := func(id uint64) bool { return c.pods[id] == nil }
 	if !slices.ContainsFunc(slices.Collect(maps.Keys(before)), gone) {
 		return nil
@@ -138,10 +139,10 @@ func (c *Compiler) forget(before map[uint64]*pod) (changed []PairRules) {
 	for key := range c.grants {
 		if gone(key.client) || gone(key.server) {
 			delete(c.grants, key)
-			changed = append(changed, PairRules{Client: key.client, Server: key.server})
+			changed = append(changed, rule.PairRules{Client: key.client, Server: key.server})
 		}
 	}
-	slices.SortFunc(changed, func(a, b PairRules) int {
+	slices.SortFunc(changed, func(a, b rule.PairRules) int {
 		return cmp.Or(cmp.Compare(a.Client, b.Client), cmp.Compare(a.Server, b.Server))
 	})
 	return changed
@@ -167,17 +168,21 @@ func (g grant) entries() int {
 }
 
 // rules lists the ports of a grant, or all ports and those that it lacks, whatever
-// takes fewer entries.
-func (g grant) rules(key pair) []Rule {
-	var rules []Rule
-	add := func(ports api.PortRange, d Decision) { rules = append(rules, Rule{key.client, key.server, ports, d}) }
-	listed, d := g.ports, Decision{Verdict: g.reason.verdict(), Reason: g.reason}
+// takes fewer entries. A rule that refuses has no reason: Explain finds it.
+func (g grant) rules(key pair) []rule.Rule {
+	var rules []rule.Rule
+	add := func(ports api.PortRange, v rule.Verdict, reason Reason) {
+		rules = append(rules, rule.Rule{
+			Client: key.client, Server: key.server, First: ports.First, Last: ports.Last, Verdict: v, Reason: uint32(reason),
+		})
+	}
+	listed, v, reason := g.ports, g.reason.verdict(), g.reason
 	if refused := g.ports.complement(); 1+refused.entries() < listed.entries() {
-		add(api.PortRange{First: 0, Last: 65535}, d)
-		listed, d = refused, Decision{}
+		add(api.PortRange{First: 0, Last: 65535}, v, reason)
+		listed, v, reason = refused, rule.Refuse, NoRule
 	}
 	for _, ports := range listed {
-		add(ports, d)
+		add(ports, v, reason)
 	}
 	return rules
 }

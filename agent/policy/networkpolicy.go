@@ -36,14 +36,14 @@ type networkPolicy struct {
 	invalid  string
 	pods     labels.Selector
 	isolates [directions]bool
-	rules    [directions][]rule
+	rules    [directions][]peerRule
 }
 
 // maxPolicyRanges is how many ranges and names of ports a policy may have in a direction.
 const maxPolicyRanges = 1024
 
-// rule allows its ports with its peers, all pods if there are none.
-type rule struct {
+// peerRule allows its ports with its peers, all pods if there are none.
+type peerRule struct {
 	peers []peer
 	ports rulePorts
 }
@@ -66,7 +66,7 @@ func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
 	n := &networkPolicy{namespace: object.Namespace, name: object.Name, pods: labels.Everything()}
 	fail := func(format string, args ...any) *networkPolicy {
 		n.invalid = "its " + fmt.Sprintf(format, args...)
-		n.rules = [directions][]rule{}
+		n.rules = [directions][]peerRule{}
 		return n
 	}
 	spec := &object.Spec
@@ -119,11 +119,11 @@ func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
 }
 
 // parseRule returns a rule, or the field that is not valid.
-func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []networkingv1.NetworkPolicyPort) (r rule, invalid string) {
+func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []networkingv1.NetworkPolicyPort) (r peerRule, invalid string) {
 	for i := range peers {
 		p, ok := parsePeer(&peers[i])
 		if !ok {
-			return rule{}, fmt.Sprintf("%s[%d]", field, i)
+			return peerRule{}, fmt.Sprintf("%s[%d]", field, i)
 		}
 		r.peers = append(r.peers, p)
 	}
@@ -133,7 +133,7 @@ func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []net
 	for i := range ports {
 		parsed, ok := parsePorts(&ports[i])
 		if !ok {
-			return rule{}, fmt.Sprintf("ports[%d]", i)
+			return peerRule{}, fmt.Sprintf("ports[%d]", i)
 		}
 		r.ports = r.ports.add(parsed)
 	}

@@ -12,10 +12,13 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
-func sprintPair(p PairRules) string { return fmt.Sprintf("%d-%d=%d", p.Client, p.Server, len(p.Rules)) }
+func sprintPair(p rule.PairRules) string {
+	return fmt.Sprintf("%d-%d=%d", p.Client, p.Server, len(p.Rules))
+}
 
 // mustPolicy parses the spec of a NetworkPolicy.
 func mustPolicy(tb testing.TB, namespace, name, spec string) *networkingv1.NetworkPolicy {
@@ -435,7 +438,7 @@ default: {podSelector: {matchLabels: {role: db}}, ingress: [{ports: [{port: 80}]
 			for _, p := range pods {
 				list = append(list, p)
 			}
-			rules := map[pair][]Rule{}
+			rules := map[pair][]rule.Rule{}
 			changed, _ := c.Update(list, cluster, now)
 			for _, p := range changed {
 				rules[pair{p.Client, p.Server}] = p.Rules
@@ -477,10 +480,10 @@ default: {podSelector: {matchLabels: {role: db}}, ingress: [{ports: [{port: 80}]
 }
 
 // lookUp does what the kernel does with the rules of a pair.
-func lookUp(rules []Rule, port uint16) (found Decision) {
+func lookUp(rules []rule.Rule, port uint16) (found Decision) {
 	for _, r := range rules {
-		if r.Ports.First <= port && port <= r.Ports.Last {
-			found = r.Decision // the narrower ones follow
+		if r.First <= port && port <= r.Last {
+			found = Decision{Verdict: r.Verdict, Reason: Reason(r.Reason)} // the narrower ones follow
 		}
 	}
 	return found

@@ -14,20 +14,8 @@ import (
 
 	networkingv1 "k8s.io/api/networking/v1"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
-)
-
-// Verdict is what holds for a connection.
-type Verdict uint32
-
-const (
-	// Refuse keeps it on TCP.
-	Refuse Verdict = iota
-	// Allow lets it be shortcut.
-	Allow
-	// Hold keeps it on TCP for a while: it will be shortcut without a new
-	// connection when the reason is over.
-	Hold
 )
 
 // Reason is why a verdict is what it is. The numbers are stored in the kernel
@@ -88,14 +76,14 @@ func (r Reason) String() string {
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
 }
 
-func (r Reason) verdict() Verdict {
+func (r Reason) verdict() rule.Verdict {
 	switch r {
 	case Allowed:
-		return Allow
+		return rule.Allow
 	case ClientPaused, ServerPaused:
-		return Hold
+		return rule.Hold
 	}
-	return Refuse
+	return rule.Refuse
 }
 
 // Pod is a pod of this node. A pod whose annotations are not accepted has zero
@@ -148,7 +136,7 @@ func Share(entries, pods int) int {
 
 // Decision is a verdict, its reason, and what refuses, in words for users.
 type Decision struct {
-	Verdict Verdict
+	Verdict rule.Verdict
 	Reason  Reason
 	// Object is empty where the reason says it all.
 	Object string
@@ -160,22 +148,6 @@ func (d Decision) String() string {
 		return d.Reason.String()
 	}
 	return d.Reason.String() + ": " + d.Object
-}
-
-// Rule holds for connections from the pod Client to the server ports of the pod
-// Server; both are Pod.ID. A rule that refuses has no reason; Explain knows it.
-type Rule struct {
-	Client, Server uint64
-	Ports          api.PortRange
-	Decision       Decision
-}
-
-// PairRules are all rules of an ordered pair of pods. Ports without a rule are
-// refused. A rule over all ports, 0 to 65535, is the first if there is one;
-// narrower ones override it and do not overlap each other.
-type PairRules struct {
-	Client, Server uint64
-	Rules          []Rule
 }
 
 // Explain decides one connection. It agrees with the rules of a Compiler.
@@ -190,11 +162,11 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 	}
 	for reason, ports := range restrictions(from, to) {
 		if !ports.contains(port) {
-			return Decision{Refuse, reason, culprit(reason, from, to)}
+			return Decision{rule.Refuse, reason, culprit(reason, from, to)}
 		}
 	}
 	if g := newGrant(from, to, cluster.Share); len(g.ports) == 0 {
-		return Decision{Refuse, TooManyRanges, culprit(TooManyRanges, from, to)}
+		return Decision{rule.Refuse, TooManyRanges, culprit(TooManyRanges, from, to)}
 	}
 	reason := unrestricted(from, to)
 	return Decision{reason.verdict(), reason, ""}

@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	networkingv1 "k8s.io/api/networking/v1"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -26,14 +27,19 @@ func TestRules(t *testing.T) {
 	later, latest := now.Add(time.Minute), now.Add(time.Hour)
 	all := api.PortRange{First: 0, Last: 65535}
 	on := api.Settings{Enabled: true}
-	allow := Decision{Verdict: Allow, Reason: Allowed}
-	refuse := Decision{Verdict: Refuse}
-	hold := func(reason Reason) Decision { return Decision{Verdict: Hold, Reason: reason} }
+	allow := Decision{Verdict: rule.Allow, Reason: Allowed}
+	refuse := Decision{Verdict: rule.Refuse}
+	hold := func(reason Reason) Decision { return Decision{Verdict: rule.Hold, Reason: reason} }
+	newRule := func(client, server uint64, ports api.PortRange, d Decision) rule.Rule {
+		return rule.Rule{
+			Client: client, Server: server, First: ports.First, Last: ports.Last, Verdict: d.Verdict, Reason: uint32(d.Reason),
+		}
+	}
 	// pair has a rule for each range.
-	pair := func(client, server uint64, d Decision, ranges ...api.PortRange) PairRules {
-		p := PairRules{Client: client, Server: server}
+	pair := func(client, server uint64, d Decision, ranges ...api.PortRange) rule.PairRules {
+		p := rule.PairRules{Client: client, Server: server}
 		for _, r := range ranges {
-			p.Rules = append(p.Rules, Rule{client, server, r, d})
+			p.Rules = append(p.Rules, newRule(client, server, r, d))
 		}
 		return p
 	}
@@ -41,21 +47,21 @@ func TestRules(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
 		pods  []Pod
-		rules []PairRules
+		rules []rule.PairRules
 		until time.Time
 	}{
 		{name: "no pods"},
 		{
 			name: "not opted in",
 			pods: []Pod{{ID: 1}, {ID: 2, Settings: on}, {ID: 3, Settings: api.Settings{PausedUntil: later}}},
-			rules: []PairRules{
+			rules: []rule.PairRules{
 				pair(2, 2, allow, all),
 			},
 		},
 		{
 			name: "every ordered pair and loopback",
 			pods: []Pod{{ID: 1, Settings: on}, {ID: 2, Settings: on}},
-			rules: []PairRules{
+			rules: []rule.PairRules{
 				pair(1, 1, allow, all),
 				pair(2, 1, allow, all),
 				pair(1, 2, allow, all),
@@ -65,39 +71,39 @@ func TestRules(t *testing.T) {
 		{
 			name:  "listed ports",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(8000, 8010, 80, 80)}}},
-			rules: []PairRules{pair(1, 1, allow, ports(80, 80, 8000, 8010)...)},
+			rules: []rule.PairRules{pair(1, 1, allow, ports(80, 80, 8000, 8010)...)},
 		},
 		{
 			name: "excluded ports",
 			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
-			rules: []PairRules{{1, 1, []Rule{
-				{1, 1, all, allow},
-				{1, 1, api.PortRange{First: 22, Last: 22}, refuse},
+			rules: []rule.PairRules{{Client: 1, Server: 1, Rules: []rule.Rule{
+				newRule(1, 1, all, allow),
+				newRule(1, 1, api.PortRange{First: 22, Last: 22}, refuse),
 			}}},
 		},
 		{
 			name:  "exclusion wins over the list",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20), ExcludePorts: ports(15, 30)}}},
-			rules: []PairRules{pair(1, 1, allow, ports(10, 14)...)},
+			rules: []rule.PairRules{pair(1, 1, allow, ports(10, 14)...)},
 		},
 		{
 			name: "the shorter list",
 			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(1, 10, 12, 20, 22, 65535)}}},
-			rules: []PairRules{{1, 1, []Rule{
-				{1, 1, all, allow},
-				{1, 1, api.PortRange{First: 11, Last: 11}, refuse},
-				{1, 1, api.PortRange{First: 21, Last: 21}, refuse},
+			rules: []rule.PairRules{{Client: 1, Server: 1, Rules: []rule.Rule{
+				newRule(1, 1, all, allow),
+				newRule(1, 1, api.PortRange{First: 11, Last: 11}, refuse),
+				newRule(1, 1, api.PortRange{First: 21, Last: 21}, refuse),
 			}}},
 		},
 		{
 			name:  "overlapping and adjacent ranges are one",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(10, 20, 15, 30, 31, 40)}}},
-			rules: []PairRules{pair(1, 1, allow, ports(10, 40)...)},
+			rules: []rule.PairRules{pair(1, 1, allow, ports(10, 40)...)},
 		},
 		{
 			name:  "all ports listed",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(1, 65535)}}},
-			rules: []PairRules{pair(1, 1, allow, all)},
+			rules: []rule.PairRules{pair(1, 1, allow, all)},
 		},
 		{
 			name: "all ports excluded",
@@ -106,7 +112,7 @@ func TestRules(t *testing.T) {
 		{
 			name:  "last port",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, Ports: ports(65535, 65535)}}},
-			rules: []PairRules{pair(1, 1, allow, ports(65535, 65535)...)},
+			rules: []rule.PairRules{pair(1, 1, allow, ports(65535, 65535)...)},
 		},
 		{
 			name: "pause holds both roles and the earliest end counts",
@@ -114,7 +120,7 @@ func TestRules(t *testing.T) {
 				{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: latest}},
 				{ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later}},
 			},
-			rules: []PairRules{
+			rules: []rule.PairRules{
 				pair(1, 1, hold(ClientPaused), all),
 				pair(2, 1, hold(ClientPaused), all),
 				pair(1, 2, hold(ClientPaused), all),
@@ -129,7 +135,7 @@ func TestRules(t *testing.T) {
 				{ID: 2, Settings: api.Settings{Enabled: true, PausedUntil: later, Ports: ports(80, 80)}},
 				{ID: 3, Settings: on},
 			},
-			rules: []PairRules{
+			rules: []rule.PairRules{
 				pair(2, 2, hold(ClientPaused), ports(80, 80)...),
 				pair(3, 2, hold(ServerPaused), ports(80, 80)...),
 				pair(2, 3, hold(ClientPaused), all),
@@ -140,7 +146,7 @@ func TestRules(t *testing.T) {
 		{
 			name:  "a pause that is over",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: now}}},
-			rules: []PairRules{pair(1, 1, allow, all)},
+			rules: []rule.PairRules{pair(1, 1, allow, all)},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -38,7 +39,7 @@ func TestRandom(t *testing.T) {
 		now := time.Unix(1_000_000, 0)
 		var c Compiler
 		pods, cluster := []Pod{}, Cluster{Namespaces: map[string]map[string]string{}}
-		rules := map[pair][]Rule{}
+		rules := map[pair][]rule.Rule{}
 		for step := range steps {
 			if step == 0 {
 				for id := range uint64(4) {
@@ -72,10 +73,10 @@ func TestRandom(t *testing.T) {
 					any, asked := false, pick(r, testPorts...)
 					for _, port := range testPorts {
 						want := naive(client, server, port, cluster, now)
-						any = any || want.verdict() != Refuse
+						any = any || want.verdict() != rule.Refuse
 						seen[want]++
 						wantRule := Decision{Verdict: want.verdict()}
-						if wantRule.Verdict != Refuse {
+						if wantRule.Verdict != rule.Refuse {
 							wantRule.Reason = want
 						}
 						if got := lookUp(rules[key], port); got != wantRule {
@@ -112,21 +113,21 @@ func TestRandom(t *testing.T) {
 	t.Log(seen)
 }
 
-// checkForm checks what PairRules promises.
-func checkForm(tb testing.TB, p PairRules) {
+// checkForm checks what rule.PairRules promises.
+func checkForm(tb testing.TB, p rule.PairRules) {
 	tb.Helper()
 	last := -1
-	for i, rule := range p.Rules {
-		if rule.Client != p.Client || rule.Server != p.Server {
-			tb.Fatalf("rule %+v is among those of %d to %d", rule, p.Client, p.Server)
+	for i, r := range p.Rules {
+		if r.Client != p.Client || r.Server != p.Server {
+			tb.Fatalf("rule %+v is among those of %d to %d", r, p.Client, p.Server)
 		}
-		if i == 0 && rule.Ports == (api.PortRange{First: 0, Last: 65535}) {
+		if i == 0 && r.First == 0 && r.Last == 65535 {
 			continue
 		}
-		if int(rule.Ports.First) <= last || rule.Ports.First > rule.Ports.Last {
-			tb.Fatalf("rule %+v overlaps the one before", rule)
+		if int(r.First) <= last || r.First > r.Last {
+			tb.Fatalf("rule %+v overlaps the one before", r)
 		}
-		last = int(rule.Ports.Last)
+		last = int(r.Last)
 	}
 }
 
@@ -430,9 +431,9 @@ func naiveIngress(client, server Pod, port uint16, cluster Cluster) bool {
 			continue
 		}
 		isolated = true
-		for _, rule := range p.Spec.Ingress {
+		for _, r := range p.Spec.Ingress {
 			if !strings.HasPrefix(p.Name, invalidName) &&
-				naivePeers(rule.From, p.Namespace, client, cluster) && naivePorts(rule.Ports, port, server) {
+				naivePeers(r.From, p.Namespace, client, cluster) && naivePorts(r.Ports, port, server) {
 				allowed = true
 			}
 		}
@@ -451,9 +452,9 @@ func naiveEgress(client, server Pod, port uint16, cluster Cluster) bool {
 			continue
 		}
 		isolated = true
-		for _, rule := range p.Spec.Egress {
+		for _, r := range p.Spec.Egress {
 			if !strings.HasPrefix(p.Name, invalidName) &&
-				naivePeers(rule.To, p.Namespace, server, cluster) && naivePorts(rule.Ports, port, server) {
+				naivePeers(r.To, p.Namespace, server, cluster) && naivePorts(r.Ports, port, server) {
 				allowed = true
 			}
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	networkingv1 "k8s.io/api/networking/v1"
 
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -133,7 +134,7 @@ func TestShare(t *testing.T) {
 			cluster := Cluster{Policies: tc.policies, Share: tc.share}
 			var c Compiler
 			c.Update([]Pod{web, client}, cluster, now)
-			rules := map[pair][]Rule{}
+			rules := map[pair][]rule.Rule{}
 			for _, r := range c.Rules() {
 				key := pair{r.Client, r.Server}
 				rules[key] = append(rules[key], r)
@@ -150,8 +151,8 @@ func TestShare(t *testing.T) {
 				if diff := cmp.Diff(want, got.String()); diff != "" {
 					t.Errorf("%s to %s (-want +got)\n%s", way.client.Name, way.server.Name, diff)
 				}
-				if rule := lookUp(rules[pair{way.client.ID, way.server.ID}], 1); rule.Verdict != got.Verdict {
-					t.Errorf("%s to %s: the rule says %v, Explain %v", way.client.Name, way.server.Name, rule, got)
+				if found := lookUp(rules[pair{way.client.ID, way.server.ID}], 1); found.Verdict != got.Verdict {
+					t.Errorf("%s to %s: the rule says %v, Explain %v", way.client.Name, way.server.Name, found, got)
 				}
 			}
 		})

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
@@ -212,8 +213,8 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 		s.Datapath.Close()
 	})
 	s.port.Store(1024)
-	var rules []datapath.Rule
-	for w, verdict := range map[way]datapath.Verdict{plain: datapath.Refuse, held: datapath.Hold, shortcut: datapath.Allow} {
+	var rules []rule.Rule
+	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow} {
 		var pods [2]*sandbox.Pod
 		var cookies []uint64
 		for i, name := range []string{"client", "server"} {
@@ -236,7 +237,7 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 		s.pods[w] = pods
 		for _, client := range cookies {
 			for _, server := range cookies {
-				rules = append(rules, datapath.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
+				rules = append(rules, rule.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
 			}
 		}
 	}
@@ -513,7 +514,7 @@ func (c *conn) warmUp() bool {
 		return true
 	}
 	size := uint64(warmUpSize)
-	want := datapath.Direction{Shortcut: true, Verdict: datapath.Allow, Switches: 1, TCPBytes: size, ShortcutBytes: (warmUpRounds - 1) * size}
+	want := datapath.Direction{Shortcut: true, Verdict: rule.Allow, Switches: 1, TCPBytes: size, ShortcutBytes: (warmUpRounds - 1) * size}
 	for _, got := range []datapath.Direction{f.ToServer, f.ToClient} {
 		got.Reason = ""
 		if diff := cmp.Diff(want, got); diff != "" {

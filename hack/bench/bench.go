@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/hack/measure"
 )
@@ -168,7 +169,7 @@ func (b *bench) load() error {
 	if err != nil {
 		return err
 	}
-	return d.SetPolicy([]datapath.Rule{{Client: client, Server: server, First: 0, Last: 65535, Verdict: datapath.Allow}})
+	return d.SetPolicy([]rule.Rule{{Client: client, Server: server, First: 0, Last: 65535, Verdict: rule.Allow}})
 }
 
 func (b *bench) unload(ctx context.Context) error {
