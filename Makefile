@@ -33,7 +33,7 @@ BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 HELM := go tool -modfile=hack/helm/go.mod helm
 PLUGINS := github.com/containernetworking/plugins/plugins
-UNIT := ./api ./plugin ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf ./hack/image
+UNIT := ./api ./plugin ./agent/explain ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf ./hack/image
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help

@@ -263,7 +263,7 @@ func TestCluster(t *testing.T) {
 	ping := func() api.Flow { c.mustPing(t); return c.flow(t, a) }
 	server.put("ADDED", "networkpolicies", deny())
 	waitFor(t, "NetworkPolicy", ping, func(f api.Flow) bool {
-		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && strings.Contains(f.ToServer.Detail, "NetworkPolicy default/deny-all")
+		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && strings.Contains(f.ToServer.Message, "NetworkPolicy default/deny-all")
 	})
 	server.put("DELETED", "networkpolicies", deny())
 	waitFor(t, "NetworkPolicy deleted", ping, shortcut)
@@ -271,7 +271,7 @@ func TestCluster(t *testing.T) {
 	// Opted out of the namespace's default, and in again.
 	server.put("MODIFIED", "pods", clusterPod(old, map[string]string{api.AnnotationShortcut: "disabled"}))
 	waitFor(t, "opted out", ping, func(f api.Flow) bool {
-		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Detail == "default/old: not opted in by podshunt.io/shortcut"
+		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Message == "not allowed (default/old: not opted in by podshunt.io/shortcut)"
 	})
 	server.put("MODIFIED", "pods", clusterPod(old, nil))
 	waitFor(t, "opted in again", ping, shortcut)

@@ -95,7 +95,10 @@ func (f *kernelFlags) validate() error {
 
 // examine measures this kernel. Nothing of the node is touched.
 func (f *kernelFlags) examine() api.Examination {
-	e := api.Examination{Version: version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept"}
+	e := api.Examination{
+		TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindExamination},
+		Version:  version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept",
+	}
 	if err := datapath.CheckKernel(); err != nil {
 		e.Missing = err.Error()
 		return e

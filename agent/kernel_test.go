@@ -148,7 +148,7 @@ func (a *agent) states(t testing.TB) []string {
 	for _, p := range mustShow[api.Status](t, a, "status").Pods {
 		state := "takes part"
 		if !p.Enrolled {
-			state = p.Reason
+			state = p.Message
 		}
 		states = append(states, p.Pod.Name+": "+state)
 	}
@@ -207,7 +207,7 @@ func (c connection) mustPing(t testing.TB) {
 func (c connection) flow(t testing.TB, a *agent) api.Flow {
 	t.Helper()
 	var found []api.Flow
-	for _, f := range mustShow[[]api.Flow](t, a, "flows") {
+	for _, f := range mustShow[api.FlowList](t, a, "flows").Items {
 		if f.Client.Address.String() == c.client.LocalAddr().String() && f.OrigDst.String() == c.client.RemoteAddr().String() {
 			found = append(found, f)
 		}
@@ -249,9 +249,9 @@ func TestAgent(t *testing.T) {
 		t.Errorf("got %+v, want a shortcut from client to web", f)
 	}
 	excluded := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":2222"))
-	wantDiff(t, "excluded port", "server port in podshunt.io/exclude-ports", excluded.flow(t, a).Reason)
+	wantDiff(t, "excluded port", "server port in podshunt.io/exclude-ports", excluded.flow(t, a).Message)
 	toPlain := mustConnect(t, client, plain, plain.MustListen(t, "tcp4", ":0"))
-	wantDiff(t, "plain pod", "default/plain: "+notListed, toPlain.flow(t, a).Reason)
+	wantDiff(t, "plain pod", "default/plain: "+notListed, toPlain.flow(t, a).Message)
 
 	if err := run(t.Context(), append([]string{"run", "--pods-file=x"}, a.places()...), io.Discard, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), fmt.Sprintf("process %d holds", os.Getpid())) {
@@ -261,7 +261,7 @@ func TestAgent(t *testing.T) {
 	// Opted in later: the open connection stays on TCP and says why.
 	a.mustWritePods(t, "client "+on, "web "+on+", podshunt.io/exclude-ports: '2222'", "plain "+on)
 	waitFor(t, "plain opted in", func() []string { return a.states(t) }, func(s []string) bool { return s[1] == "plain: takes part" })
-	if got, want := toPlain.flow(t, a).Reason, "connected before both pods took part"; !strings.HasPrefix(got, want) {
+	if got, want := toPlain.flow(t, a).Message, "connected before both pods took part"; !strings.HasPrefix(got, want) {
 		t.Errorf("got reason %q, want %q", got, want)
 	}
 
@@ -280,7 +280,7 @@ func TestAgent(t *testing.T) {
 	}
 	pause(time.Hour)
 	waitFor(t, "pause", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, func(f api.Flow) bool {
-		return !f.ToServer.Shortcut && f.ToServer.Detail == "server paused by podshunt.io/paused-until"
+		return !f.ToServer.Shortcut && slices.Equal(f.ToServer.Details, []string{"server_paused"})
 	})
 	pause(time.Second) // ends by itself
 	waitFor(t, "end of the pause", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, shortcut)
@@ -288,7 +288,7 @@ func TestAgent(t *testing.T) {
 	// Opted out, the connection is back on TCP.
 	a.mustWritePods(t, "client "+on, "web podshunt.io/shortcut: disabled")
 	waitFor(t, "opted out", func() api.Flow { c.mustPing(t); return c.flow(t, a) }, func(f api.Flow) bool {
-		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Detail == "default/web: not opted in by podshunt.io/shortcut"
+		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Message == "not allowed (default/web: not opted in by podshunt.io/shortcut)"
 	})
 
 	var out bytes.Buffer
@@ -358,7 +358,7 @@ func TestHazardsRefused(t *testing.T) {
 	}
 	status := mustShow[api.Status](t, a, "status")
 	for _, got := range status.Pods {
-		if got.Reason != want || got.Enrolled != (want == "") {
+		if got.Message != want || got.Enrolled != (want == "") {
 			t.Errorf("got %+v, want the reason %q", got, want)
 		}
 	}
@@ -400,13 +400,13 @@ func TestForget(t *testing.T) {
 	c.mustPing(t)
 	port := uint16(l.Addr().(*net.TCPAddr).Port)
 	unsupported := mustShow[api.Status](t, a, "status").UnsupportedPorts
-	if len(unsupported) != 1 || unsupported[0].Pod.Name != "web" || unsupported[0].Port != port || !slices.Equal(unsupported[0].Reasons, []string{"SO_ZEROCOPY"}) {
+	if len(unsupported) != 1 || unsupported[0].Pod.Name != "web" || unsupported[0].Port != port || !slices.Equal(unsupported[0].Reasons, []string{"so_zerocopy"}) {
 		t.Errorf("got %+v, want the server's port with SO_ZEROCOPY", unsupported)
 	}
 	again := mustConnect(t, client, web, l)
 	again.mustPing(t)
 	wantDiff(t, "reason", "a connection to this server port used SO_ZEROCOPY, which the shortcut does not serve: "+
-		"`podshunt-agent forget` pairs new ones again", again.flow(t, a).Reason)
+		"`podshunt-agent forget` pairs new ones again", again.flow(t, a).Message)
 
 	forget := func(args ...string) (string, error) {
 		var out bytes.Buffer

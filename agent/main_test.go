@@ -25,9 +25,6 @@ import (
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
-	"github.com/podshunt/podshunt/agent/pods"
-	"github.com/podshunt/podshunt/agent/policy"
-	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -366,202 +363,37 @@ func TestRefuseHazards(t *testing.T) {
 		"with --kernel-hazards=accept they take part on this one, and those programs break", refuseHazards(hazards))
 }
 
-func at(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
-
-// The pods of the tests: client 1 (10.0.0.1), web 2 (10.0.0.2, port 22 excluded),
-// out 3 (10.0.0.3, not opted in), held 4 (10.0.0.4, paused).
-func testView() *view {
-	now := time.Unix(1_000_000, 0)
-	pod := func(name string, cookie uint64, s api.Settings, reason string) pods.Pod {
-		return pods.Pod{PodStatus: api.PodStatus{
-			Pod: api.PodRef{Namespace: "default", Name: name}, NetnsCookie: cookie,
-			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(cookie)})},
-			Enrolled:  s.Enabled, Reason: reason,
-		}, Policy: policy.Pod{ID: cookie, Settings: s}}
-	}
-	web := pod("web", 2, api.Settings{Enabled: true, ExcludePorts: []api.PortRange{{First: 22, Last: 22}}}, "")
-	return newView([]pods.Pod{
-		pod("client", 1, api.Settings{Enabled: true}, ""),
-		web, web, // two interfaces
-		pod("out", 3, api.Settings{}, "not opted in"),
-		pod("held", 4, api.Settings{Enabled: true, PausedUntil: now.Add(time.Hour)}, "paused"),
-		pod("unknown", 0, api.Settings{Enabled: true}, "its netns cannot be read"),
-	}, policy.Cluster{}, now)
-}
-
-func TestUnpaired(t *testing.T) {
-	const (
-		reconnect = "connected before both pods took part, or by a handshake that cannot be matched (SNAT, TCP Fast Open): reconnect to try again"
-		stranger  = "the other end is not a pod of this node that takes part"
-	)
-	listen := func(netns uint64, local string) socket {
-		return socket{netns: netns, local: at(local), listening: true}
-	}
-	open := func(netns, cookie uint64, local, remote string) socket {
-		return socket{netns: netns, cookie: cookie, local: at(local), remote: at(remote)}
-	}
-	for _, tc := range []struct {
-		name    string
-		sockets []socket
-		known   []datapath.Flow
-		// want has "client > dialled > server: reason".
-		want []string
-	}{
-		{
-			name: "one line for both ends",
-			sockets: []socket{
-				listen(2, "[::]:80"), open(1, 11, "10.0.0.1:5000", "10.0.0.2:80"), open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"),
-			},
-			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: " + reconnect},
-		},
-		{
-			name: "a paired connection is not listed",
-			sockets: []socket{
-				listen(2, "0.0.0.0:80"), open(1, 11, "10.0.0.1:5000", "10.0.0.2:80"), open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"),
-			},
-			known: []datapath.Flow{{ID: 11, ServerNetns: 2, Client: at("10.0.0.1:5000"), Server: at("10.0.0.2:80"), Joined: true}},
-		},
-		{
-			name: "one client port, one of two connections paired",
-			sockets: []socket{
-				listen(2, "0.0.0.0:80"), listen(2, "0.0.0.0:22"),
-				open(1, 11, "10.0.0.1:5000", "10.0.0.2:80"), open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"),
-				open(1, 13, "10.0.0.1:5000", "10.0.0.2:22"), open(2, 14, "10.0.0.2:22", "10.0.0.1:5000"),
-			},
-			known: []datapath.Flow{{ID: 11, ServerNetns: 2, Client: at("10.0.0.1:5000"), Server: at("10.0.0.2:80"), Joined: true}},
-			want: []string{
-				"default/client 10.0.0.1:5000 > 10.0.0.2:22 > default/web 10.0.0.2:22: server port in podshunt.io/exclude-ports",
-			},
-		},
-		{
-			name: "through a translated address",
-			sockets: []socket{
-				listen(2, "0.0.0.0:22"), open(1, 11, "10.0.0.1:5000", "10.96.0.1:2222"), open(2, 12, "10.0.0.2:22", "10.0.0.1:5000"),
-			},
-			want: []string{
-				"default/client 10.0.0.1:5000 > 10.96.0.1:2222 > default/web 10.0.0.2:22: server port in podshunt.io/exclude-ports",
-			},
-		},
-		{
-			name: "a pod that is not opted in",
-			sockets: []socket{
-				listen(3, "0.0.0.0:80"), open(1, 11, "10.0.0.1:5000", "10.0.0.3:80"), open(3, 12, "10.0.0.3:80", "10.0.0.1:5000"),
-			},
-			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.3:80 > default/out 10.0.0.3:80: default/out: not opted in"},
-		},
-		{
-			name: "paused",
-			sockets: []socket{
-				listen(2, "0.0.0.0:80"), open(4, 11, "10.0.0.4:5000", "10.0.0.2:80"), open(2, 12, "10.0.0.2:80", "10.0.0.4:5000"),
-			},
-			want: []string{"default/held 10.0.0.4:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: client paused by podshunt.io/paused-until"},
-		},
-		{
-			name:    "to and from elsewhere",
-			sockets: []socket{listen(2, "0.0.0.0:80"), open(1, 11, "10.0.0.1:5000", "192.0.2.1:443"), open(2, 12, "10.0.0.2:80", "192.0.2.2:6000")},
-			want: []string{
-				"default/client 10.0.0.1:5000 > 192.0.2.1:443 > / 192.0.2.1:443: " + stranger,
-				"/ 192.0.2.2:6000 > 10.0.0.2:80 > default/web 10.0.0.2:80: " + stranger,
-			},
-		},
-		{
-			name: "of no pod that wants to take part",
-			sockets: []socket{
-				listen(3, "0.0.0.0:80"), open(3, 12, "10.0.0.3:80", "192.0.2.2:6000"), open(3, 13, "10.0.0.3:5000", "192.0.2.2:443"),
-			},
-		},
-		{
-			name: "loopback of two pods with the same ports",
-			sockets: []socket{
-				listen(1, "127.0.0.1:80"), open(1, 11, "127.0.0.1:5000", "127.0.0.1:80"), open(1, 12, "127.0.0.1:80", "127.0.0.1:5000"),
-				listen(2, "127.0.0.1:80"), open(2, 13, "127.0.0.1:5000", "127.0.0.1:80"), open(2, 14, "127.0.0.1:80", "127.0.0.1:5000"),
-			},
-			want: []string{
-				"default/client 127.0.0.1:5000 > 127.0.0.1:80 > default/client 127.0.0.1:80: " + reconnect,
-				"default/web 127.0.0.1:5000 > 127.0.0.1:80 > default/web 127.0.0.1:80: " + reconnect,
-			},
-		},
-		{
-			name:    "the listener is closed",
-			sockets: []socket{open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"), open(1, 11, "10.0.0.1:5000", "10.0.0.2:80")},
-			want:    []string{"default/client 10.0.0.1:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: " + reconnect},
-		},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			var got []string
-			for _, f := range testView().unpaired(tc.sockets, tc.known) {
-				got = append(got, fmt.Sprintf("%s %s > %s > %s %s: %s", f.Client.Pod, f.Client.Address, f.OrigDst, f.Server.Pod, f.Server.Address, f.Reason))
-			}
-			wantDiff(t, "flows", tc.want, got)
-		})
-	}
-}
-
-func TestPaired(t *testing.T) {
-	since := time.Unix(1000, 0)
-	flow := datapath.Flow{
-		ID: 1, ClientNetns: 1, ServerNetns: 2, Joined: true, Since: since,
-		Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
-		ToServer: datapath.Direction{
-			Shortcut: true, Verdict: rule.Allow, Reason: "unsupported", ReadFlags: 0x100 | 0x10,
-			ShortcutBytes: 1, TCPBytes: 2, Unread: 3, Switches: 4,
-		},
-		ToClient: datapath.Direction{Verdict: rule.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed"},
-	}
-	released := flow
-	released.Joined, released.ServerNetns = false, 3
-	released.ToClient = datapath.Direction{Verdict: rule.Refuse, Reason: "not allowed"}
-	strange := released
-	strange.ClientNetns, strange.ServerNetns = 99, 98
-	strange.ToServer = datapath.Direction{Verdict: rule.Allow}
-
-	client := api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "client"}, Address: flow.Client}
-	toServer := &api.Direction{
-		Shortcut: true, Reason: "unsupported", Detail: "MSG_WAITALL 0x10", ShortcutBytes: 1, TCPBytes: 2, UnreadBytes: 3, Switches: 4,
-	}
-	wantDiff(t, "flows", []api.Flow{
-		{
-			Client: client, OrigDst: flow.OrigDst, Paired: true, Since: since,
-			Server:   api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "web"}, Address: flow.Server},
-			ToServer: toServer, ToClient: &api.Direction{Reason: "not allowed", Detail: "server paused by podshunt.io/paused-until"},
-		},
-		{
-			Client: client, OrigDst: flow.OrigDst, Paired: true, Since: since,
-			Server:   api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "out"}},
-			ToServer: toServer, ToClient: &api.Direction{Reason: "not allowed", Detail: "default/out: not opted in"},
-		},
-		{
-			Client: api.FlowEnd{Address: flow.Client}, OrigDst: flow.OrigDst, Paired: true, Since: since,
-			ToServer: &api.Direction{},
-			ToClient: &api.Direction{Reason: "not allowed", Detail: "the other end is not a pod of this node that takes part"},
-		},
-	}, testView().paired([]datapath.Flow{flow, released, strange}))
-}
-
 func TestWriteFlows(t *testing.T) {
-	flows := testView().paired([]datapath.Flow{
+	at := netip.MustParseAddrPort
+	pod := func(name, address string) api.FlowEnd {
+		end := api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: name}}
+		if address != "" {
+			end.Address = at(address)
+		}
+		return end
+	}
+	client, web := pod("client", "10.0.0.1:5000"), pod("web", "10.0.0.2:80")
+	flows := []api.Flow{
 		{
-			ClientNetns: 1, ServerNetns: 2, Joined: true, Client: at("10.0.0.1:5000"), OrigDst: at("10.96.0.1:80"), Server: at("10.0.0.2:8080"),
-			ToServer: datapath.Direction{Shortcut: true, Verdict: rule.Allow, ShortcutBytes: 1 << 30, TCPBytes: 12, Reason: "budget"},
-			ToClient: datapath.Direction{Verdict: rule.Hold, PolicyReason: uint32(policy.ServerPaused), Reason: "not allowed", TCPBytes: 1536},
+			Client: client, Server: pod("web", "10.0.0.2:8080"), OrigDst: at("10.96.0.1:80"), Paired: true,
+			ToServer: &api.Direction{Shortcut: true, ShortcutBytes: 1 << 30, TCPBytes: 12, Reason: "budget", Message: "the limit"},
+			ToClient: &api.Direction{Reason: "not_allowed", Message: "not allowed (paused)", TCPBytes: 1536},
 		},
-		{ClientNetns: 1, ServerNetns: 2, Client: at("10.0.0.1:5001"), OrigDst: at("10.0.0.2:8080")},
-	})
-	flows = append(flows, api.Flow{
-		Client: api.FlowEnd{Address: at("192.0.2.1:6000")}, OrigDst: at("10.0.0.2:80"),
-		Server: api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "web"}, Address: at("10.0.0.2:80")}, Reason: "other end",
-	})
-	flows = append(flows, api.Flow{
-		Client: flows[0].Client, OrigDst: at("10.96.0.1:22"), Server: flows[2].Server, Reason: "port",
-	})
+		{
+			Client: pod("client", "10.0.0.1:5001"), Server: pod("web", ""), OrigDst: at("10.0.0.2:8080"), Paired: true,
+			ToServer: &api.Direction{}, ToClient: &api.Direction{},
+		},
+		{Client: api.FlowEnd{Address: at("192.0.2.1:6000")}, OrigDst: at("10.0.0.2:80"), Server: web, Message: "other end"},
+		{Client: client, OrigDst: at("10.96.0.1:22"), Server: web, Message: "port"},
+	}
 	var out bytes.Buffer
 	if err := writeFlows(&out, flows); err != nil {
 		t.Fatal(err)
 	}
 	wantText(t, `
 CLIENT                        SERVER                     DIRECTION  PATH      SHORTCUT  TCP      LAST REASON FOR TCP
-default/client 10.0.0.1:5000  default/web 10.0.0.2:8080  to server  shortcut  1.0 GiB   12 B     budget
-                                dialled 10.96.0.1:80     to client  tcp       0 B       1.5 KiB  not allowed (server paused by podshunt.io/paused-until)
+default/client 10.0.0.1:5000  default/web 10.0.0.2:8080  to server  shortcut  1.0 GiB   12 B     the limit
+                                dialled 10.96.0.1:80     to client  tcp       0 B       1.5 KiB  not allowed (paused)
 default/client 10.0.0.1:5001  default/web                to server  tcp       0 B       0 B
                                 dialled 10.0.0.2:8080    to client  tcp       0 B       0 B
 - 192.0.2.1:6000              default/web 10.0.0.2:80    both       tcp                          other end
@@ -587,14 +419,16 @@ func TestWriteStatus(t *testing.T) {
 		},
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
-			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Reason: "first\nsecond"},
+			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Message: "first\nsecond"},
 		},
 		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		Guards:           []string{"flags", "splice"},
-		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "MSG_OOB"}, Since: time.Unix(0, 0).UTC()}},
+		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()}},
 		SourceError:      "no file", PolicyError: "map full",
-		Maps:     []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
-		Outcomes: []api.Outcome{{Name: "message_shortcut", Count: 2, Bytes: 2048}, {Name: "connection_paired", Count: 1}, {Name: "message_ulp"}},
+		Maps: []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
+		Outcomes: []api.Outcome{
+			{Kind: "message", Code: "shortcut", Count: 2, Bytes: 2048}, {Kind: "connection", Code: "paired", Count: 1}, {Kind: "message", Code: "ulp"},
+		},
 	}
 	var out bytes.Buffer
 	if err := writeStatus(&out, status); err != nil {

@@ -69,7 +69,7 @@ func (c *statusCollector) Collect(metrics chan<- prometheus.Metric) {
 	snapshot := c.snapshot()
 	gauge(c.info, 1, c.fixed.Version, runtime.Version(), c.fixed.Kernel, c.fixed.Observer)
 	for state, number := range countPods(snapshot.Pods) {
-		gauge(c.pods, float64(number), state)
+		gauge(c.pods, float64(number), string(state))
 	}
 	for _, h := range c.fixed.Hazards {
 		fatal := "false"
@@ -88,22 +88,16 @@ func (c *statusCollector) Collect(metrics chan<- prometheus.Metric) {
 }
 
 // countPods counts each pod once, however many interfaces it has.
-func countPods(all []pods.Pod) map[string]int {
-	const takesPart, refused, notOptedIn = "takes_part", "refused", "not_opted_in"
-	counts := map[string]int{takesPart: 0, refused: 0, notOptedIn: 0}
+func countPods(all []pods.Pod) map[api.PodState]int {
+	counts := map[api.PodState]int{}
+	for _, state := range api.PodStates() {
+		counts[state] = 0
+	}
 	counted := map[api.PodRef]bool{}
 	for _, p := range all {
-		if counted[p.Pod] {
-			continue
-		}
-		counted[p.Pod] = true
-		switch {
-		case p.Enrolled:
-			counts[takesPart]++
-		case p.Problem != "":
-			counts[refused]++
-		default:
-			counts[notOptedIn]++
+		if !counted[p.Pod] {
+			counted[p.Pod] = true
+			counts[p.State]++
 		}
 	}
 	return counts

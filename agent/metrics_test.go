@@ -16,11 +16,13 @@ import (
 )
 
 func TestStatusMetrics(t *testing.T) {
-	pod := func(name string, enrolled bool, problem pods.Problem) pods.Pod {
-		return pods.Pod{PodStatus: api.PodStatus{Pod: api.PodRef{Namespace: "default", Name: name}, Enrolled: enrolled}, Problem: problem}
+	pod := func(name string, state api.PodState) pods.Pod {
+		return pods.Pod{PodStatus: api.PodStatus{Pod: api.PodRef{Namespace: "default", Name: name}, State: state}}
 	}
 	snapshot := pods.Snapshot{
-		Pods:        []pods.Pod{pod("two-interfaces", true, ""), pod("two-interfaces", true, ""), pod("refused", false, pods.HostNetwork), pod("out", false, "")},
+		Pods: []pods.Pod{
+			pod("two-interfaces", api.PodEnrolled), pod("two-interfaces", api.PodEnrolled), pod("refused", api.PodRefused), pod("out", api.PodOut),
+		},
 		PolicyError: errors.New("map full"),
 	}
 	c := newStatusCollector(api.Status{
@@ -36,9 +38,12 @@ func TestStatusMetrics(t *testing.T) {
 		"podshunt_kernel_hazard false waitall":                        0,
 		"podshunt_kernel_hazard true splice":                          1,
 		"podshunt_kernel_hazards_accepted":                            0,
-		"podshunt_pods not_opted_in":                                  1,
+		"podshunt_pods enrolled":                                      1,
+		"podshunt_pods held":                                          0,
+		"podshunt_pods out":                                           1,
 		"podshunt_pods refused":                                       1,
-		"podshunt_pods takes_part":                                    1,
+		"podshunt_pods waiting":                                       0,
+		"podshunt_pods wanted":                                        0,
 		"podshunt_policy_error":                                       1,
 		"podshunt_source_error":                                       0,
 		"podshunt_unloaded":                                           0,

@@ -13,6 +13,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
 	"github.com/podshunt/podshunt/api"
@@ -30,13 +31,14 @@ type node struct {
 	fixed    api.Status
 	lease    *lease
 	unloaded atomic.Bool
-	listing  sync.Mutex // held while sockets are listed, so that many askers cost no more than one
+	listing  sync.Mutex // held while sockets are listed: one asker at a time
 }
 
 var _ server.Node = (*node)(nil)
 
 func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examination, log *slog.Logger) *node {
 	return &node{registry: r, datapath: d, log: log, attachmentsDir: attachmentsIn(cfg.runDir), proc: cfg.proc, fixed: api.Status{
+		TypeMeta:        api.TypeMeta{APIVersion: api.Version, Kind: api.KindStatus},
 		Version:         version,
 		Kernel:          e.Kernel,
 		Observer:        d.Observer(),
@@ -68,9 +70,9 @@ func (n *node) Status() (api.Status, error) {
 	status.Guards = n.datapath.Guards()
 	status.Lease = n.lease.state()
 	unsupported, err1 := n.datapath.UnsupportedPorts()
-	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
-	for _, m := range unsupported {
-		status.UnsupportedPorts = append(status.UnsupportedPorts, v.describeUnsupported(m))
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
+	for _, u := range unsupported {
+		status.UnsupportedPorts = append(status.UnsupportedPorts, view.UnsupportedPort(u))
 	}
 	var err2, err3 error
 	status.Maps, err2 = n.datapath.Maps()
@@ -101,26 +103,23 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
 	snapshot := n.registry.Snapshot()
-	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
 	unsupported, err := n.datapath.UnsupportedPorts()
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range unsupported {
-		v.unsupported[question{m.Client, m.Netns, m.Port}] = m
-	}
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
 	// Asked before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
 		return nil, err
 	}
-	var sockets []socket
-	if v.anyWants() {
-		for _, p := range v.pods {
+	var sockets []explain.Socket
+	if view.NeedsSockets() {
+		for _, p := range view.Pods() {
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
-			found, err := listSockets(p.Netns, p.NetnsCookie)
+			found, err := explain.Sockets(p.Netns, p.NetnsCookie)
 			if err != nil {
 				n.log.Debug("sockets of a pod not listed", "pod", p.Pod.String(), "err", err)
 			}
@@ -131,9 +130,9 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	if err != nil {
 		return nil, err
 	}
-	flows := v.paired(paired)
-	flows = append(flows, v.unpaired(sockets, append(before, paired...))...)
-	sortFlows(flows)
+	flows := view.Paired(paired)
+	flows = append(flows, view.Unpaired(sockets, append(before, paired...))...)
+	explain.Sort(flows)
 	return flows, nil
 }
 
@@ -144,8 +143,8 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	n.unloaded.Store(true)
 	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.registry.Snapshot()
-	v := newView(snapshot.Pods, snapshot.Cluster, time.Now())
-	return unloader{n.datapath, v, force, n.attachmentsDir, n.proc}.run(ctx)
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, time.Now())
+	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
 }
 
 // Uninstall takes the plugin out of the CNI configuration first, so that no new

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -29,7 +31,7 @@ const resetTimeout = 30 * time.Second
 // unloader is an unload and what it needs to reset connections.
 type unloader struct {
 	datapath       *datapath.Datapath
-	view           *view
+	view           *explain.View
 	force          bool
 	attachmentsDir string
 	proc           string
@@ -39,11 +41,11 @@ type unloader struct {
 // redirected before ctx ends, and goes on.
 func (u unloader) run(ctx context.Context) (api.UnloadResult, error) {
 	waiting, err := u.datapath.Unload(ctx)
-	result := api.UnloadResult{Waiting: u.view.paired(waiting)}
+	result := api.UnloadResult{Waiting: u.view.Paired(waiting)}
 	if len(waiting) > 0 && u.force && errors.Is(err, context.DeadlineExceeded) {
 		reset, over, resetErr := u.reset(waiting)
 		u.datapath.GiveUp(append(over, reset...))
-		result.Reset = u.view.paired(reset)
+		result.Reset = u.view.Paired(reset)
 		if resetErr != nil {
 			result.ResetError = resetErr.Error()
 		}
@@ -53,7 +55,7 @@ func (u unloader) run(ctx context.Context) (api.UnloadResult, error) {
 			cancel() // some are waited for: look once
 		}
 		waiting, err = u.datapath.Unload(again)
-		result.Waiting = u.view.paired(waiting)
+		result.Waiting = u.view.Paired(waiting)
 	}
 	if len(waiting) > 0 {
 		return result, nil
@@ -114,7 +116,7 @@ func (u unloader) netnsPaths(wanted map[uint64]map[uint64]bool) map[uint64]strin
 			found[cookie] = path
 		}
 	}
-	for _, p := range u.view.pods {
+	for _, p := range u.view.Pods() {
 		if wanted[p.NetnsCookie] != nil {
 			try(p.Netns)
 		}
@@ -191,7 +193,7 @@ func resetSockets(path string, wanted, done map[uint64]bool) error {
 				return fmt.Errorf("this kernel cannot reset connections from outside (it is built without CONFIG_INET_DIAG_DESTROY): end the programs that do not read: %w", err)
 			}
 			if err != nil {
-				return fmt.Errorf("reset %s: %w", addrPort(s.ID.Source, s.ID.SourcePort), err)
+				return fmt.Errorf("reset %s: %w", net.JoinHostPort(s.ID.Source.String(), strconv.Itoa(int(s.ID.SourcePort))), err)
 			}
 			done[cookie] = true
 		}

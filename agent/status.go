@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -72,7 +73,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 		if p.Enrolled {
 			state = "takes part"
 		}
-		t.row(p.Pod.String(), join(p.Addresses), state, p.Reason)
+		t.row(p.Pod.String(), join(p.Addresses), state, p.Message)
 	}
 	if len(s.Pods) == 0 {
 		t.row("none")
@@ -86,7 +87,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 		if m.Client != nil {
 			from = podText(*m.Client)
 		}
-		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, strings.Join(m.Reasons, ", "), m.Since.Format(time.DateTime))
+		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, explain.Calls(m.Reasons), m.Since.Format(time.DateTime))
 	}
 	t.row()
 	t.row("MAP", "ENTRIES", "MAX")
@@ -97,7 +98,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("OUTCOME", "COUNT", "BYTES")
 	for _, o := range s.Outcomes {
 		if o.Count > 0 {
-			t.row(o.Name, strconv.FormatUint(o.Count, 10), bytesOrNone(o.Bytes))
+			t.row(o.String(), strconv.FormatUint(o.Count, 10), bytesOrNone(o.Bytes))
 		}
 	}
 	return t.Flush()

@@ -102,7 +102,7 @@ func TestUninstall(t *testing.T) {
 	metrics := mustGet(t, address, "/metrics").body
 	for _, want := range []string{
 		`podshunt_connections_total{outcome="paired"} 1`, `podshunt_messages_total{outcome="shortcut"} 8`,
-		`podshunt_message_bytes_total{outcome="shortcut"} 800`, `podshunt_pods{state="takes_part"} 2`, `podshunt_map_entries{map="flows"} 1`,
+		`podshunt_message_bytes_total{outcome="shortcut"} 800`, `podshunt_pods{state="enrolled"} 2`, `podshunt_map_entries{map="flows"} 1`,
 		`podshunt_plugin_request_duration_seconds_count{request="add",result="ok"} 2`,
 	} {
 		if !strings.Contains(metrics, want+"\n") {

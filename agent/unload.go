@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 )
@@ -152,6 +153,6 @@ func (f *unloadFlags) unloadPins(ctx context.Context) (api.UnloadResult, error) 
 	defer d.Close()
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
-	v := newView(nil, policy.Cluster{}, time.Now())
+	v := explain.NewView(nil, policy.Cluster{}, nil, time.Now())
 	return unloader{d, v, f.force, attachmentsIn(f.runDir), defaults().proc}.run(ctx)
 }

@@ -16,7 +16,7 @@ const (
 	PathGC = "/v1/gc"
 	// PathStatus: GET a Status.
 	PathStatus = "/v1/status"
-	// PathFlows: GET a list of Flow.
+	// PathFlows: GET a FlowList.
 	PathFlows = "/v1/flows"
 	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of ForgetRequest.
 	PathForget = "/v1/forget"
@@ -26,6 +26,29 @@ const (
 	// PathUninstall: as PathUnload, after our entry has been taken out of the CNI configuration.
 	PathUninstall = "/v1/uninstall"
 )
+
+// Version is the apiVersion of all that the commands print as JSON. While it stays, no
+// field, state or reason goes or changes its meaning; some may come.
+const Version = "podshunt.io/v1"
+
+// TypeMeta says what a JSON document is.
+type TypeMeta struct {
+	APIVersion string `json:"apiVersion"`
+	Kind       string `json:"kind"`
+}
+
+// The kinds of documents.
+const (
+	KindStatus      = "Status"
+	KindFlowList    = "FlowList"
+	KindExamination = "Examination"
+)
+
+// FlowList is the answer to PathFlows.
+type FlowList struct {
+	TypeMeta
+	Items []Flow `json:"items"`
+}
 
 // Error is the body of every failed request.
 type Error struct {
@@ -63,8 +86,8 @@ type Attachment struct {
 type Admission struct {
 	// Enrolled tells whether the pod takes part from its first connection on.
 	Enrolled bool `json:"enrolled"`
-	// Reason says why it does not.
-	Reason string `json:"reason,omitempty"`
+	// Message says why it does not.
+	Message string `json:"message,omitempty"`
 }
 
 // GCRequest lists the attachments of Network that are still valid. The network
@@ -76,6 +99,7 @@ type GCRequest struct {
 
 // Status is the state of the agent, its kernel objects and its pods.
 type Status struct {
+	TypeMeta
 	Version string `json:"version"`
 	// Kernel is the running kernel's release.
 	Kernel string `json:"kernel"`
@@ -144,6 +168,7 @@ type Hazard struct {
 
 // Examination is what a kernel was found to be like.
 type Examination struct {
+	TypeMeta
 	Version string `json:"version"`
 	Kernel  string `json:"kernel"`
 	// Missing is what the kernel lacks to run the programs; nothing else is known then.
@@ -163,8 +188,9 @@ type UnsupportedPort struct {
 	Pod PodRef `json:"pod"`
 	// Client is the pod whose connections alone are concerned, as it was the one that
 	// used it; nil if it was the server.
-	Client  *PodRef   `json:"client,omitempty"`
-	Port    uint16    `json:"port"`
+	Client *PodRef `json:"client,omitempty"`
+	Port   uint16  `json:"port"`
+	// Reasons are codes of what was used: "splice", for example.
 	Reasons []string  `json:"reasons"`
 	Since   time.Time `json:"since"`
 }
@@ -193,8 +219,10 @@ type PodStatus struct {
 	State       PodState `json:"state"`
 	// Enrolled is true in the states PodEnrolled and PodHeld.
 	Enrolled bool `json:"enrolled"`
-	// Reason explains State to people; nothing goes by it.
-	Reason string `json:"reason,omitempty"`
+	// Reason is why it has that state; empty for PodEnrolled. Message says it to people;
+	// nothing goes by it.
+	Reason  PodReason `json:"reason,omitempty"`
+	Message string    `json:"message,omitempty"`
 }
 
 // PodState says what has become of a pod.
@@ -218,6 +246,52 @@ const (
 	PodHeld PodState = "held"
 )
 
+// PodStates lists all states.
+func PodStates() []PodState {
+	return []PodState{PodOut, PodRefused, PodWaiting, PodWanted, PodEnrolled, PodHeld}
+}
+
+// PodReason is why a pod has its state. That of a PodRefused, in another spelling, is
+// the reason of its Event: InvalidAnnotation.
+type PodReason string
+
+// The reasons, by the state that they lead to.
+const (
+	// PodOut.
+	PodNotOptedIn PodReason = "not_opted_in"
+	PodFinished   PodReason = "finished"
+	PodUnloaded   PodReason = "unloaded"
+
+	// PodRefused, and PodOut where the pod does not ask to take part.
+	PodHostNetwork   PodReason = "host_network"
+	PodKernelRefused PodReason = "kernel_refused"
+	// PodRefused.
+	PodInvalidAnnotation PodReason = "invalid_annotation"
+	PodSandboxedRuntime  PodReason = "sandboxed_runtime"
+	PodEnrolFailed       PodReason = "enrol_failed"
+	PodSharedNetwork     PodReason = "shared_network"
+	PodClaimedTwice      PodReason = "claimed_twice"
+
+	// PodWaiting.
+	PodSourceUnknown  PodReason = "source_unknown"
+	PodReplaced       PodReason = "replaced"
+	PodNetnsUnknown   PodReason = "netns_unknown"
+	PodNoProcess      PodReason = "no_process"
+	PodWithoutAddress PodReason = "no_address"
+
+	// PodHeld.
+	PodPaused PodReason = "paused"
+)
+
+// PodReasons lists all reasons.
+func PodReasons() []PodReason {
+	return []PodReason{
+		PodNotOptedIn, PodFinished, PodUnloaded, PodHostNetwork, PodKernelRefused, PodInvalidAnnotation, PodSandboxedRuntime,
+		PodEnrolFailed, PodSharedNetwork, PodClaimedTwice, PodSourceUnknown, PodReplaced, PodNetnsUnknown, PodNoProcess,
+		PodWithoutAddress, PodPaused,
+	}
+}
+
 // MapUsage is how full a kernel map is.
 type MapUsage struct {
 	Name    string `json:"name"`
@@ -225,13 +299,26 @@ type MapUsage struct {
 	Max     int    `json:"max"`
 }
 
+// What an Outcome counts.
+const (
+	OutcomeMessage    = "message"
+	OutcomeConnection = "connection"
+	OutcomeSocket     = "socket"
+)
+
 // Outcome is one counter of the kernel programs.
 type Outcome struct {
-	Name string `json:"name"`
-	// Count is in messages or connections, as Name says; Bytes only where messages are counted.
+	// Kind is what is counted: OutcomeMessage, OutcomeConnection or OutcomeSocket.
+	Kind string `json:"kind"`
+	// Code is the label of the metric, and the reason of a flow's direction.
+	Code  string `json:"code"`
 	Count uint64 `json:"count"`
+	// Bytes are those of the messages.
 	Bytes uint64 `json:"bytes,omitempty"`
 }
+
+// String returns "message_budget", for example.
+func (o Outcome) String() string { return o.Kind + "_" + o.Code }
 
 // Flow is one TCP connection of an opted-in pod. Client is the end that
 // connected.
@@ -241,9 +328,12 @@ type Flow struct {
 	// OrigDst is where the client connected to; it differs from the server's
 	// own address when a Service or another NAT lies between.
 	OrigDst netip.AddrPort `json:"originalDestination"`
-	// Paired is false for a connection that podshunt left alone; Reason then says why.
-	Paired bool   `json:"paired"`
-	Reason string `json:"reason,omitempty"`
+	// Paired is false for a connection that podshunt left alone; Reason then says why, as
+	// for a Direction.
+	Paired  bool     `json:"paired"`
+	Reason  string   `json:"reason,omitempty"`
+	Details []string `json:"details,omitempty"`
+	Message string   `json:"message,omitempty"`
 	// Since is when the connection was paired.
 	Since time.Time `json:"since,omitzero"`
 	// ToServer and ToClient are the two directions of a paired connection.
@@ -261,10 +351,12 @@ type FlowEnd struct {
 type Direction struct {
 	// Shortcut tells how the last message went.
 	Shortcut bool `json:"shortcut"`
-	// Reason is why the last message that went by TCP did so; Detail names the
-	// policy or the flags behind it where there are any.
-	Reason string `json:"reason,omitempty"`
-	Detail string `json:"detail,omitempty"`
+	// Reason is the code of why the last message that went by TCP did so, and Details are
+	// those of what is behind it: "not_allowed" and "client_paused", for example. Message
+	// says both to people; nothing goes by it.
+	Reason  string   `json:"reason,omitempty"`
+	Details []string `json:"details,omitempty"`
+	Message string   `json:"message,omitempty"`
 	// ShortcutBytes and TCPBytes count what the sender wrote.
 	ShortcutBytes uint64 `json:"shortcutBytes"`
 	TCPBytes      uint64 `json:"tcpBytes"`

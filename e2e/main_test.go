@@ -197,7 +197,7 @@ func (n *node) states(t testing.TB) []string {
 	for _, p := range n.status(t).Pods {
 		state := "takes part"
 		if !p.Enrolled {
-			state = p.Reason
+			state = p.Message
 		}
 		states = append(states, p.Pod.Name+": "+state)
 	}

@@ -22,7 +22,7 @@ func TestChanges(t *testing.T) {
 	early := l.mustStream(t, s.client, s.streams[0])
 	notListed := "not opted in: no entry in " + n.podsFile
 	wantDiff(t, "pods", []string{"client: takes part", "web: " + notListed}, n.states(t))
-	if f := early.flow(t, n.flows(t)); f.Paired || f.Reason != "default/web: "+notListed {
+	if f := early.flow(t, n.flows(t)); f.Paired || f.Message != "default/web: "+notListed {
 		t.Errorf("got %+v, want it unpaired because %s", f, notListed)
 	}
 
@@ -94,7 +94,7 @@ func TestChanges(t *testing.T) {
 		mustBecome(t, "source error", "", func() string { return n.status(t).SourceError })
 	}
 
-	if f := early.flow(t, n.flows(t)); f.Paired || !strings.HasPrefix(f.Reason, "connected before both pods took part") {
+	if f := early.flow(t, n.flows(t)); f.Paired || !strings.HasPrefix(f.Message, "connected before both pods took part") {
 		t.Errorf("got %+v, want the first connection unpaired", f)
 	}
 	l.finish(t)
@@ -102,17 +102,17 @@ func TestChanges(t *testing.T) {
 
 func (n *node) flows(t testing.TB) []api.Flow {
 	t.Helper()
-	return mustShow[[]api.Flow](t, n, "flows")
+	return mustShow[api.FlowList](t, n, "flows").Items
 }
 
-// notOnTCP returns the streams that are not on TCP both ways for the reason in detail.
-func (n *node) notOnTCP(t testing.TB, streams []*stream, detail string) (not string) {
+// notOnTCP returns the streams that are not on TCP both ways with what is wanted in their message.
+func (n *node) notOnTCP(t testing.TB, streams []*stream, want string) (not string) {
 	t.Helper()
 	flows := n.flows(t)
 	for _, s := range streams {
 		f := s.flow(t, flows)
 		for _, d := range []*api.Direction{f.ToServer, f.ToClient} {
-			if d == nil || d.Shortcut || !strings.Contains(d.Detail, detail) {
+			if d == nil || d.Shortcut || !strings.Contains(d.Message, want) {
 				not += fmt.Sprintf("%s: %+v\n", s.dialled, d)
 			}
 		}

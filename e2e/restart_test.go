@@ -8,12 +8,12 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -155,8 +155,8 @@ func (n *node) connections(t testing.TB) map[string]int64 {
 	t.Helper()
 	counts := map[string]int64{}
 	for _, o := range n.status(t).Outcomes {
-		if strings.HasPrefix(o.Name, "connection_") && o.Count > 0 {
-			counts[o.Name] = int64(o.Count)
+		if o.Kind == api.OutcomeConnection && o.Count > 0 {
+			counts[o.String()] = int64(o.Count)
 		}
 	}
 	return counts

@@ -79,9 +79,9 @@ func direction(p *bpf.ShortcutFlow, from int) Direction {
 	}
 	if p.State&uint64(evicted) != 0 {
 		dir.Evicted, dir.Shortcut = true, false
-		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_EVICTED].text
+		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_EVICTED].code
 	} else if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
-		dir.Reason = outcomes()[s.Reason].text
+		dir.Reason = outcomes()[s.Reason].code
 	}
 	if !dir.Shortcut {
 		dir.TCPBytes += uint64(s.LastSize) // write_seq counts it with the next message

@@ -128,7 +128,7 @@ func (n *node) counts(tb testing.TB) map[string]uint64 {
 	counts := map[string]uint64{}
 	for _, o := range outcomes {
 		if o.Count > 0 {
-			counts[o.Name] = o.Count
+			counts[o.String()] = o.Count
 		}
 	}
 	return counts

@@ -50,7 +50,7 @@ func (n *node) shortcut(tb testing.TB) (messages, bytes int) {
 		tb.Fatal(err)
 	}
 	for _, o := range outcomes {
-		if o.Name == "message_shortcut" {
+		if o.String() == "message_shortcut" {
 			return int(o.Count), int(o.Bytes)
 		}
 	}

@@ -4,7 +4,6 @@ package datapath
 
 import (
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -67,21 +66,19 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 		metrics <- prometheus.NewInvalidMetric(c.messages, err)
 	}
 	for _, o := range outcomes {
-		// The table of outcomes names them by what they count: message_budget.
-		kind, label, _ := strings.Cut(o.Name, "_")
 		counter := func(desc *prometheus.Desc, value uint64) {
-			metrics <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), label)
+			metrics <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), o.Code)
 		}
-		switch kind {
-		case "message":
+		switch o.Kind {
+		case api.OutcomeMessage:
 			counter(c.messages, o.Count)
 			counter(c.bytes, o.Bytes)
-		case "connection":
+		case api.OutcomeConnection:
 			counter(c.connections, o.Count)
-		case "socket":
+		case api.OutcomeSocket:
 			counter(c.sockets, o.Count)
 		default:
-			metrics <- prometheus.NewInvalidMetric(c.messages, fmt.Errorf("outcome %q counts something that has no metric", o.Name))
+			metrics <- prometheus.NewInvalidMetric(c.messages, fmt.Errorf("outcome %s counts something that has no metric", o))
 		}
 	}
 	if err == nil && len(outcomes) == 0 {

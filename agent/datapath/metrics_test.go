@@ -40,7 +40,7 @@ func (a *asked) Maps() ([]api.MapUsage, error) {
 
 // TestMapsAreCountedSeldom: many askers at once cost as much as one.
 func TestMapsAreCountedSeldom(t *testing.T) {
-	a := &asked{fixed: fixed{outcomes: []api.Outcome{{Name: "socket_evicted"}}, maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
+	a := &asked{fixed: fixed{outcomes: []api.Outcome{{Kind: "socket", Code: "evicted"}}, maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}}}}
 	c := newCollector(a)
 	start := time.Now()
 	var askers sync.WaitGroup
@@ -61,10 +61,10 @@ func TestMapsAreCountedSeldom(t *testing.T) {
 func TestCollector(t *testing.T) {
 	c := newCollector(fixed{
 		outcomes: []api.Outcome{
-			{Name: "message_shortcut", Count: 3, Bytes: 300},
-			{Name: "message_not_seen", Count: 1, Bytes: 10},
-			{Name: "connection_paired", Count: 2},
-			{Name: "socket_evicted", Count: 1},
+			{Kind: "message", Code: "shortcut", Count: 3, Bytes: 300},
+			{Kind: "message", Code: "not_seen", Count: 1, Bytes: 10},
+			{Kind: "connection", Code: "paired", Count: 2},
+			{Kind: "socket", Code: "evicted", Count: 1},
 		},
 		maps: []api.MapUsage{{Name: "pods", Entries: 2, Max: 1024}},
 	})
@@ -99,7 +99,7 @@ podshunt_sockets_total{outcome="evicted"} 1
 func TestCollectorNames(t *testing.T) {
 	var all fixed
 	for _, o := range outcomes() {
-		all.outcomes = append(all.outcomes, api.Outcome{Name: o.name, Count: 1})
+		all.outcomes = append(all.outcomes, api.Outcome{Kind: o.kind, Code: o.code, Count: 1})
 	}
 	all.maps = []api.MapUsage{{Name: "pods"}}
 	problems, err := testutil.CollectAndLint(newCollector(all))
@@ -117,7 +117,7 @@ func TestCollectorErrors(t *testing.T) {
 		counters
 	}{
 		{"unreadable", fixed{err: errors.New("gone")}},
-		{"unknown outcome", fixed{outcomes: []api.Outcome{{Name: "packet_lost"}}}},
+		{"unknown outcome", fixed{outcomes: []api.Outcome{{Kind: "packet", Code: "lost"}}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			registry := prometheus.NewPedanticRegistry()

@@ -25,11 +25,11 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// Texts of datapath.Direction.Reason.
+// Codes of datapath.Direction.Reason.
 const (
-	reasonNotAllowed  = "not allowed"
-	reasonUnsupported = "a call was used that the shortcut does not serve"
-	reasonLowat       = "the receiver has set SO_RCVLOWAT"
+	reasonNotAllowed  = "not_allowed"
+	reasonUnsupported = "unsupported"
+	reasonLowat       = "lowat"
 )
 
 // since returns what has been counted after before was.

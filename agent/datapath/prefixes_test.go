@@ -4,9 +4,9 @@ package datapath
 
 import (
 	"math/rand/v2"
-	"strings"
 	"testing"
 
+	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
 )
 
@@ -45,17 +45,17 @@ func TestPrefixes(t *testing.T) {
 	}
 }
 
-// TestOutcomes: every outcome has a name of its own, and those of messages a text.
+// TestOutcomes: every outcome has a code of its own among those of its kind.
 func TestOutcomes(t *testing.T) {
 	seen := map[string]bool{}
 	for outcome, o := range outcomes() {
-		if o.name == "" || seen[o.name] {
-			t.Errorf("outcome %d: got name %q, want one of its own", outcome, o.name)
+		name := o.kind + "_" + o.code
+		if o.code == "" || seen[name] {
+			t.Errorf("outcome %d: got %q, want a code of its own", outcome, name)
 		}
-		seen[o.name] = true
-		isMessage := outcome < int(bpf.ShortcutOutcomeOUTCOME_PAIRED)
-		if isMessage != strings.HasPrefix(o.name, "message_") || isMessage != (o.text != "") {
-			t.Errorf("outcome %d: got name %q and text %q", outcome, o.name, o.text)
+		seen[name] = true
+		if isMessage := outcome < int(bpf.ShortcutOutcomeOUTCOME_PAIRED); isMessage != (o.kind == api.OutcomeMessage) {
+			t.Errorf("outcome %d: got kind %q", outcome, o.kind)
 		}
 	}
 }

@@ -24,7 +24,8 @@ type Flow struct {
 	// Joined tells whether the server's socket has joined.
 	Joined bool
 	Since  time.Time
-	// Unsupported is what either end used that the shortcut does not serve.
+	// Unsupported is what either end used that the shortcut does not serve, by the codes
+	// of UnsupportedPort.
 	Unsupported []string
 	// ToServer and ToClient are the two directions.
 	ToServer, ToClient Direction
@@ -34,7 +35,8 @@ type Flow struct {
 type Direction struct {
 	// Shortcut tells how the last message went.
 	Shortcut bool
-	// Reason is why the last message that went by TCP did so; empty if none has.
+	// Reason is why the last message that went by TCP did so, by the code of its outcome:
+	// "budget", for example. It is empty if none has.
 	Reason string
 	// Verdict and PolicyReason are what the policy map said when last asked.
 	Verdict      rule.Verdict

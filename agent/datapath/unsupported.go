@@ -20,28 +20,34 @@ type UnsupportedPort struct {
 	Netns uint64 // cookie of the server's
 	// Client is the cookie of the pod that used it on a connection of its own, whose
 	// connections alone are not paired; 0 if the server used it.
-	Client  uint64
-	Port    uint16
+	Client uint64
+	Port   uint16
+	// Reasons are codes: "splice", for example.
 	Reasons []string
 	Since   time.Time
 }
 
-// reasonTexts names the bits of enum unsupported, from the lowest on.
-func reasonTexts() [bpf.ShortcutUnsupportedUNSUPPORTED_MAX]string {
+// unsupportedCodes names the bits of enum unsupported, from the lowest on.
+func unsupportedCodes() [bpf.ShortcutUnsupportedUNSUPPORTED_MAX]string {
 	return [...]string{
-		"MSG_WAITALL", "MSG_OOB", "other flags of recv", "SO_RCVLOWAT", "FIONREAD", "splice", "TCP_ULP", "SO_ZEROCOPY", "MPTCP listener",
-		"a socket in blocking mode",
+		"msg_waitall", "msg_oob", "recv_flags", "so_rcvlowat", "fionread", "splice", "tcp_ulp", "so_zerocopy", "mptcp_listener", "blocking",
 	}
 }
 
+// UnsupportedReasons returns all codes of UnsupportedPort.Reasons.
+func UnsupportedReasons() []string {
+	codes := unsupportedCodes()
+	return codes[:]
+}
+
 func reasons(bits uint32) []string {
-	var names []string
-	for i, text := range reasonTexts() {
+	var codes []string
+	for i, code := range unsupportedCodes() {
 		if bits&(1<<i) != 0 {
-			names = append(names, text)
+			codes = append(codes, code)
 		}
 	}
-	return names
+	return codes
 }
 
 // UnsupportedPorts returns what is remembered, by netns and port.

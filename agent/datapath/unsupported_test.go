@@ -75,13 +75,13 @@ func TestUnsupported(t *testing.T) {
 		// client is set where the client did it: connections of other pods are paired.
 		client bool
 	}{
-		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "MSG_WAITALL", "message_unsupported", false},
-		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "other flags of recv", "message_unsupported", false},
+		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "msg_waitall", "message_unsupported", false},
+		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "recv_flags", "message_unsupported", false},
 		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat", false},
-		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "SO_ZEROCOPY", "message_zerocopy", false},
+		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "so_zerocopy", "message_zerocopy", false},
 		{"SO_ZEROCOPY of the client", func(t *testing.T, c, _ net.Conn) {
 			setServer(unix.SO_ZEROCOPY, 1)(t, nil, c)
-		}, "SO_ZEROCOPY", "message_zerocopy", true},
+		}, "so_zerocopy", "message_zerocopy", true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
@@ -225,7 +225,7 @@ func TestZerocopy(t *testing.T) {
 		})
 		return completed == messages
 	})
-	if got := n.mustFlow(t).ToServer; got.Shortcut || got.Reason != "the sender has set SO_ZEROCOPY" {
+	if got := n.mustFlow(t).ToServer; got.Shortcut || got.Reason != "zerocopy" {
 		t.Errorf("got direction %+v, want it on TCP because of SO_ZEROCOPY", got)
 	}
 }
@@ -240,7 +240,7 @@ func TestMPTCPListener(t *testing.T) {
 	}{
 		{"plain listener", true, false, true},
 		{"MPTCP listener, kept out", true, true, false},
-		{"MPTCP listener", false, true, !hazard(t, datapath.HazardMPTCPListener)},
+		{"mptcp_listener", false, true, !hazard(t, datapath.HazardMPTCPListener)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
@@ -254,7 +254,7 @@ func TestMPTCPListener(t *testing.T) {
 			if !tc.want {
 				want = map[string]uint64{"connection_unsupported": 1, "message_peer_missing": 5}
 				again = map[string]uint64{"connection_unsupported": 1}
-				unsupported = []datapath.UnsupportedPort{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"MPTCP listener"}}}
+				unsupported = []datapath.UnsupportedPort{{Netns: cookies[1], Port: address.Port(), Reasons: []string{"mptcp_listener"}}}
 			}
 			for _, want := range []map[string]uint64{want, again} {
 				before := n.counts(t)

@@ -296,11 +296,14 @@ func TestReport(t *testing.T) {
 	s := mustSource(t, client, "hazard")
 	s.start(t)
 	s.mustContent(t, "content", func(c *pods.Content) bool { return len(c.Pods) == 2 })
-	pod := func(name string, problem pods.Problem, reason string) pods.Pod {
-		return pods.Pod{PodStatus: api.PodStatus{Pod: api.PodRef{Namespace: "shop", Name: name, UID: "of the runtime"}, Reason: reason}, Problem: problem}
+	pod := func(name string, state api.PodState, reason api.PodReason, message string) pods.Pod {
+		return pods.Pod{PodStatus: api.PodStatus{
+			Pod: api.PodRef{Namespace: "shop", Name: name, UID: "of the runtime"}, State: state, Reason: reason, Message: message,
+		}}
 	}
 	all := []pods.Pod{
-		pod("bad", pods.InvalidAnnotation, "bad annotation"), pod("web", "", "not opted in"), pod("gone", pods.EnrolFailed, "map full"),
+		pod("bad", api.PodRefused, api.PodInvalidAnnotation, "bad annotation"), pod("web", api.PodOut, api.PodNotOptedIn, "not opted in"),
+		pod("gone", api.PodRefused, api.PodEnrolFailed, "map full"),
 	}
 	s.Report(all)
 	s.Report(all)
@@ -309,7 +312,7 @@ func TestReport(t *testing.T) {
 		"Pod/bad uid-bad Warning InvalidAnnotation: stays on TCP: bad annotation",
 	}
 	waitFor(t, "events", func() bool { return len(events(client)) >= len(want) })
-	all[0], all[1] = pod("bad", "", ""), pod("web", pods.HostNetwork, "hostNetwork")
+	all[0], all[1] = pod("bad", api.PodEnrolled, "", ""), pod("web", api.PodRefused, api.PodHostNetwork, "hostNetwork")
 	s.Report(all)
 	want = append(want, "Pod/web uid-web Warning HostNetwork: stays on TCP: hostNetwork: run it without hostNetwork, or annotate it with podshunt.io/shortcut=disabled")
 	waitFor(t, "events", func() bool { return len(events(client)) >= len(want) })

@@ -180,17 +180,18 @@ func settings(pod *corev1.Pod, namespace map[string]string) (api.Settings, error
 // exclusion returns what becomes of the pod whatever it asks for, or nil.
 func exclusion(pod *corev1.Pod, sandboxed []string) *pods.Standing {
 	if phase := pod.Status.Phase; phase == corev1.PodSucceeded || phase == corev1.PodFailed {
-		return &pods.Standing{State: api.PodOut, Reason: "it has finished"}
+		return &pods.Standing{State: api.PodOut, Reason: api.PodFinished, Message: "it has finished"}
 	}
 	if pod.Spec.HostNetwork {
-		return &pods.Standing{State: api.PodRefused, Problem: pods.HostNetwork, Reason: pods.ReasonHostNetwork}
+		standing := pods.HostNetwork()
+		return &standing
 	}
 	if class := pod.Spec.RuntimeClassName; class != nil {
 		for _, pattern := range sandboxed {
 			if ok, _ := path.Match(pattern, *class); ok {
 				return &pods.Standing{
-					State: api.PodRefused, Problem: pods.SandboxedRuntime,
-					Reason: fmt.Sprintf("its sockets are not in the node's kernel: runtime class %s is one of --sandboxed-runtime-classes", *class),
+					State: api.PodRefused, Reason: api.PodSandboxedRuntime,
+					Message: fmt.Sprintf("its sockets are not in the node's kernel: runtime class %s is one of --sandboxed-runtime-classes", *class),
 				}
 			}
 		}

@@ -62,13 +62,13 @@ func TestWish(t *testing.T) {
 	sandboxed := func(name string) func(*pods.Wish) {
 		return func(w *pods.Wish) {
 			w.Excluded = &pods.Standing{
-				State: api.PodRefused, Problem: pods.SandboxedRuntime,
-				Reason: "its sockets are not in the node's kernel: runtime class " + name + " is one of --sandboxed-runtime-classes",
+				State: api.PodRefused, Reason: api.PodSandboxedRuntime,
+				Message: "its sockets are not in the node's kernel: runtime class " + name + " is one of --sandboxed-runtime-classes",
 			}
 		}
 	}
 	finished := func(w *pods.Wish) {
-		w.Excluded = &pods.Standing{State: api.PodOut, Reason: "it has finished"}
+		w.Excluded = &pods.Standing{State: api.PodOut, Reason: api.PodFinished, Message: "it has finished"}
 	}
 	end := time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC)
 	for _, tc := range []struct {
@@ -139,7 +139,8 @@ func TestWish(t *testing.T) {
 			name:   "hostNetwork",
 			change: func(p *corev1.Pod) { p.Spec.HostNetwork = true },
 			want: func(w *pods.Wish) {
-				w.Excluded = &pods.Standing{State: api.PodRefused, Problem: pods.HostNetwork, Reason: pods.ReasonHostNetwork}
+				hostNetwork := pods.HostNetwork()
+				w.Excluded = &hostNetwork
 			},
 		},
 		{name: "runtime class of runc", change: class("nvidia")},

@@ -17,27 +17,17 @@ import (
 
 // Standing is the state of a pod, and why it has that.
 type Standing struct {
-	State api.PodState
-	// Problem is what somebody can do something about; in PodRefused only.
-	Problem Problem
-	// Reason is for people. Nothing is decided by it.
-	Reason string
+	State  api.PodState
+	Reason api.PodReason
+	// Message is for people. Nothing is decided by it.
+	Message string
 }
 
-// Problem tells why a pod that wants to take part cannot, where somebody can do
-// something about it. It is the reason of an Event.
-type Problem string
-
-const (
-	InvalidAnnotation Problem = "InvalidAnnotation"
-	HostNetwork       Problem = "HostNetwork"
-	SandboxedRuntime  Problem = "SandboxedRuntime"
-	KernelRefused     Problem = "KernelRefused"
-	EnrolFailed       Problem = "EnrolFailed"
-)
-
-// ReasonHostNetwork is the reason of pods with the problem HostNetwork.
-const ReasonHostNetwork = "it runs in the node's own network namespace (hostNetwork)"
+// HostNetwork is the standing of pods in the node's own network namespace that ask to
+// take part.
+func HostNetwork() Standing {
+	return Standing{api.PodRefused, api.PodHostNetwork, "it runs in the node's own network namespace (hostNetwork)"}
+}
 
 // waiting tells whether the pods' wishes are still unknown, or where those are that
 // an earlier agent has found, so that the state it left has to stay.
@@ -75,7 +65,7 @@ func (r *Registry) decide(all bool) {
 	}
 	for i, p := range r.pods {
 		if shared[p.NetnsCookie] && p.State == api.PodWanted {
-			r.pods[i].set(Standing{State: api.PodRefused, Reason: "another pod is attached to the same network namespace"})
+			r.pods[i].set(Standing{api.PodRefused, api.PodSharedNetwork, "another pod is attached to the same network namespace"})
 		}
 	}
 }
@@ -84,19 +74,19 @@ func (r *Registry) decide(all bool) {
 // of the pod by that.
 func (r *Registry) wish(pod api.PodRef) (*Wish, Standing) {
 	if r.content == nil {
-		reason := "waiting for " + r.cfg.Source.String()
+		message := "waiting for " + r.cfg.Source.String()
 		if r.sourceErr != nil {
-			reason += ": " + r.sourceErr.Error()
+			message += ": " + r.sourceErr.Error()
 		}
-		return nil, Standing{State: api.PodWaiting, Reason: reason}
+		return nil, Standing{api.PodWaiting, api.PodSourceUnknown, message}
 	}
 	wish, ok := r.content.Pods[pod.String()]
 	switch {
 	case !ok:
-		return nil, Standing{State: api.PodOut, Reason: r.content.Unlisted}
+		return nil, Standing{api.PodOut, api.PodNotOptedIn, r.content.Unlisted}
 	case !wish.isFor(pod.UID):
 		// Either the pod has been replaced, or its source does not tell of it yet.
-		return nil, Standing{State: api.PodWaiting, Reason: "another pod of the same name is known to " + r.cfg.Source.String()}
+		return nil, Standing{api.PodWaiting, api.PodReplaced, "another pod of the same name is known to " + r.cfg.Source.String()}
 	}
 	return &wish, wish.standing()
 }
@@ -120,35 +110,34 @@ func (r *Registry) add(e *entry, w *Wish, standing Standing) {
 		}
 	}
 	wants := standing.State == api.PodWanted
-	refuse := func(reason string, problem Problem) {
-		standing = Standing{State: api.PodOut, Reason: reason}
-		if wants {
-			standing.State, standing.Problem = api.PodRefused, problem
+	refuse := func(s Standing) {
+		if standing = s; !wants {
+			standing.State = api.PodOut
 		}
 	}
 	switch {
 	case r.stopped:
-		standing = Standing{State: api.PodOut, Reason: r.stopReason}
+		standing = Standing{api.PodOut, api.PodUnloaded, r.stopMessage}
 	case e.netnsErr != nil && e.cookie == 0:
-		standing = Standing{State: api.PodWaiting, Reason: e.netnsErr.Error()}
+		standing = Standing{api.PodWaiting, api.PodNetnsUnknown, e.netnsErr.Error()}
 	case slices.Contains(r.cfg.HostNetns, e.cookie):
-		refuse(ReasonHostNetwork, HostNetwork)
+		refuse(HostNetwork())
 	case r.cfg.Refused:
-		refuse(r.cfg.Refusal, KernelRefused)
+		refuse(Standing{api.PodRefused, api.PodKernelRefused, r.cfg.Refusal})
 	case wants && e.cookie == 0:
-		standing = Standing{State: api.PodWaiting, Reason: "no process of it is found yet"}
+		standing = Standing{api.PodWaiting, api.PodNoProcess, "no process of it is found yet"}
 		if e.refused != nil {
-			standing.Reason += ", and one in a cgroup of its name does not count: " + e.refused.Error()
+			standing.Message += ", and one in a cgroup of its name does not count: " + e.refused.Error()
 		}
 		if len(p.Addresses) == 0 {
-			standing.Reason = "waiting for its network"
+			standing = Standing{api.PodWaiting, api.PodWithoutAddress, "waiting for its network"}
 		}
 	}
 	p.set(standing)
 	r.pods = append(r.pods, p)
 }
 
-func (p *Pod) set(s Standing) { p.State, p.Problem, p.Reason = s.State, s.Problem, s.Reason }
+func (p *Pod) set(s Standing) { p.State, p.Reason, p.Message = s.State, s.Reason, s.Message }
 
 // finish completes a pod's status, and logs it and returns true if it has changed.
 func (r *Registry) finish(p *Pod, waiting bool) bool {
@@ -160,16 +149,16 @@ func (r *Registry) finish(p *Pod, waiting bool) bool {
 	case !waiting && p.State == api.PodWanted:
 		p.State = api.PodEnrolled
 		if end := p.Policy.Settings.PausedUntil; end.After(r.cfg.Now()) {
-			p.State, p.Reason = api.PodHeld, "paused until "+end.Format(time.RFC3339)
+			p.set(Standing{api.PodHeld, api.PodPaused, "paused until " + end.Format(time.RFC3339)})
 		}
 	}
 	p.Enrolled = p.State == api.PodEnrolled || p.State == api.PodHeld
-	told := fmt.Sprint(p.State, p.NetnsCookie, p.Reason)
+	told := fmt.Sprint(p.State, p.NetnsCookie, p.Message)
 	if p.entry.told == told {
 		return false
 	}
 	p.entry.told = told
-	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Reason)
+	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Message)
 	if p.Enrolled {
 		log.Info("pod takes part")
 	} else {

@@ -190,7 +190,7 @@ func (f *fixture) states() map[string]string {
 		if p.Enrolled {
 			state = "in"
 		}
-		states[p.Pod.Name] = strings.TrimSpace(state + " " + p.Reason)
+		states[p.Pod.Name] = strings.TrimSpace(state + " " + p.Message)
 	}
 	return states
 }

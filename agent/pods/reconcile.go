@@ -245,7 +245,7 @@ func (r *Registry) enrol() bool {
 		err := r.enrolPod(p)
 		// A pod that an earlier agent has enrolled is in all the same.
 		if _, in := r.enrolled[p.NetnsCookie]; err != nil && !in {
-			p.set(Standing{api.PodRefused, EnrolFailed, err.Error()})
+			p.set(Standing{api.PodRefused, api.PodEnrolFailed, err.Error()})
 			failed[p.NetnsCookie] = true
 			err = nil
 		}

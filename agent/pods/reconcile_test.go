@@ -34,40 +34,40 @@ func TestAdmission(t *testing.T) {
 		},
 		{
 			name: "paused", state: api.PodHeld, podsFile: podsYAML("web shortcut=enabled paused-until=2026-01-31T18:00:01Z"),
-			want:  api.Admission{Enrolled: true, Reason: "paused until 2026-01-31T18:00:01Z"},
+			want:  api.Admission{Enrolled: true, Message: "paused until 2026-01-31T18:00:01Z"},
 			calls: []string{"policy of 1", "enrol 10"},
 		},
 		{
 			name: "opted out", state: api.PodOut, podsFile: podsYAML("web shortcut=disabled"),
-			want: api.Admission{Reason: "not opted in by podshunt.io/shortcut"}, calls: []string{"policy of 0"},
+			want: api.Admission{Message: "not opted in by podshunt.io/shortcut"}, calls: []string{"policy of 0"},
 		},
 		{
 			name: "not listed", state: api.PodOut, podsFile: podsYAML("other shortcut=enabled"),
-			want: api.Admission{Reason: "not opted in: no entry in " + podsFile}, calls: []string{"policy of 0"},
+			want: api.Admission{Message: "not opted in: no entry in " + podsFile}, calls: []string{"policy of 0"},
 		},
 		{
 			name: "bad annotation", state: api.PodRefused, podsFile: podsYAML("web shortcut=yes"),
-			want:  api.Admission{Reason: `annotation podshunt.io/shortcut="yes": accepted are "enabled" and "disabled"`},
+			want:  api.Admission{Message: `annotation podshunt.io/shortcut="yes": accepted are "enabled" and "disabled"`},
 			calls: []string{"policy of 0"},
 		},
 		{
 			name: "host network", state: api.PodRefused, podsFile: podsYAML("web shortcut=enabled"), cookie: 1,
-			want:  api.Admission{Reason: "it runs in the node's own network namespace (hostNetwork)"},
+			want:  api.Admission{Message: "it runs in the node's own network namespace (hostNetwork)"},
 			calls: []string{"policy of 0"},
 		},
 		{
 			name: "refused by hazard", state: api.PodRefused, podsFile: podsYAML("web shortcut=enabled"),
 			change: func(cfg *Config, _ *fakeKernel) { cfg.Refused, cfg.Refusal = true, "hazard" },
-			want:   api.Admission{Reason: "hazard"}, calls: []string{"policy of 0"},
+			want:   api.Admission{Message: "hazard"}, calls: []string{"policy of 0"},
 		},
 		{
 			name: "enrol fails", state: api.PodRefused, podsFile: podsYAML("web shortcut=enabled"),
 			change: func(_ *Config, k *fakeKernel) { k.enrolErr = errors.New("map full") },
-			want:   api.Admission{Reason: "map full"}, calls: []string{"policy of 1", "policy of 0"},
+			want:   api.Admission{Message: "map full"}, calls: []string{"policy of 1", "policy of 0"},
 		},
 		{
 			name: "no pods file yet", state: api.PodWaiting,
-			want: api.Admission{Reason: "waiting for the pods file: read pods file: stat " + podsFile + ": no such file or directory"},
+			want: api.Admission{Message: "waiting for the pods file: read pods file: stat " + podsFile + ": no such file or directory"},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -79,7 +79,7 @@ func TestAdmission(t *testing.T) {
 				tc.cookie = 10
 			}
 			got := f.mustPut(t, f.attachment(t, "web", tc.cookie))
-			got.Reason = strings.ReplaceAll(got.Reason, f.podsFile, podsFile)
+			got.Message = strings.ReplaceAll(got.Message, f.podsFile, podsFile)
 			wantDiff(t, "admission", tc.want, got)
 			wantDiff(t, "state", map[string]api.PodState{"web": tc.state}, f.codes())
 			wantDiff(t, "calls", tc.calls, f.take())
@@ -321,7 +321,7 @@ func TestStop(t *testing.T) {
 	f.take()
 	f.Stop("unloaded")
 	write(t, f.podsFile, podsYAML())
-	wantDiff(t, "admission", api.Admission{Reason: "unloaded"}, f.mustPut(t, f.attachment(t, "b", 11)))
+	wantDiff(t, "admission", api.Admission{Message: "unloaded"}, f.mustPut(t, f.attachment(t, "b", 11)))
 	wantDiff(t, "states", map[string]string{"a": "out unloaded", "b": "out unloaded"}, f.states())
 	wantDiff(t, "codes", map[string]api.PodState{"a": api.PodOut, "b": api.PodOut}, f.codes())
 	wantDiff(t, "calls", []string(nil), f.take())

@@ -85,8 +85,6 @@ type Pod struct {
 	// Policy is what the policy goes by. Its Settings are zero if the pod's
 	// annotations are not known or not accepted.
 	Policy policy.Pod
-	// Problem is that of its Standing.
-	Problem Problem
 
 	entry *entry
 }
@@ -105,16 +103,16 @@ type Registry struct {
 	cfg    Config
 	finder proc.Finder
 
-	mu         sync.Mutex
-	store      store              // the attachments
-	searches   map[string]*search // by name and UID, for the pods without an attachment
-	nextSearch time.Time
-	content    *Content // what the source last said, nil before it has said anything
-	sourceErr  error
-	started    bool // the state that an earlier agent left has been replaced
-	stopped    bool // nothing is done any more, for stopReason
-	stopReason string
-	pods       []Pod // the result of the last sync
+	mu          sync.Mutex
+	store       store              // the attachments
+	searches    map[string]*search // by name and UID, for the pods without an attachment
+	nextSearch  time.Time
+	content     *Content // what the source last said, nil before it has said anything
+	sourceErr   error
+	started     bool // the state that an earlier agent left has been replaced
+	stopped     bool // nothing is done any more, for stopMessage
+	stopMessage string
+	pods        []Pod // the result of the last sync
 
 	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
 	enrolled map[uint64]bool
@@ -203,10 +201,10 @@ func (r *Registry) Put(a api.Attachment) (api.Admission, error) {
 	r.sync(false)
 	for _, p := range r.pods {
 		if p.ID == a.AttachmentID {
-			return api.Admission{Enrolled: p.Enrolled, Reason: p.Reason}, nil
+			return api.Admission{Enrolled: p.Enrolled, Message: p.Message}, nil
 		}
 	}
-	return api.Admission{Reason: "network namespace " + a.Netns + " does not exist"}, nil
+	return api.Admission{Message: "network namespace " + a.Netns + " does not exist"}, nil
 }
 
 // Remove forgets an attachment. It succeeds if there is none.
@@ -242,11 +240,11 @@ func (r *Registry) Collect(req api.GCRequest) error {
 	return errors.Join(errs...)
 }
 
-// Stop ends all dealings with the kernel; every pod's reason is then the given one.
-func (r *Registry) Stop(reason string) {
+// Stop ends all dealings with the kernel; every pod's message is then the given one.
+func (r *Registry) Stop(message string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.stopped, r.stopReason = true, reason
+	r.stopped, r.stopMessage = true, message
 	r.sync(false)
 }
 

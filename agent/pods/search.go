@@ -82,7 +82,7 @@ func (r *Registry) search(attached map[string]bool, all bool) {
 			}
 			searches[key] = s
 			if standing.State == api.PodWanted && len(s.uids) == 0 {
-				standing = Standing{State: api.PodRefused, Reason: "another pod of this node claims its UID, so that its processes are not known"}
+				standing = Standing{api.PodRefused, api.PodClaimedTwice, "another pod of this node claims its UID, so that its processes are not known"}
 			}
 			r.add(&s.entry, &w, standing)
 		}

@@ -123,7 +123,7 @@ func TestUIDs(t *testing.T) {
 		{"same", uid1, []string{uid1}, api.Admission{Enrolled: true}},
 		{"static pod", hash, []string{uid1, hash}, api.Admission{Enrolled: true}},
 		{"not given by the runtime", "", []string{uid1}, api.Admission{Enrolled: true}},
-		{"recreated under its name", uid1, []string{uid2}, api.Admission{Reason: "another pod of the same name is known to the API server"}},
+		{"recreated under its name", uid1, []string{uid2}, api.Admission{Message: "another pod of the same name is known to the API server"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f, source := newClusterFixture(t, nil)
@@ -147,7 +147,7 @@ func TestRecreatedPod(t *testing.T) {
 	// The runtime is ahead of the API server.
 	next := f.attachment(t, "db-0", 20)
 	next.ContainerID, next.Pod.UID = "next", uid2
-	wantDiff(t, "admission", api.Admission{Reason: "another pod of the same name is known to the API server"}, f.mustPut(t, next))
+	wantDiff(t, "admission", api.Admission{Message: "another pod of the same name is known to the API server"}, f.mustPut(t, next))
 
 	source.set(map[string]Wish{"db-0": enabled(uid2)})
 	f.Sync()
@@ -165,9 +165,10 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	f.process(t, 102, hash, 12)
 	f.process(t, 103, uid2, 13)
 	host := enabled("host")
-	host.Excluded = &Standing{api.PodRefused, HostNetwork, ReasonHostNetwork}
+	hostNetwork := HostNetwork()
+	host.Excluded = &hostNetwork
 	finished := enabled("finished")
-	finished.Excluded = &Standing{State: api.PodOut, Reason: "it has finished"}
+	finished.Excluded = &Standing{api.PodOut, api.PodFinished, "it has finished"}
 	starting := enabled("starting")
 	starting.Addresses = nil
 	source.set(map[string]Wish{
@@ -176,7 +177,7 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{
-		"web": "in", "static": "in", "host": "out " + ReasonHostNetwork,
+		"web": "in", "static": "in", "host": "out " + hostNetwork.Message,
 		"starting": "out waiting for its network", "hidden": "out no process of it is found yet",
 	}, f.states())
 	wantDiff(t, "codes", map[string]api.PodState{
@@ -381,9 +382,9 @@ func TestPolicyInput(t *testing.T) {
 func TestSourceAway(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	a := f.attachment(t, "web", 10)
-	wantDiff(t, "admission", api.Admission{Reason: "waiting for the API server"}, f.mustPut(t, a))
+	wantDiff(t, "admission", api.Admission{Message: "waiting for the API server"}, f.mustPut(t, a))
 	source.err = errors.New("refused")
-	wantDiff(t, "admission", api.Admission{Reason: "waiting for the API server: refused"}, f.mustPut(t, a))
+	wantDiff(t, "admission", api.Admission{Message: "waiting for the API server: refused"}, f.mustPut(t, a))
 	source.set(map[string]Wish{"web": enabled(uid1)})
 	f.Sync()
 	source.err = errors.New("refused again")
@@ -397,24 +398,25 @@ func TestReport(t *testing.T) {
 	f, source := newClusterFixture(t, func(cfg *Config) {
 		cfg.Report = func(pods []Pod) {
 			for _, p := range pods {
-				got = append(got, strings.TrimSpace(fmt.Sprint(p.Pod.Name, " ", p.Problem)))
+				got = append(got, strings.TrimSpace(fmt.Sprint(p.Pod.Name, " ", p.Reason)))
 			}
 		}
 	})
 	bad, host := enabled("bad"), enabled("host")
 	bad.Err, bad.Settings = errors.New("bad"), api.Settings{}
-	host.Excluded = &Standing{api.PodRefused, HostNetwork, ReasonHostNetwork}
+	hostNetwork := HostNetwork()
+	host.Excluded = &hostNetwork
 	f.kernel.enrolErr = errors.New("map full")
 	source.set(map[string]Wish{"bad": bad, "host": host, "web": enabled(uid1), "out": {UIDs: []string{uid2}}})
 	f.mustPut(t, f.attachment(t, "web", 10))
-	want := []string{"web EnrolFailed", "bad InvalidAnnotation", "host HostNetwork"}
+	want := []string{"web enrol_failed", "bad invalid_annotation", "host host_network"}
 	wantDiff(t, "report", want, got)
 	f.Sync()
 	wantDiff(t, "reports without a change", want, got)
 
 	got, f.kernel.enrolErr = nil, nil
 	f.Sync()
-	wantDiff(t, "report", []string{"web", "bad InvalidAnnotation", "host HostNetwork"}, got)
+	wantDiff(t, "report", []string{"web", "bad invalid_annotation", "host host_network"}, got)
 }
 
 func TestReportOfRefusedKernel(t *testing.T) {
@@ -423,12 +425,12 @@ func TestReportOfRefusedKernel(t *testing.T) {
 		cfg.Refused, cfg.Refusal = true, "hazard"
 		cfg.Report = func(pods []Pod) {
 			for _, p := range pods {
-				got = append(got, fmt.Sprint(p.Pod.Name, " ", p.Problem, " ", p.Reason))
+				got = append(got, fmt.Sprint(p.Pod.Name, " ", p.State, " ", p.Reason, " ", p.Message))
 			}
 		}
 	})
 	source.set(map[string]Wish{"web": enabled(uid1), "out": {UIDs: []string{uid2}}})
 	f.mustPut(t, f.attachment(t, "out", 11))
 	slices.Sort(got)
-	wantDiff(t, "report", []string{"out  hazard", "web KernelRefused hazard"}, got)
+	wantDiff(t, "report", []string{"out out kernel_refused hazard", "web refused kernel_refused hazard"}, got)
 }

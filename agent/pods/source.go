@@ -85,9 +85,9 @@ func (w *Wish) isFor(uid string) bool {
 func (w *Wish) standing() Standing {
 	switch {
 	case w.Err != nil:
-		return Standing{api.PodRefused, InvalidAnnotation, w.Err.Error()}
+		return Standing{api.PodRefused, api.PodInvalidAnnotation, w.Err.Error()}
 	case !w.Settings.Enabled:
-		return Standing{State: api.PodOut, Reason: "not opted in by " + api.AnnotationShortcut}
+		return Standing{api.PodOut, api.PodNotOptedIn, "not opted in by " + api.AnnotationShortcut}
 	case w.Excluded != nil:
 		return *w.Excluded
 	}

@@ -17,7 +17,7 @@ func TestMissingNetns(t *testing.T) {
 	write(t, f.podsFile, podsYAML("web shortcut=enabled"))
 	a := f.attachment(t, "web", 10)
 	a.Netns += "-gone"
-	want := api.Admission{Reason: "network namespace " + a.Netns + " does not exist"}
+	want := api.Admission{Message: "network namespace " + a.Netns + " does not exist"}
 	wantDiff(t, "admission", want, f.mustPut(t, a))
 	wantDiff(t, "states", map[string]string{}, f.states())
 	wantDiff(t, "files", 0, f.files(t))

@@ -41,39 +41,49 @@ const (
 	reasonMax
 )
 
+// reasons gives every Reason its code and the text that users read.
+func reasons() [reasonMax]struct{ code, text string } {
+	return [reasonMax]struct{ code, text string }{
+		NoRule:           {"no_rule", "refused when it was last asked"},
+		Allowed:          {"allowed", "allowed"},
+		ClientNotOptedIn: {"client_not_opted_in", "client not opted in"},
+		ServerNotOptedIn: {"server_not_opted_in", "server not opted in"},
+		PortNotListed:    {"port_not_listed", "server port not in " + api.AnnotationPorts},
+		PortExcluded:     {"port_excluded", "server port in " + api.AnnotationExcludePorts},
+		ClientBandwidth:  {"client_bandwidth", "the client's bandwidth is limited, which a shortcut would not keep to"},
+		ServerBandwidth:  {"server_bandwidth", "the server's bandwidth is limited, which a shortcut would not keep to"},
+		IngressPolicy:    {"ingress_policy", "NetworkPolicy does not allow it into the server"},
+		EgressPolicy:     {"egress_policy", "NetworkPolicy does not allow it out of the client"},
+		ClientPaused:     {"client_paused", "client paused by " + api.AnnotationPausedUntil},
+		ServerPaused:     {"server_paused", "server paused by " + api.AnnotationPausedUntil},
+		TooManyRanges:    {"too_many_ranges", "the ports that may be shortcut are too many ranges"},
+		PortRedirected:   {"port_redirected", "the server's pod redirects ports by NAT, so that rules for ports cannot be kept"},
+	}
+}
+
 // String returns the text that users read.
 func (r Reason) String() string {
-	switch r {
-	case NoRule:
-		return "refused when it was last asked"
-	case Allowed:
-		return "allowed"
-	case ClientNotOptedIn:
-		return "client not opted in"
-	case ServerNotOptedIn:
-		return "server not opted in"
-	case PortNotListed:
-		return "server port not in " + api.AnnotationPorts
-	case PortExcluded:
-		return "server port in " + api.AnnotationExcludePorts
-	case ClientBandwidth:
-		return "the client's bandwidth is limited, which a shortcut would not keep to"
-	case ServerBandwidth:
-		return "the server's bandwidth is limited, which a shortcut would not keep to"
-	case IngressPolicy:
-		return "NetworkPolicy does not allow it into the server"
-	case EgressPolicy:
-		return "NetworkPolicy does not allow it out of the client"
-	case ClientPaused:
-		return "client paused by " + api.AnnotationPausedUntil
-	case ServerPaused:
-		return "server paused by " + api.AnnotationPausedUntil
-	case TooManyRanges:
-		return "the ports that may be shortcut are too many ranges"
-	case PortRedirected:
-		return "the server's pod redirects ports by NAT, so that rules for ports cannot be kept"
+	if r < reasonMax {
+		return reasons()[r].text
 	}
 	return fmt.Sprintf("reason %d of another version of podshunt", uint32(r))
+}
+
+// Code returns what scripts read, which no version changes: "port_excluded", for example.
+func (r Reason) Code() string {
+	if r < reasonMax {
+		return reasons()[r].code
+	}
+	return "unknown"
+}
+
+// Reasons returns all of them.
+func Reasons() []Reason {
+	var all []Reason
+	for r := range reasonMax {
+		all = append(all, r)
+	}
+	return all
 }
 
 func (r Reason) verdict() rule.Verdict {

@@ -117,7 +117,7 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 		start := time.Now()
 		admission, err := attachments.Put(a)
 		log.Info("plugin add", append(facts(a.AttachmentID), "pod", a.Pod.String(), "netns", a.Netns,
-			"enrolled", admission.Enrolled, "reason", admission.Reason, "took", time.Since(start).String())...)
+			"enrolled", admission.Enrolled, "reason", admission.Message, "took", time.Since(start).String())...)
 		answer(w, log, admission, err)
 	})
 	mux.HandleFunc("DELETE "+api.PathAttachments, func(w http.ResponseWriter, r *http.Request) {
@@ -144,7 +144,7 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 	})
 	mux.HandleFunc("GET "+api.PathFlows, func(w http.ResponseWriter, r *http.Request) {
 		flows, err := node.Flows(r.Context())
-		answer(w, log, flows, err)
+		answer(w, log, api.FlowList{TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindFlowList}, Items: flows}, err)
 	})
 	mux.HandleFunc("POST "+api.PathForget, func(w http.ResponseWriter, r *http.Request) {
 		query := r.URL.Query()

@@ -183,7 +183,7 @@ func TestRoutes(t *testing.T) {
 			name: "gc of no network", method: "POST", path: "/v1/gc", body: `{"valid":[]}`,
 			code: 400, answer: `{"error":"request body: network: required"}`,
 		},
-		{name: "flows", method: "GET", path: "/v1/flows", code: 200, answer: `[]`},
+		{name: "flows", method: "GET", path: "/v1/flows", code: 200, answer: `{"apiVersion":"podshunt.io/v1","kind":"FlowList","items":[]}`},
 		{
 			name: "unload", method: "POST", path: "/v1/unload?timeout=20m",
 			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s false"},

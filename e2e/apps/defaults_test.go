@@ -135,7 +135,7 @@ func (s *stage) taken(before api.Status) taken {
 	way := taken{Sent: sum.sent, Shortcut: sum.shortcut, Paired: sum.paired, Counted: map[string]counted{}}
 	for i, o := range after.Outcomes { // in a fixed order
 		if c := (counted{o.Count - before.Outcomes[i].Count, o.Bytes - before.Outcomes[i].Bytes}); c != (counted{}) {
-			way.Counted[o.Name] = c
+			way.Counted[o.String()] = c
 		}
 	}
 	for _, m := range after.UnsupportedPorts {
@@ -146,14 +146,14 @@ func (s *stage) taken(before api.Status) taken {
 		way.Unsupported = append(way.Unsupported, unsupported)
 	}
 	bytesBy := map[string]uint64{}
-	for _, f := range mustShow[[]api.Flow](s, s.node, "flows") {
+	for _, f := range mustShow[api.FlowList](s, s.node, "flows").Items {
 		if !f.Paired {
-			bytesBy[f.Reason]++
+			bytesBy[f.Message]++
 			continue
 		}
 		for _, d := range []*api.Direction{f.ToServer, f.ToClient} {
 			if d != nil && d.TCPBytes > 0 {
-				bytesBy[strings.TrimSpace(d.Reason+" "+d.Detail)] += d.TCPBytes
+				bytesBy[d.Message] += d.TCPBytes
 			}
 		}
 	}

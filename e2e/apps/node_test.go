@@ -122,10 +122,10 @@ type traffic struct {
 func between(before, after api.Status) traffic {
 	counted := func(s api.Status) (t traffic) {
 		for _, o := range s.Outcomes {
-			if strings.HasPrefix(o.Name, "message_") {
+			if o.Kind == api.OutcomeMessage {
 				t.sent += o.Bytes
 			}
-			switch o.Name {
+			switch o.String() {
 			case "message_shortcut":
 				t.shortcut = o.Bytes
 			case "connection_paired":

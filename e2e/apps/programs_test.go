@@ -29,14 +29,14 @@ const (
 	optedOut = api.AnnotationShortcut + ": disabled"
 
 	// Reasons of the agent for a connection on TCP.
-	notOptedIn = "not opted in by " + api.AnnotationShortcut
-	excluded   = "server port in " + api.AnnotationExcludePorts
+	notOptedIn = "pod_out"
+	excluded   = "port_excluded"
 
 	// Reasons of the agent for a direction on TCP.
-	notSeen    = "the receiver has not been seen to read yet"
-	draining   = "the receiver has TCP bytes to read first"
-	trial      = "the receiver has yet to show by TCP that it reads such messages by recv"
-	unobserved = "the receiver is inside a read, or reads by splice or another call that is not seen"
+	notSeen    = "not_seen"
+	draining   = "draining"
+	trial      = "trial"
+	unobserved = "unobserved"
 )
 
 // program is one that people run, with what docs/limits.md says about it.
@@ -182,7 +182,7 @@ func TestPrograms(t *testing.T) {
 				if diff := gocmp.Diff(answers[i], s.answers); diff != "" {
 					t.Errorf("answers (-tcp +shortcut):\n%s", diff)
 				}
-				flows := slices.DeleteFunc(mustShow[[]api.Flow](t, n, "flows"), func(f api.Flow) bool {
+				flows := slices.DeleteFunc(mustShow[api.FlowList](t, n, "flows").Items, func(f api.Flow) bool {
 					return f.Client.Pod.Namespace != p.namespace()
 				})
 				switch {
@@ -209,7 +209,7 @@ func (n *node) mustRefuseFatal(t *testing.T, hazards []api.Hazard) {
 	p := n.MustAddPod(t, "opted-in", sandbox.PodOptions{})
 	for _, pod := range mustShow[api.Status](t, n, "status").Pods {
 		if want := !fatal(hazards); pod.Enrolled != want {
-			t.Errorf("pod takes part: got %v (%s), want %v, as the kernel's hazards say: %+v", pod.Enrolled, pod.Reason, want, hazards)
+			t.Errorf("pod takes part: got %v (%s), want %v, as the kernel's hazards say: %+v", pod.Enrolled, pod.Message, want, hazards)
 		}
 	}
 	if err := n.DelPod(p); err != nil {
@@ -235,7 +235,7 @@ func wantRefused(t *testing.T, reason string, got traffic, flows []api.Flow) {
 		t.Errorf("got no flow that is still open, want one with its reason")
 	}
 	for _, f := range flows {
-		if f.Paired || !strings.Contains(f.Reason, reason) {
+		if f.Paired || f.Reason != reason {
 			t.Errorf("got %+v, want it unpaired, because: %s", f, reason)
 		}
 	}

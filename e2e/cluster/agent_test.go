@@ -26,7 +26,7 @@ type (
 		Pods            []struct {
 			Pod      podRef
 			Enrolled bool
-			Reason   string
+			Message  string
 		}
 		Maps []struct {
 			Name    string
@@ -35,19 +35,20 @@ type (
 	}
 	flow struct {
 		Client, Server     flowEnd
-		OrigDst            string
+		OrigDst            string `json:"originalDestination"`
 		Paired             bool
-		Reason             string
+		Reason, Message    string
 		ToServer, ToClient *direction
 	}
-	flowEnd struct {
+	flowList struct{ Items []flow }
+	flowEnd  struct {
 		Pod     podRef
 		Address string
 	}
 	podRef    struct{ Namespace, Name string }
 	direction struct {
 		Shortcut                             bool
-		Reason, Detail                       string
+		Reason, Message                      string
 		ShortcutBytes, TCPBytes, UnreadBytes int64
 	}
 )
@@ -58,10 +59,10 @@ func (f flow) String() string {
 		if d == nil {
 			return "-"
 		}
-		return fmt.Sprintf("shortcut=%v %s %s (%d by shortcut, %d by TCP)", d.Shortcut, d.Reason, d.Detail, d.ShortcutBytes, d.TCPBytes)
+		return fmt.Sprintf("shortcut=%v %s (%d by shortcut, %d by TCP)", d.Shortcut, d.Message, d.ShortcutBytes, d.TCPBytes)
 	}
 	return fmt.Sprintf("%s/%s %s -> %s/%s %s (%s): paired=%v %s; to server %s; to client %s", f.Client.Pod.Namespace, f.Client.Pod.Name,
-		f.Client.Address, f.Server.Pod.Namespace, f.Server.Pod.Name, f.Server.Address, f.OrigDst, f.Paired, f.Reason, way(f.ToServer), way(f.ToClient))
+		f.Client.Address, f.Server.Pod.Namespace, f.Server.Pod.Name, f.Server.Address, f.OrigDst, f.Paired, f.Message, way(f.ToServer), way(f.ToClient))
 }
 
 // show runs a command of podshunt-agent on the node, and decodes what it prints.
@@ -77,11 +78,11 @@ func show[T any](n *node, command string) (T, error) {
 // flows returns the connections of the client to its server, as the agent of its node lists them.
 func (t *traffic) flows() []flow {
 	t.Helper()
-	all, err := show[[]flow](t.node, "flows")
+	all, err := show[flowList](t.node, "flows")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return slices.DeleteFunc(all, func(f flow) bool {
+	return slices.DeleteFunc(all.Items, func(f flow) bool {
 		return f.Client.Pod != podRef{t.namespace, t.client} || strings.HasSuffix(f.Server.Address, ":9090")
 	})
 }

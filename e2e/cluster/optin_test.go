@@ -55,7 +55,7 @@ func proveAnnotate(t *testing.T) {
 	late.mustBeShortcut()
 	p.mustAnnotate("pod", "late", disabled)
 	out := late.mustBecome("on TCP", inForce, isOnTCP)
-	reason := late.flows()[0].ToServer.Reason
+	reason := late.flows()[0].ToServer.Message
 	late.mustProgress()
 	late.mustFinish()
 	all[0].mustFinish()
@@ -96,7 +96,7 @@ func provePolicy(t *testing.T) {
 		"spec":     object{"podSelector": object{"matchLabels": object{"app": "server"}}, "policyTypes": []string{"Ingress"}},
 	})
 	named := func(f flow) bool {
-		return isOnTCP(f) && strings.Contains(f.ToServer.Detail, p.namespace+"/deny-all")
+		return isOnTCP(f) && strings.Contains(f.ToServer.Message, p.namespace+"/deny-all")
 	}
 	off := tr.mustBecome("on TCP because of the policy", inForce, named)
 	tr.mustProgress()

@@ -57,7 +57,7 @@ func proveServices(t *testing.T, number int) {
 			tr.client, n.proxyMode, 100*share, r.Requests, r.Longest)
 	}
 	tr.mustBecome("unpaired", settleTime, isUnpaired)
-	reason := tr.flows()[0].Reason
+	reason := tr.flows()[0].Message
 	r := tr.mustFinish()
 	p.figure("%-9s kube-proxy in %s mode: on TCP (%q), %d requests", tr.client, n.proxyMode, reason, r.Requests)
 }
@@ -72,12 +72,12 @@ func proveNodes(t *testing.T) {
 		optIn(client("other-node", a, p.address("far")+":8080")))
 	share := all[0].mustBeShortcut()
 	all[1].mustBecome("unpaired", settleTime, isUnpaired)
-	reason := all[1].flows()[0].Reason
-	far, err := show[[]flow](b, "flows")
+	reason := all[1].flows()[0].Message
+	far, err := show[flowList](b, "flows")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range far {
+	for _, f := range far.Items {
 		if f.Paired && f.Server.Pod == (podRef{p.namespace, "far"}) {
 			t.Errorf("paired on %s: %v", b.name, f)
 		}

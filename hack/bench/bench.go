@@ -12,12 +12,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/hack/measure"
 )
@@ -282,12 +282,12 @@ func (b *bench) count() (counts, error) {
 	outcomes, err := b.datapath.Outcomes()
 	for _, o := range outcomes {
 		switch {
-		case o.Name == "connection_paired":
+		case o.String() == "connection_paired":
 			c.paired = o.Count
-		case o.Name == "message_shortcut":
+		case o.String() == "message_shortcut":
 			c.shortcut = o.Bytes
 			c.sent += o.Bytes
-		case strings.HasPrefix(o.Name, "message_"):
+		case o.Kind == api.OutcomeMessage:
 			c.sent += o.Bytes
 		}
 	}

@@ -120,7 +120,7 @@ func end(start func(*exec.Cmd) error, cpu int) measure.End {
 func sent(s api.Status, prefix string) uint64 {
 	var n uint64
 	for _, o := range s.Outcomes {
-		if strings.HasPrefix(o.Name, prefix) {
+		if strings.HasPrefix(o.String(), prefix) {
 			n += o.Bytes
 		}
 	}

@@ -291,7 +291,7 @@ func (d *demo) showCounters(ctx context.Context) error {
 			if o.Bytes > 0 {
 				size = fmt.Sprintf("%d bytes", o.Bytes)
 			}
-			fmt.Fprintf(t, "   %s\t%d\t%s\n", o.Name, o.Count, size)
+			fmt.Fprintf(t, "   %s\t%d\t%s\n", o, o.Count, size)
 		}
 	}
 	return t.Flush()

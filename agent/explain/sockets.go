@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package explain
 
 import (
 	"errors"
@@ -14,16 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socket is a TCP socket of a pod that listens or is connected.
-type socket struct {
+// Socket is a TCP socket of a pod that listens or is connected.
+type Socket struct {
 	netns, cookie uint64
 	local, remote netip.AddrPort
 	listening     bool
 }
 
-// listSockets returns the listening and established TCP sockets of the network
+// Sockets returns the listening and established TCP sockets of the network
 // namespace at path, whose cookie is given. It returns what it has with an error.
-func listSockets(path string, cookie uint64) ([]socket, error) {
+func Sockets(path string, cookie uint64) ([]Socket, error) {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
 		return nil, fmt.Errorf("open netns %s: %w", path, err)
@@ -37,7 +37,7 @@ func listSockets(path string, cookie uint64) ([]socket, error) {
 	if err := handle.SetSocketTimeout(2 * time.Second); err != nil {
 		return nil, fmt.Errorf("set timeout of inet_diag: %w", err)
 	}
-	var sockets []socket
+	var sockets []Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		found, err := handle.SocketDiagTCP(family)
 		// An interrupted dump may lack some: good enough for a picture of the moment.
@@ -46,7 +46,7 @@ func listSockets(path string, cookie uint64) ([]socket, error) {
 		}
 		for _, s := range found {
 			if s.State == unix.BPF_TCP_LISTEN || s.State == unix.BPF_TCP_ESTABLISHED {
-				sockets = append(sockets, socket{
+				sockets = append(sockets, Socket{
 					netns:     cookie,
 					cookie:    uint64(s.ID.Cookie[1])<<32 | uint64(s.ID.Cookie[0]),
 					local:     addrPort(s.ID.Source, s.ID.SourcePort),

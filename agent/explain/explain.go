@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package explain says of each connection of the pods of this node who its ends are, and
+// why it is on TCP. It is pure but for Sockets, which asks the kernel.
+//
+// explain.go has the answers, text.go their words, match.go finds the two sockets of a connection that is not
+// paired, sockets.go lists sockets.
+package explain
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/pods"
+	"github.com/podshunt/podshunt/agent/policy"
+	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/api"
+)
+
+// View is what the pods of the node are at one moment.
+type View struct {
+	pods        []pods.Pod // one per network namespace
+	byCookie    map[uint64]*pods.Pod
+	byAddress   map[netip.Addr]*pods.Pod
+	cluster     policy.Cluster
+	unsupported map[policyKey]datapath.UnsupportedPort
+	now         time.Time
+	// decisions are those that have been asked for: many connections are between
+	// the same two pods, and to find out reads all policies of their namespaces.
+	decisions map[policyKey]policy.Decision
+}
+
+// policyKey names the connections between two network namespaces to a server port, by
+// their cookies. For an unsupported port that the server has caused, client is 0.
+type policyKey struct {
+	client, server uint64
+	port           uint16
+}
+
+// NewView returns a View of all pods of the node, and of what is remembered of their ports.
+// It keeps its arguments.
+func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datapath.UnsupportedPort, now time.Time) *View {
+	v := &View{
+		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
+		unsupported: map[policyKey]datapath.UnsupportedPort{}, now: now, decisions: map[policyKey]policy.Decision{},
+	}
+	for _, a := range attachments {
+		if a.NetnsCookie == 0 {
+			continue
+		}
+		if v.byCookie[a.NetnsCookie] == nil {
+			v.byCookie[a.NetnsCookie] = &a
+			v.pods = append(v.pods, a)
+		}
+		for _, address := range a.Addresses {
+			v.byAddress[address.Unmap()] = v.byCookie[a.NetnsCookie]
+		}
+	}
+	for _, u := range unsupported {
+		v.unsupported[policyKey{u.Client, u.Netns, u.Port}] = u
+	}
+	return v
+}
+
+// wants returns true for a pod whose connections are to be explained.
+func wants(p *pods.Pod) bool { return p != nil && (p.Enrolled || p.Policy.Settings.Enabled) }
+
+// Pods returns one pod for each network namespace.
+func (v *View) Pods() []pods.Pod { return v.pods }
+
+// NeedsSockets returns false where no pod wants to take part: then Unpaired has nothing
+// to explain, whatever sockets there are.
+func (v *View) NeedsSockets() bool {
+	return slices.ContainsFunc(v.pods, func(p pods.Pod) bool { return wants(&p) })
+}
+
+// answer says why something is on TCP: by codes, and to people. Its zero value says nothing.
+type answer struct {
+	reason  string
+	details []string
+	message string
+}
+
+// The codes of connections that are not paired; others are those of policy.Reason.
+const (
+	reasonPod         = "pod_" // and the pod's state
+	reasonPeer        = "peer_not_here"
+	reasonUnsupported = "unsupported"
+	reasonUnmatched   = "unmatched"
+)
+
+// why returns why the connections of two pods to a server port are on TCP, or the zero
+// answer if neither the pods nor what is remembered of the port keeps them there.
+func (v *View) why(client, server *pods.Pod, port uint16) answer {
+	for _, p := range []*pods.Pod{client, server} {
+		if p != nil && !p.Enrolled {
+			return answer{reasonPod + string(p.State), []string{string(p.Reason)}, fmt.Sprintf("%s: %s", p.Pod, p.Message)}
+		}
+	}
+	if client == nil || server == nil {
+		return answer{reason: reasonPeer, message: "the other end is not a pod of this node that takes part"}
+	}
+	asked := policyKey{client.NetnsCookie, server.NetnsCookie, port}
+	decision, known := v.decisions[asked]
+	if !known {
+		decision = policy.Explain(client.Policy, server.Policy, port, v.cluster, v.now)
+		v.decisions[asked] = decision
+	}
+	if decision.Verdict != rule.Allow {
+		return answer{reason: decision.Reason.Code(), message: decision.String()}
+	}
+	u, ok := v.unsupported[policyKey{0, server.NetnsCookie, port}]
+	if !ok {
+		if u, ok = v.unsupported[asked]; !ok {
+			return answer{}
+		}
+	}
+	return answer{reasonUnsupported, u.Reasons, fmt.Sprintf(
+		"a connection to this server port used %s, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again",
+		Calls(u.Reasons))}
+}
+
+// UnsupportedPort names the pods of a port.
+func (v *View) UnsupportedPort(u datapath.UnsupportedPort) api.UnsupportedPort {
+	described := api.UnsupportedPort{Port: u.Port, Reasons: u.Reasons, Since: u.Since}
+	if p := v.byCookie[u.Netns]; p != nil {
+		described.Pod = p.Pod
+	}
+	if p := v.byCookie[u.Client]; p != nil {
+		described.Client = &p.Pod
+	}
+	return described
+}
+
+func endpoint(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
+	if p == nil {
+		return api.FlowEnd{Address: address}
+	}
+	return api.FlowEnd{Pod: p.Pod, Address: address}
+}
+
+// Paired describes the connections that the datapath knows.
+func (v *View) Paired(flows []datapath.Flow) []api.Flow {
+	described := []api.Flow{}
+	for _, f := range flows {
+		client, server := v.byCookie[f.ClientNetns], v.byCookie[f.ServerNetns]
+		address := f.Server
+		if !f.Joined {
+			address = netip.AddrPort{}
+		}
+		direction := func(d datapath.Direction) *api.Direction {
+			why := v.direction(f, d, client, server)
+			return &api.Direction{
+				Shortcut:      d.Shortcut,
+				Reason:        why.reason,
+				Details:       why.details,
+				Message:       why.message,
+				ShortcutBytes: d.ShortcutBytes,
+				TCPBytes:      d.TCPBytes,
+				UnreadBytes:   d.Unread,
+				Switches:      d.Switches,
+			}
+		}
+		described = append(described, api.Flow{
+			Client: endpoint(client, f.Client), Server: endpoint(server, address), OrigDst: f.OrigDst,
+			Paired: true, Since: f.Since,
+			ToServer: direction(f.ToServer), ToClient: direction(f.ToClient),
+		})
+	}
+	return described
+}
+
+// direction returns why the last message of a direction that went by TCP did so.
+func (v *View) direction(f datapath.Flow, d datapath.Direction, client, server *pods.Pod) answer {
+	why := answer{reason: d.Reason, message: messageText(d.Reason)}
+	behind := func(text string, codes ...string) answer {
+		why.details, why.message = codes, fmt.Sprintf("%s (%s)", why.message, text)
+		return why
+	}
+	switch {
+	case d.Reason == "":
+		return answer{}
+	case d.Verdict != rule.Allow:
+		// What the kernel was told when the direction last had something to send.
+		// Why it was refused is known here only.
+		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
+			return behind(reason.String(), reason.Code())
+		}
+		if now := v.why(client, server, f.Server.Port()); now.reason != "" {
+			return behind(now.message, append([]string{now.reason}, now.details...)...)
+		}
+		return behind(policy.NoRule.String(), policy.NoRule.Code())
+	case d.ReadFlags != 0:
+		return behind(flagNames(d.ReadFlags), f.Unsupported...)
+	case d.Unsupported:
+		return behind(Calls(f.Unsupported), f.Unsupported...)
+	}
+	return why
+}
+
+// Unpaired describes the connections among sockets that have an end in a pod
+// that wants to take part and are not among known. Each is listed once, also
+// where both its ends are.
+func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
+	m := newSocketMatcher(sockets, known)
+	var flows []api.Flow
+	describe := func(client, server *Socket) {
+		var f api.Flow
+		var from, to *pods.Pod
+		if client != nil {
+			from = v.byCookie[client.netns]
+			f.Client, f.OrigDst = endpoint(from, client.local), client.remote
+		} else {
+			from = v.byAddress[server.remote.Addr()]
+			f.Client, f.OrigDst = endpoint(from, server.remote), server.local
+		}
+		if server != nil {
+			to = v.byCookie[server.netns]
+			f.Server = endpoint(to, server.local)
+		} else {
+			to = v.byAddress[client.remote.Addr()]
+			f.Server = endpoint(to, client.remote)
+		}
+		if wants(from) || wants(to) {
+			why := v.why(from, to, f.Server.Address.Port())
+			if why.reason == "" {
+				why = answer{reason: reasonUnmatched, message: "connected before both pods took part, or by a handshake that cannot be matched " +
+					"(SNAT, TCP Fast Open): reconnect to try again"}
+			}
+			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
+			flows = append(flows, f)
+		}
+	}
+	for i := range m.open {
+		s := &m.open[i]
+		if m.used[s] || m.serves(s) {
+			continue
+		}
+		m.used[s] = true
+		peer := m.peer(s)
+		if peer != nil {
+			m.used[peer] = true
+			// Where no listener tells who the server is, the lower port is taken for it.
+			if !m.serves(peer) && s.local.Port() < peer.local.Port() {
+				s, peer = peer, s
+			}
+		}
+		describe(s, peer)
+	}
+	for i := range m.open {
+		if s := &m.open[i]; !m.used[s] {
+			describe(nil, s)
+		}
+	}
+	return flows
+}
+
+// Sort orders flows by the client's pod and address, and where it connected to.
+func Sort(flows []api.Flow) {
+	slices.SortFunc(flows, func(a, b api.Flow) int {
+		return cmp.Or(
+			cmp.Compare(a.Client.Pod.String(), b.Client.Pod.String()),
+			a.Client.Address.Compare(b.Client.Address),
+			a.OrigDst.Compare(b.OrigDst),
+		)
+	})
+}
