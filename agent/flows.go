@@ -14,6 +14,7 @@ import (
 
 func newFlowsCommand() *cobra.Command {
 	var runDir, output string
+	var chosen api.Selector
 	cmd := &cobra.Command{
 		Use:   "flows",
 		Short: "Show the TCP connections of the pods that take part",
@@ -22,14 +23,20 @@ connection that is paired has a line for each direction: the way of its latest
 message, bytes by the shortcut and by TCP, and the last reason for TCP. One that
 is not paired has one line that says why.`,
 		Example: `  podshunt-agent flows
+  podshunt-agent flows --pod=default/web --port=8080
   podshunt-agent flows --output=json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return show(cmd, runDir, api.PathFlows, output, func(w io.Writer, l api.FlowList) error { return writeFlows(w, l.Items) })
+			if err := checkPod(chosen.Pod); chosen.Pod != "" && err != nil {
+				return usageError(fmt.Errorf("--pod: %w", err))
+			}
+			return show(cmd, runDir, api.PathFlows+"?"+chosen.Query(), output, func(w io.Writer, l api.FlowList) error { return writeFlows(w, l.Items) })
 		},
 	}
 	runDirVar(cmd, &runDir)
 	outputVar(cmd, &output)
+	cmd.Flags().StringVar(&chosen.Pod, "pod", "", "only connections with an end in this `pod`, NAMESPACE/NAME")
+	cmd.Flags().Uint16Var(&chosen.Port, "port", 0, "only connections to this server `port`, behind a Service also by its own; 0 means all")
 	return cmd
 }
 

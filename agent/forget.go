@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 
@@ -16,7 +15,7 @@ import (
 
 func newForgetCommand() *cobra.Command {
 	var runDir string
-	var req api.ForgetRequest
+	var req api.Selector
 	cmd := &cobra.Command{
 		Use:   "forget [NAMESPACE/NAME [PORT]]",
 		Short: "Pair connections again that were found not to fit",
@@ -31,9 +30,8 @@ these ports are paired again. "podshunt-agent status" lists them as NOT PAIRED.`
 			return err
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			query := url.Values{"pod": {req.Pod}, "port": {strconv.Itoa(int(req.Port))}}
 			var result api.ForgetResult
-			if err := ask(cmd.Context(), runDir, http.MethodPost, api.PathForget+"?"+query.Encode(), askTimeout, &result); err != nil {
+			if err := ask(cmd.Context(), runDir, http.MethodPost, api.PathForget+"?"+req.Query(), askTimeout, &result); err != nil {
 				return err
 			}
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "server ports forgotten: %d\n", result.Forgotten)
@@ -44,14 +42,14 @@ these ports are paired again. "podshunt-agent status" lists them as NOT PAIRED.`
 	return cmd
 }
 
-func parseForget(args []string) (api.ForgetRequest, error) {
-	var req api.ForgetRequest
+func parseForget(args []string) (api.Selector, error) {
+	var req api.Selector
 	if len(args) > 2 {
 		return req, fmt.Errorf("unexpected argument %q: accepted are a pod and a port", args[2])
 	}
 	if len(args) > 0 {
-		if namespace, name, ok := strings.Cut(args[0], "/"); !ok || namespace == "" || name == "" {
-			return req, fmt.Errorf("pod %q: accepted is namespace/name", args[0])
+		if err := checkPod(args[0]); err != nil {
+			return req, err
 		}
 		req.Pod = args[0]
 	}
@@ -63,4 +61,12 @@ func parseForget(args []string) (api.ForgetRequest, error) {
 		req.Port = uint16(port)
 	}
 	return req, nil
+}
+
+// checkPod accepts a namespace and a name.
+func checkPod(pod string) error {
+	if namespace, name, ok := strings.Cut(pod, "/"); !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
+		return fmt.Errorf("pod %q: accepted is namespace/name", pod)
+	}
+	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -81,7 +82,7 @@ func (n *node) Status() (api.Status, error) {
 }
 
 // Forget lets new connections to server ports be paired again.
-func (n *node) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
+func (n *node) Forget(req api.Selector) (api.ForgetResult, error) {
 	cookies := map[uint64]bool{}
 	for _, p := range n.registry.Snapshot().Pods {
 		if p.Pod.String() == req.Pod && p.NetnsCookie != 0 {
@@ -98,8 +99,8 @@ func (n *node) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
 }
 
 // Flows returns the paired connections, and those of opted-in pods that are not
-// paired with the reason.
-func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
+// paired with the reason, as far as they are chosen.
+func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
 	snapshot := n.registry.Snapshot()
@@ -132,6 +133,7 @@ func (n *node) Flows(ctx context.Context) ([]api.Flow, error) {
 	}
 	flows := view.Paired(paired)
 	flows = append(flows, view.Unpaired(sockets, append(before, paired...))...)
+	flows = slices.DeleteFunc(flows, func(f api.Flow) bool { return !chosen.Chooses(f) })
 	explain.Sort(flows)
 	return flows, nil
 }

@@ -3,7 +3,10 @@
 package api
 
 import (
+	"errors"
 	"net/netip"
+	"net/url"
+	"strconv"
 	"time"
 )
 
@@ -16,9 +19,9 @@ const (
 	PathGC = "/v1/gc"
 	// PathStatus: GET a Status.
 	PathStatus = "/v1/status"
-	// PathFlows: GET a FlowList.
+	// PathFlows: GET a FlowList. The query parameters are as for PathForget.
 	PathFlows = "/v1/flows"
-	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of ForgetRequest.
+	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of a Selector.
 	PathForget = "/v1/forget"
 	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go
 	// duration; with "force" as "true", connections that take longer are reset.
@@ -195,12 +198,36 @@ type UnsupportedPort struct {
 	Since   time.Time `json:"since"`
 }
 
-// ForgetRequest names unsupported ports: all, those of a pod, or one port of it.
-type ForgetRequest struct {
-	// Pod is namespace/name; empty means all pods.
+// Selector chooses by a pod and a server port: flows, or what is remembered of ports.
+type Selector struct {
+	// Pod is namespace/name, at either end; empty means all pods.
 	Pod string
-	// Port is a server port; 0 means all.
+	// Port is a server port, for a flow also that which its client has connected to; 0 means all.
 	Port uint16
+}
+
+// Query returns the selector as the parameters "pod" and "port" of a request.
+func (s Selector) Query() string {
+	return url.Values{"pod": {s.Pod}, "port": {strconv.Itoa(int(s.Port))}}.Encode()
+}
+
+// ParseSelector reads what Query has written; what is missing is zero.
+func ParseSelector(query url.Values) (Selector, error) {
+	s := Selector{Pod: query.Get("pod")}
+	if text := query.Get("port"); text != "" {
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err != nil {
+			return s, errors.New("query parameter port: accepted are 0 (all) to 65535")
+		}
+		s.Port = uint16(port)
+	}
+	return s, nil
+}
+
+// Chooses returns true for the flows that are chosen.
+func (s Selector) Chooses(f Flow) bool {
+	return (s.Pod == "" || f.Client.Pod.String() == s.Pod || f.Server.Pod.String() == s.Pod) &&
+		(s.Port == 0 || f.Server.Address.Port() == s.Port || f.OrigDst.Port() == s.Port)
 }
 
 // ForgetResult tells how many unsupported ports were forgotten.

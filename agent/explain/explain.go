@@ -263,7 +263,8 @@ func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
 func Sort(flows []api.Flow) {
 	slices.SortFunc(flows, func(a, b api.Flow) int {
 		return cmp.Or(
-			cmp.Compare(a.Client.Pod.String(), b.Client.Pod.String()),
+			cmp.Compare(a.Client.Pod.Namespace, b.Client.Pod.Namespace),
+			cmp.Compare(a.Client.Pod.Name, b.Client.Pod.Name),
 			a.Client.Address.Compare(b.Client.Address),
 			a.OrigDst.Compare(b.OrigDst),
 		)

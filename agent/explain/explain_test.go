@@ -257,3 +257,28 @@ func TestCodes(t *testing.T) {
 		t.Error("there are texts of codes that do not exist")
 	}
 }
+
+// BenchmarkFlows explains the connections of a busy node: as many as the map of flows
+// may have by default, and as many that are not paired.
+func BenchmarkFlows(b *testing.B) {
+	const pairs = 25_000
+	var sockets []Socket
+	var known []datapath.Flow
+	for i := range pairs {
+		client := netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), uint16(1024+i))
+		server := at("10.0.0.2:80")
+		known = append(known, datapath.Flow{ID: uint64(i), ClientNetns: 1, ServerNetns: 2, Client: client, Server: server, OrigDst: server, Joined: true})
+		server = at("10.0.0.2:22")
+		sockets = append(sockets, Socket{netns: 1, cookie: uint64(pairs + i), local: client, remote: server},
+			Socket{netns: 2, cookie: uint64(2*pairs + i), local: server, remote: client})
+	}
+	sockets = append(sockets, Socket{netns: 2, local: at("0.0.0.0:22"), listening: true})
+	for b.Loop() {
+		v := testView()
+		flows := append(v.Paired(known), v.Unpaired(sockets, known)...)
+		Sort(flows)
+		if len(flows) != 2*pairs {
+			b.Fatalf("got %d flows, want %d", len(flows), 2*pairs)
+		}
+	}
+}

@@ -6,6 +6,8 @@
 package server
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -37,8 +39,9 @@ type Attachments interface {
 // Node is what the command line's requests go to.
 type Node interface {
 	Status() (api.Status, error)
-	Flows(context.Context) ([]api.Flow, error)
-	Forget(api.ForgetRequest) (api.ForgetResult, error)
+	// Flows returns those that the selector chooses.
+	Flows(context.Context, api.Selector) ([]api.Flow, error)
+	Forget(api.Selector) (api.ForgetResult, error)
 	// Unload returns when nothing is left, or when ctx ends; with force, soon after that.
 	Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	// Uninstall does so after it has taken the plugin out of the CNI configuration.
@@ -143,18 +146,29 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 		answer(w, log, status, err)
 	})
 	mux.HandleFunc("GET "+api.PathFlows, func(w http.ResponseWriter, r *http.Request) {
-		flows, err := node.Flows(r.Context())
-		answer(w, log, api.FlowList{TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindFlowList}, Items: flows}, err)
-	})
-	mux.HandleFunc("POST "+api.PathForget, func(w http.ResponseWriter, r *http.Request) {
-		query := r.URL.Query()
-		port, err := strconv.ParseUint(cmp.Or(query.Get("port"), "0"), 10, 16)
+		chosen, err := api.ParseSelector(r.URL.Query())
 		if err != nil {
-			refuse(w, http.StatusBadRequest, errors.New("query parameter port: accepted are 0 (all) to 65535"))
+			refuse(w, http.StatusBadRequest, err)
 			return
 		}
-		result, err := node.Forget(api.ForgetRequest{Pod: query.Get("pod"), Port: uint16(port)})
-		log.Info("forget", "pod", query.Get("pod"), "port", port, "forgotten", result.Forgotten)
+		flows, err := node.Flows(r.Context(), chosen)
+		if err != nil {
+			answer(w, log, nil, err)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		if err := writeFlows(w, flows); err != nil {
+			log.Debug("answer not sent", "err", err)
+		}
+	})
+	mux.HandleFunc("POST "+api.PathForget, func(w http.ResponseWriter, r *http.Request) {
+		chosen, err := api.ParseSelector(r.URL.Query())
+		if err != nil {
+			refuse(w, http.StatusBadRequest, err)
+			return
+		}
+		result, err := node.Forget(chosen)
+		log.Info("forget", "pod", chosen.Pod, "port", chosen.Port, "forgotten", result.Forgotten)
 		answer(w, log, result, err)
 	})
 	remove := func(what string, do func(context.Context, bool) (api.UnloadResult, error)) http.HandlerFunc {
@@ -238,6 +252,30 @@ func answer(w http.ResponseWriter, log *slog.Logger, body any, err error) {
 	if err := json.NewEncoder(w).Encode(body); err != nil {
 		log.Debug("answer not sent", "err", err)
 	}
+}
+
+// writeFlows writes a FlowList one flow after the other: tens of thousands take tens of
+// MiB as text.
+func writeFlows(w io.Writer, flows []api.Flow) error {
+	head, err := json.Marshal(api.TypeMeta{APIVersion: api.Version, Kind: api.KindFlowList})
+	if err != nil {
+		return err
+	}
+	buffered := bufio.NewWriter(w)
+	// A writer that has failed says so at Flush.
+	_, _ = buffered.Write(bytes.TrimSuffix(head, []byte("}")))
+	_, _ = buffered.WriteString(`,"items":[`)
+	encoder := json.NewEncoder(buffered)
+	for i := range flows {
+		if i > 0 {
+			_ = buffered.WriteByte(',')
+		}
+		if err := encoder.Encode(&flows[i]); err != nil {
+			return err
+		}
+	}
+	_, _ = buffered.WriteString("]}\n")
+	return buffered.Flush()
 }
 
 func refuse(w http.ResponseWriter, code int, err error) {

@@ -4,12 +4,14 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -24,6 +27,7 @@ import (
 // fake answers for the registry and the node, and notes what it was asked.
 type fake struct {
 	calls []string
+	flows []api.Flow
 	err   error
 }
 
@@ -44,9 +48,12 @@ func (f *fake) Collect(req api.GCRequest) error {
 
 func (f *fake) Status() (api.Status, error) { return api.Status{Version: "v1"}, f.err }
 
-func (f *fake) Flows(context.Context) ([]api.Flow, error) { return []api.Flow{}, f.err }
+func (f *fake) Flows(_ context.Context, chosen api.Selector) ([]api.Flow, error) {
+	f.calls = append(f.calls, fmt.Sprint("flows ", chosen))
+	return f.flows, f.err
+}
 
-func (f *fake) Forget(req api.ForgetRequest) (api.ForgetResult, error) {
+func (f *fake) Forget(req api.Selector) (api.ForgetResult, error) {
 	f.calls = append(f.calls, fmt.Sprint("forget ", req))
 	return api.ForgetResult{Forgotten: 2}, f.err
 }
@@ -183,7 +190,22 @@ func TestRoutes(t *testing.T) {
 			name: "gc of no network", method: "POST", path: "/v1/gc", body: `{"valid":[]}`,
 			code: 400, answer: `{"error":"request body: network: required"}`,
 		},
-		{name: "flows", method: "GET", path: "/v1/flows", code: 200, answer: `{"apiVersion":"podshunt.io/v1","kind":"FlowList","items":[]}`},
+		{
+			name: "flows", method: "GET", path: "/v1/flows",
+			code: 200, answer: `{"apiVersion":"podshunt.io/v1","kind":"FlowList","items":[]}`, calls: []string{"flows { 0}"},
+		},
+		{
+			name: "flows of a port of a pod", method: "GET", path: "/v1/flows?pod=a%2Fb&port=80",
+			code: 200, answer: `{"apiVersion":"podshunt.io/v1","kind":"FlowList","items":[]}`, calls: []string{"flows {a/b 80}"},
+		},
+		{
+			name: "flows of no port", method: "GET", path: "/v1/flows?port=65536",
+			code: 400, answer: `{"error":"query parameter port: accepted are 0 (all) to 65535"}`,
+		},
+		{
+			name: "flows, failed", method: "GET", path: "/v1/flows", err: errors.New("no map"),
+			code: 500, answer: `{"error":"no map"}`, calls: []string{"flows { 0}"},
+		},
 		{
 			name: "unload", method: "POST", path: "/v1/unload?timeout=20m",
 			code: 200, answer: `{"done":true}`, calls: []string{"unload 20m0s false"},
@@ -289,6 +311,25 @@ func TestLongestSocket(t *testing.T) {
 		}
 		if err := errors.Join(conn.Close(), l.Close()); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestFlowList: what is written flow by flow is one document.
+func TestFlowList(t *testing.T) {
+	for _, n := range []int{0, 1, 3} {
+		f := &fake{}
+		for i := range n {
+			f.flows = append(f.flows, api.Flow{Reason: "unmatched", Message: fmt.Sprint("line\n", i), Details: []string{"a", "b"}})
+		}
+		_, text := request(t, mustServe(t, f), http.MethodGet, api.PathFlows, "")
+		var got api.FlowList
+		if err := json.Unmarshal([]byte(text), &got); err != nil {
+			t.Fatalf("%v in %s", err, text)
+		}
+		want := api.FlowList{TypeMeta: api.TypeMeta{APIVersion: "podshunt.io/v1", Kind: "FlowList"}, Items: f.flows}
+		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+			t.Errorf("%d flows (-want +got):\n%s", n, diff)
 		}
 	}
 }
