@@ -49,16 +49,16 @@ if pods would take part with these flags, with 4 if this kernel keeps them out.
 			if os.Geteuid() != 0 {
 				return errors.New("doctor loads programs into the kernel to try it: run it as root")
 			}
-			e := f.examine()
-			write := writeExamination
+			e := f.kernelReport()
+			write := writeKernelReport
 			if output == "json" {
-				write = func(w io.Writer, e api.Examination) error { return writeJSON(w, e) }
+				write = func(w io.Writer, e api.KernelReport) error { return writeJSON(w, e) }
 			}
 			if err := write(cmd.OutOrStdout(), e); err != nil {
 				return err
 			}
 			if !e.TakesPart {
-				return noPart(e)
+				return refusal(e)
 			}
 			return nil
 		},
@@ -93,10 +93,10 @@ func (f *kernelFlags) validate() error {
 	return nil
 }
 
-// examine measures this kernel. Nothing of the node is touched.
-func (f *kernelFlags) examine() api.Examination {
-	e := api.Examination{
-		TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindExamination},
+// kernelReport measures this kernel. Nothing of the node is touched.
+func (f *kernelFlags) kernelReport() api.KernelReport {
+	e := api.KernelReport{
+		TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindKernelReport},
 		Version:  version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept",
 	}
 	if err := datapath.CheckKernel(); err != nil {
@@ -161,8 +161,8 @@ func refuseHazards(hazards []api.Hazard) string {
 		strings.Join(names, ", "), strings.Join(consequences, "; "))
 }
 
-// noPart says why no pod would take part.
-func noPart(e api.Examination) error {
+// refusal says why no pod would take part.
+func refusal(e api.KernelReport) error {
 	text := "no pod would take part: " + e.Refusal
 	if e.Missing != "" {
 		text = "no pod can take part: " + e.Missing
@@ -170,7 +170,7 @@ func noPart(e api.Examination) error {
 	return statusError{errors.New(text), exitRefused}
 }
 
-func writeExamination(w io.Writer, e api.Examination) error {
+func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	t := newTable(w)
 	t.row("agent", e.Version)
 	t.row("kernel", e.Kernel)

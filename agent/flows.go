@@ -49,19 +49,19 @@ func writeFlows(w io.Writer, flows []api.Flow) error {
 	t.row("CLIENT", "SERVER", "DIRECTION", "PATH", "SHORTCUT", "TCP", "LAST REASON FOR TCP")
 	for _, f := range flows {
 		client, server := endText(f.Client), endText(f.Server)
-		dialled := ""
+		via := ""
 		if f.OrigDst != f.Server.Address {
-			dialled = "  dialled " + f.OrigDst.String()
+			via = "  via " + f.OrigDst.String()
 		}
 		if !f.Paired {
 			t.row(client, server, "both", "tcp", "", "", f.Message)
-			if dialled != "" {
-				t.row("", dialled, "", "", "", "", "")
+			if via != "" {
+				t.row("", via, "", "", "", "", "")
 			}
 			continue
 		}
 		t.row(client, server, "to server", directionText(f.ToServer))
-		t.row("", dialled, "to client", directionText(f.ToClient))
+		t.row("", via, "to client", directionText(f.ToClient))
 	}
 	return t.Flush()
 }

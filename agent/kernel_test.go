@@ -443,7 +443,7 @@ func TestDoctor(t *testing.T) {
 	for _, hazards := range []string{"refuse", "accept"} {
 		var out bytes.Buffer
 		err := run(t.Context(), []string{"doctor", "-o", "json", "--kernel-hazards=" + hazards}, &out, t.Output())
-		var e api.Examination
+		var e api.KernelReport
 		if err := json.Unmarshal(out.Bytes(), &e); err != nil {
 			t.Fatal(err)
 		}

@@ -186,8 +186,8 @@ func TestExitStatus(t *testing.T) {
 			t.Errorf("%v: got status %d and error %v, want %d and %q", tc.args, got, err, tc.want, tc.text)
 		}
 	}
-	for _, e := range []api.Examination{{Missing: "BTF"}, {Refusal: "hazards"}} {
-		wantDiff(t, "doctor on a kernel that keeps pods out", exitRefused, exitStatus(noPart(e)))
+	for _, e := range []api.KernelReport{{Missing: "BTF"}, {Refusal: "hazards"}} {
+		wantDiff(t, "doctor on a kernel that keeps pods out", exitRefused, exitStatus(refusal(e)))
 	}
 	_, silent, _ := strings.Cut(fakeAgent(t, ""), "=")
 	err = ask(t.Context(), silent, "GET", "/", 50*time.Millisecond, new(api.Status))
@@ -395,12 +395,12 @@ func TestWriteFlows(t *testing.T) {
 	wantText(t, `
 CLIENT                        SERVER                     DIRECTION  PATH      SHORTCUT  TCP      LAST REASON FOR TCP
 default/client 10.0.0.1:5000  default/web 10.0.0.2:8080  to server  shortcut  1.0 GiB   12 B     the limit
-                                dialled 10.96.0.1:80     to client  tcp       0 B       1.5 KiB  not allowed (paused)
+                                via 10.96.0.1:80         to client  tcp       0 B       1.5 KiB  not allowed (paused)
 default/client 10.0.0.1:5001  default/web                to server  tcp       0 B       0 B
-                                dialled 10.0.0.2:8080    to client  tcp       0 B       0 B
+                                via 10.0.0.2:8080        to client  tcp       0 B       0 B
 - 192.0.2.1:6000              default/web 10.0.0.2:80    both       tcp                          other end
 default/client 10.0.0.1:5000  default/web 10.0.0.2:80    both       tcp                          port
-                                dialled 10.96.0.1:22
+                                via 10.96.0.1:22
 `, out.String())
 
 	out.Reset()

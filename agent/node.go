@@ -22,10 +22,10 @@ import (
 
 // node answers the command line.
 type node struct {
-	registry *pods.Registry
-	datapath *datapath.Datapath
-	keeper   *cniconf.Keeper // nil if the plugin is not to be installed
-	log      *slog.Logger
+	reconciler *pods.Reconciler
+	datapath   *datapath.Datapath
+	installer  *cniconf.Installer // nil if the plugin is not to be installed
+	log        *slog.Logger
 	// attachmentsDir and proc are where a force finds network namespaces.
 	attachmentsDir, proc string
 	// fixed is the part of the status that does not change.
@@ -37,8 +37,8 @@ type node struct {
 
 var _ server.Node = (*node)(nil)
 
-func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examination, log *slog.Logger) *node {
-	return &node{registry: r, datapath: d, log: log, attachmentsDir: attachmentsIn(cfg.runDir), proc: cfg.proc, fixed: api.Status{
+func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelReport, log *slog.Logger) *node {
+	return &node{reconciler: r, datapath: d, log: log, attachmentsDir: attachmentsIn(cfg.runDir), proc: cfg.proc, fixed: api.Status{
 		TypeMeta:        api.TypeMeta{APIVersion: api.Version, Kind: api.KindStatus},
 		Version:         version,
 		Kernel:          e.Kernel,
@@ -54,7 +54,7 @@ func newNode(r *pods.Registry, d *datapath.Datapath, cfg config, e api.Examinati
 func (n *node) Status() (api.Status, error) {
 	status := n.fixed
 	status.Unloaded = n.unloaded.Load()
-	snapshot := n.registry.Snapshot()
+	snapshot := n.reconciler.Snapshot()
 	for _, p := range snapshot.Pods {
 		status.Pods = append(status.Pods, p.PodStatus)
 	}
@@ -64,8 +64,8 @@ func (n *node) Status() (api.Status, error) {
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
 	}
-	if n.keeper != nil {
-		state := n.keeper.State()
+	if n.installer != nil {
+		state := n.installer.State()
 		status.CNI = &state
 	}
 	status.Guards = n.datapath.Guards()
@@ -84,7 +84,7 @@ func (n *node) Status() (api.Status, error) {
 // Forget lets new connections to server ports be paired again.
 func (n *node) Forget(req api.Selector) (api.ForgetResult, error) {
 	cookies := map[uint64]bool{}
-	for _, p := range n.registry.Snapshot().Pods {
+	for _, p := range n.reconciler.Snapshot().Pods {
 		if p.Pod.String() == req.Pod && p.NetnsCookie != 0 {
 			cookies[p.NetnsCookie] = true
 		}
@@ -103,7 +103,7 @@ func (n *node) Forget(req api.Selector) (api.ForgetResult, error) {
 func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
-	snapshot := n.registry.Snapshot()
+	snapshot := n.reconciler.Snapshot()
 	unsupported, err := n.datapath.UnsupportedPorts()
 	if err != nil {
 		return nil, err
@@ -143,8 +143,8 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 // read in time are reset.
 func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
-	n.registry.Stop("podshunt was unloaded: restart the agent to take part again")
-	snapshot := n.registry.Snapshot()
+	n.reconciler.Stop("podshunt was unloaded: restart the agent to take part again")
+	snapshot := n.reconciler.Snapshot()
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, time.Now())
 	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
 }
@@ -153,9 +153,9 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 // pod asks for an agent that does nothing any more, and unloads.
 func (n *node) Uninstall(ctx context.Context, force bool) (api.UnloadResult, error) {
 	var remarks []string
-	if n.keeper != nil {
+	if n.installer != nil {
 		var err error
-		if remarks, err = n.keeper.Uninstall(); err != nil {
+		if remarks, err = n.installer.Uninstall(); err != nil {
 			return api.UnloadResult{}, err
 		}
 	}

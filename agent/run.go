@@ -67,17 +67,17 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
-	examination := cfg.examine()
-	if examination.Missing != "" {
-		return errors.New(examination.Missing)
+	kernelReport := cfg.kernelReport()
+	if kernelReport.Missing != "" {
+		return errors.New(kernelReport.Missing)
 	}
 	host, err := hostNetns(cfg.proc, log)
 	if err != nil {
 		return err
 	}
-	cfg.datapath.AllowBlocking = examination.HazardsAccepted || !present(examination.Hazards, datapath.HazardSleepingRecv)
-	cfg.datapath.Guards = guardsIn(examination.Hazards)
-	src, err := openSource(cfg, examination.Refusal, log)
+	cfg.datapath.AllowBlocking = kernelReport.HazardsAccepted || !present(kernelReport.Hazards, datapath.HazardBlockingRecv)
+	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
+	src, err := openSource(cfg, kernelReport.Refusal, log)
 	if err != nil {
 		return err
 	}
@@ -86,13 +86,13 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	defer d.Close()
-	registry, err := pods.New(pods.Config{
+	reconciler, err := pods.New(pods.Config{
 		Dir:         attachmentsIn(cfg.runDir),
 		Source:      src,
 		Proc:        cfg.proc,
 		HostNetns:   host,
-		Refused:     !examination.TakesPart,
-		Refusal:     examination.Refusal,
+		Refused:     !kernelReport.TakesPart,
+		Refusal:     kernelReport.Refusal,
 		Report:      src.report,
 		Datapath:    d,
 		MaxPolicies: int(cfg.datapath.MaxPolicies),
@@ -104,15 +104,15 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	registry.Sync()
-	n := newNode(registry, d, cfg, examination, log)
+	reconciler.Sync()
+	n := newNode(reconciler, d, cfg, kernelReport, log)
 	n.lease = &lease{datapath: d, length: cfg.policyLease, log: log, vouch: func(now time.Time) error {
 		// An agent that hangs vouches for nothing.
-		return cmp.Or(registry.Alive(), src.vouch(now))
+		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
 	if cfg.cni.ConfDir != "" {
 		cfg.cni.Log = log
-		n.keeper = cniconf.New(cfg.cni)
+		n.installer = cniconf.New(cfg.cni)
 	}
 	socket := socketIn(cfg.runDir)
 	listener, err := server.Listen(socket)
@@ -122,11 +122,11 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer os.Remove(socket)
 	log.Info("agent started", "version", version, "socket", socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
-	if examination.Refusal != "" {
-		log.Error("no pod takes part", "reason", examination.Refusal)
+	if kernelReport.Refusal != "" {
+		log.Error("no pod takes part", "reason", kernelReport.Refusal)
 	}
 
-	metrics := newMetrics(d, n.fixed, registry.Snapshot, n.unloaded.Load, n.lease.state)
+	metrics := newMetrics(d, n.fixed, reconciler.Snapshot, n.unloaded.Load, n.lease.state)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
@@ -134,7 +134,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		flag, address string
 		serve         func(net.Listener) error
 	}{
-		{"health-address", cfg.healthAddress, func(l net.Listener) error { return server.ServeHealth(ctx, l, registry.Alive, n.ready, log) }},
+		{"health-address", cfg.healthAddress, func(l net.Listener) error { return server.ServeHealth(ctx, l, reconciler.Alive, n.ready, log) }},
 		{"metrics-address", cfg.metricsAddress, func(l net.Listener) error { return server.ServeMetrics(ctx, l, metrics, log) }},
 	} {
 		if port.address == "" {
@@ -149,12 +149,12 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		group.Go(func() error { return port.serve(l) })
 	}
 	group.Go(func() error { return src.run(ctx) })
-	group.Go(func() error { return registry.Run(ctx) })
-	group.Go(func() error { return server.Serve(ctx, listener, measure(registry, metrics), n, log) })
+	group.Go(func() error { return reconciler.Run(ctx) })
+	group.Go(func() error { return server.Serve(ctx, listener, measure(reconciler, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
 	group.Go(func() error { return n.lease.run(ctx) })
-	if n.keeper != nil {
-		group.Go(func() error { return n.keeper.Run(ctx) })
+	if n.installer != nil {
+		group.Go(func() error { return n.installer.Run(ctx) })
 	}
 	err = group.Wait()
 	log.Info("agent stopped")

@@ -62,7 +62,7 @@ type Settings struct {
 // others are ignored. It is strict: an unknown name under AnnotationPrefix or a
 // value that is not accepted is an error that lists what is. Faults are
 // reported together, and the Settings are zero then, so that a pod whose
-// wishes are unclear stays on TCP.
+// intents are unclear stays on TCP.
 func ParseAnnotations(annotations map[string]string) (Settings, error) {
 	var (
 		s    Settings

@@ -42,9 +42,9 @@ type TypeMeta struct {
 
 // The kinds of documents.
 const (
-	KindStatus      = "Status"
-	KindFlowList    = "FlowList"
-	KindExamination = "Examination"
+	KindStatus       = "Status"
+	KindFlowList     = "FlowList"
+	KindKernelReport = "KernelReport"
 )
 
 // FlowList is the answer to PathFlows.
@@ -169,8 +169,8 @@ type Hazard struct {
 	Fatal bool `json:"fatal"`
 }
 
-// Examination is what a kernel was found to be like.
-type Examination struct {
+// KernelReport is what a kernel was found to be like.
+type KernelReport struct {
 	TypeMeta
 	Version string `json:"version"`
 	Kernel  string `json:"kernel"`

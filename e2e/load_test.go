@@ -54,7 +54,7 @@ func (l *load) finish(t testing.TB) {
 	for _, s := range l.streams {
 		for name, w := range map[string]*way{"to server": &s.toServer, "to client": &s.toClient} {
 			if got, want := w.received.Load(), w.sent.Load(); got != want || got == 0 {
-				t.Errorf("%s %s: got %d bytes of %d", s.dialled, name, got, want)
+				t.Errorf("%s %s: got %d bytes of %d", s.origDst, name, got, want)
 			}
 		}
 		s.client.Close()
@@ -118,7 +118,7 @@ func (w *way) read(c net.Conn) error {
 // stream is a connection with traffic both ways at once.
 type stream struct {
 	client, server     net.Conn
-	dialled            netip.AddrPort
+	origDst            netip.AddrPort
 	toServer, toClient way
 }
 
@@ -149,7 +149,7 @@ func connect(from *sandbox.Pod, to endpoint) (client, server net.Conn, err error
 // mustStream starts traffic on a new connection.
 func (l *load) mustStream(t testing.TB, from *sandbox.Pod, to endpoint) *stream {
 	t.Helper()
-	s := &stream{dialled: to.AddrPort}
+	s := &stream{origDst: to.AddrPort}
 	var err error
 	if s.client, s.server, err = connect(from, to); err != nil {
 		t.Fatal(err)
@@ -178,12 +178,12 @@ func (s *stream) flow(t testing.TB, flows []api.Flow) api.Flow {
 	t.Helper()
 	var found []api.Flow
 	for _, f := range flows {
-		if f.Client.Address.String() == s.client.LocalAddr().String() && f.OrigDst == s.dialled {
+		if f.Client.Address.String() == s.client.LocalAddr().String() && f.OrigDst == s.origDst {
 			found = append(found, f)
 		}
 	}
 	if len(found) != 1 {
-		t.Fatalf("got %d flows for the stream to %s: %+v", len(found), s.dialled, found)
+		t.Fatalf("got %d flows for the stream to %s: %+v", len(found), s.origDst, found)
 	}
 	return found[0]
 }

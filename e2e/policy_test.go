@@ -113,7 +113,7 @@ func (n *node) notOnTCP(t testing.TB, streams []*stream, want string) (not strin
 		f := s.flow(t, flows)
 		for _, d := range []*api.Direction{f.ToServer, f.ToClient} {
 			if d == nil || d.Shortcut || !strings.Contains(d.Message, want) {
-				not += fmt.Sprintf("%s: %+v\n", s.dialled, d)
+				not += fmt.Sprintf("%s: %+v\n", s.origDst, d)
 			}
 		}
 	}
@@ -131,7 +131,7 @@ func (n *node) mustMove(t testing.TB, what string, streams []*stream, shortcut b
 			old, now := s.flow(t, before), s.flow(t, after)
 			for _, d := range [][2]*api.Direction{{old.ToServer, now.ToServer}, {old.ToClient, now.ToClient}} {
 				byShortcut, byTCP := d[1].ShortcutBytes-d[0].ShortcutBytes, d[1].TCPBytes-d[0].TCPBytes
-				moved := fmt.Sprintf("%s: %d bytes by the shortcut and %d by TCP: %+v\n", s.dialled, byShortcut, byTCP, d[1])
+				moved := fmt.Sprintf("%s: %d bytes by the shortcut and %d by TCP: %+v\n", s.origDst, byShortcut, byTCP, d[1])
 				if !shortcut && byShortcut > 0 {
 					t.Fatalf("%s: to %s", what, moved)
 				}

@@ -82,7 +82,7 @@ func (n *node) shortcutBytes(t testing.TB, streams []*stream) [][2]uint64 {
 	for _, s := range streams {
 		var pair bpf.ShortcutFlow
 		if err := pairs.Lookup(mustCookie(t, s.client), &pair); err != nil {
-			t.Fatalf("stream to %s is not paired: %v", s.dialled, err)
+			t.Fatalf("stream to %s is not paired: %v", s.origDst, err)
 		}
 		sent = append(sent, [2]uint64{pair.Side[0].Sending.ShortcutBytes, pair.Side[1].Sending.ShortcutBytes})
 	}

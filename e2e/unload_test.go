@@ -143,7 +143,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 	mustBecome(t, "streams that stand still", nil, func() (still []netip.AddrPort) {
 		for i, s := range l.streams {
 			if s.toServer.received.Load() == received[i] {
-				still = append(still, s.dialled)
+				still = append(still, s.origDst)
 			}
 		}
 		return still

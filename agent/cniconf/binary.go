@@ -28,12 +28,12 @@ type binary struct {
 	versions []string
 }
 
-// keep makes the copy what the source is. Whoever runs the copy gets the whole
+// reconcile makes the copy what the source is. Whoever runs the copy gets the whole
 // old or the whole new one. It is asked for its versions before it gets its name:
 // one that cannot run on this node (a mount with noexec, another architecture)
 // never gets it. If it returns an error, versions are those of an older copy that
 // is there and runs, or none.
-func (b *binary) keep() error {
+func (b *binary) reconcile() error {
 	err := b.install()
 	if err != nil {
 		b.installed, b.wanted = nil, nil

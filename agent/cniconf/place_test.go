@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// mounted replaces a directory of the Keeper's by one of a node, which it goes on
+// mounted replaces a directory of the Installer's by one of a node, which it goes on
 // seeing whatever becomes of the path on the node, as a container does by its mount.
 // It returns the node's path.
 func mounted(t testing.TB, root, dir string) string {
@@ -35,17 +35,17 @@ func mounted(t testing.TB, root, dir string) string {
 	return node
 }
 
-// newMountedKeeper has directories of a node, and is installed there.
-func newMountedKeeper(t testing.TB) (k *Keeper, conf, bin string) {
+// newMountedInstaller has directories of a node, and is installed there.
+func newMountedInstaller(t testing.TB) (ins *Installer, conf, bin string) {
 	t.Helper()
-	k = newTestKeeper(t)
-	k.cfg.NodeRoot = filepath.Join(t.TempDir(), "node")
-	conf, bin = mounted(t, k.cfg.NodeRoot, k.cfg.ConfDir), mounted(t, k.cfg.NodeRoot, k.cfg.BinDir)
-	k = New(k.cfg)
+	ins = newTestInstaller(t)
+	ins.cfg.NodeRoot = filepath.Join(t.TempDir(), "node")
+	conf, bin = mounted(t, ins.cfg.NodeRoot, ins.cfg.ConfDir), mounted(t, ins.cfg.NodeRoot, ins.cfg.BinDir)
+	ins = New(ins.cfg)
 	writeFile(t, filepath.Join(conf, "10-a.conflist"), testList)
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
-	return k, conf, bin
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
+	return ins, conf, bin
 }
 
 func remake(t testing.TB, dir string) {
@@ -70,11 +70,11 @@ func setAside(t testing.TB, dir string) {
 }
 
 // runUntilEnd returns what ends Run, and nil after two minutes.
-func runUntilEnd(t testing.TB, k *Keeper) error {
+func runUntilEnd(t testing.TB, ins *Installer) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	return k.Run(ctx)
+	return ins.Run(ctx)
 }
 
 const (
@@ -87,24 +87,24 @@ const (
 func TestDirectoryReplaced(t *testing.T) {
 	for name, away := range map[string]func(testing.TB, string){"deleted": remove, "set aside": setAside} {
 		t.Run(name, func(t *testing.T) {
-			k, conf, _ := newMountedKeeper(t)
+			ins, conf, _ := newMountedInstaller(t)
 			away(t, conf)
 			for range 2 {
-				k.Keep()
-				wantState(t, k, "", k.cfg.ConfDir+testDeleted)
+				ins.Reconcile()
+				wantState(t, ins, "", ins.cfg.ConfDir+testDeleted)
 			}
 			remake(t, conf)
 			writeFile(t, filepath.Join(conf, "10-a.conflist"), testList)
-			err := runUntilEnd(t, k)
-			if err == nil || !strings.Contains(err.Error(), k.cfg.ConfDir+testReplaced) {
+			err := runUntilEnd(t, ins)
+			if err == nil || !strings.Contains(err.Error(), ins.cfg.ConfDir+testReplaced) {
 				t.Errorf("got error %v, want one that says that the directory is another one", err)
 			}
-			wantState(t, k, "", k.cfg.ConfDir+testReplaced)
-			if _, err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), testReplaced) {
+			wantState(t, ins, "", ins.cfg.ConfDir+testReplaced)
+			if _, err := ins.Uninstall(); err == nil || !strings.Contains(err.Error(), testReplaced) {
 				t.Errorf("uninstall: got error %v, want one that says that the directory is another one", err)
 			}
 			// An agent that is to leave the node alone does not start again for it.
-			if err := k.look(); err != nil {
+			if err := ins.look(); err != nil {
 				t.Errorf("after an uninstall: got error %v", err)
 			}
 		})
@@ -113,25 +113,25 @@ func TestDirectoryReplaced(t *testing.T) {
 
 // Without the directory of plugins the entry keeps every pod from starting.
 func TestBinDirReplaced(t *testing.T) {
-	k, conf, bin := newMountedKeeper(t)
+	ins, conf, bin := newMountedInstaller(t)
 	remove(t, bin)
-	k.Keep()
-	wantState(t, k, "", k.cfg.BinDir+testDeleted)
-	wantFiles(t, k, "entry taken out", map[string]string{"10-a.conflist": testList})
+	ins.Reconcile()
+	wantState(t, ins, "", ins.cfg.BinDir+testDeleted)
+	wantFiles(t, ins, "entry taken out", map[string]string{"10-a.conflist": testList})
 	writeFile(t, filepath.Join(conf, "10-a.conflist"), testBoth)
 	remake(t, bin)
 	writeFile(t, filepath.Join(bin, "a"), "")
-	if err := runUntilEnd(t, k); err == nil || !strings.Contains(err.Error(), k.cfg.BinDir+testReplaced) {
+	if err := runUntilEnd(t, ins); err == nil || !strings.Contains(err.Error(), ins.cfg.BinDir+testReplaced) {
 		t.Errorf("got error %v, want one that says that the directory is another one", err)
 	}
-	wantFiles(t, k, "entry taken out before the agent ends", map[string]string{"10-a.conflist": testList})
+	wantFiles(t, ins, "entry taken out before the agent ends", map[string]string{"10-a.conflist": testList})
 }
 
-// While a Keeper runs it notices by itself.
+// While an Installer runs it notices by itself.
 func TestRunEndsWhenReplaced(t *testing.T) {
-	k, conf, _ := newMountedKeeper(t)
+	ins, conf, _ := newMountedInstaller(t)
 	done := make(chan error, 1)
-	go func() { done <- runUntilEnd(t, k) }()
+	go func() { done <- runUntilEnd(t, ins) }()
 	remove(t, conf)
 	remake(t, conf)
 	if err := <-done; err == nil || !strings.Contains(err.Error(), testReplaced) {

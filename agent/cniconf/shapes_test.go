@@ -24,7 +24,7 @@ func TestShapes(t *testing.T) {
 	}
 	for _, shape := range shapes {
 		t.Run(filepath.Base(shape), func(t *testing.T) {
-			k := newTestKeeper(t)
+			k := newTestInstaller(t)
 			copyDir(t, filepath.Join(shape, "before"), k.cfg.ConfDir)
 			before := snapshot(t, k.cfg.ConfDir)
 			files, err := readDir(k.cfg.ConfDir)
@@ -32,7 +32,7 @@ func TestShapes(t *testing.T) {
 				t.Fatal(err)
 			}
 			writeFile(t, filepath.Join(k.cfg.BinDir, firstPlugin(files[0])), "")
-			k.Keep()
+			k.Reconcile()
 			if state := k.State(); !state.Installed || state.Error != "" {
 				t.Fatalf("got state %+v, want installed", state)
 			}
@@ -56,9 +56,9 @@ func TestShapes(t *testing.T) {
 			}
 
 			installed := snapshot(t, k.cfg.ConfDir)
-			k.Keep()
+			k.Reconcile()
 			again := New(k.cfg)
-			again.Keep()
+			again.Reconcile()
 			if diff := cmp.Diff(installed, snapshot(t, k.cfg.ConfDir)); diff != "" {
 				t.Errorf("kept, and by another agent (-want +got):\n%s", diff)
 			}
@@ -69,7 +69,7 @@ func TestShapes(t *testing.T) {
 			if diff := cmp.Diff(withoutTimes(before), withoutTimes(snapshot(t, k.cfg.ConfDir))); diff != "" {
 				t.Errorf("uninstalled (-want +got):\n%s", diff)
 			}
-			k.Keep()
+			k.Reconcile()
 			if state := k.State(); state.Installed || state.Error == "" {
 				t.Errorf("got state %+v, want uninstalled", state)
 			}

@@ -26,7 +26,7 @@ import (
 
 // Names of hazards that other settings are about.
 const (
-	HazardSleepingRecv  = "blocking-recv"
+	HazardBlockingRecv  = "blocking-recv"
 	HazardMPTCPListener = "mptcp-listener"
 	hazardNoTrampolines = "no-trampolines"
 )
@@ -103,7 +103,7 @@ func hazards() []hazard {
 			guarded:     "from its beginning on the receiver stays on TCP, and later connections to the port are not paired",
 		},
 		{
-			name: HazardSleepingRecv, probe: probeSleepingRecv,
+			name: HazardBlockingRecv, probe: probeSleepingRecv,
 			absent:      "a recv that sleeps reports a reset as such",
 			consequence: "programs with sockets in blocking mode: a signal or a reset gives EAGAIN",
 			action:      "sockets in blocking mode are kept out, unless hazards are accepted",

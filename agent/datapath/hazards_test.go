@@ -27,7 +27,7 @@ func TestHazards(t *testing.T) {
 	trampolines := !hazards["no-trampolines"].Present
 	for name, guard := range map[string]string{
 		"splice": datapath.GuardSplice, "waitall": datapath.GuardFlags, "oob": datapath.GuardFlags,
-		datapath.HazardSleepingRecv: "", "rcvlowat": "", "zerocopy": "", "unread-close": "",
+		datapath.HazardBlockingRecv: "", "rcvlowat": "", "zerocopy": "", "unread-close": "",
 	} {
 		if !trampolines {
 			guard = ""

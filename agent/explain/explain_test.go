@@ -64,7 +64,7 @@ func TestUnpaired(t *testing.T) {
 		name    string
 		sockets []Socket
 		known   []datapath.Flow
-		// want has "client > dialled > server: reason".
+		// want has "client > where it connected to > server: reason".
 		want []string
 	}{
 		{

@@ -358,13 +358,13 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 		})
 	}
 	if s.stale[podKind] || s.stale[namespaceKind] {
-		next.Pods = map[string]pods.Wish{}
+		next.Pods = map[string]pods.Intent{}
 		for _, pod := range objects[*corev1.Pod](s, podKind) {
 			var defaults map[string]string
 			if namespace, ok := object[*corev1.Namespace](s, namespaceKind, pod.Namespace); ok {
 				defaults = s.cfg.DefaultNamespaces.optIn(namespace)
 			}
-			next.Pods[pod.Namespace+"/"+pod.Name] = wish(pod, defaults, s.cfg.SandboxedRuntimeClasses)
+			next.Pods[pod.Namespace+"/"+pod.Name] = intent(pod, defaults, s.cfg.SandboxedRuntimeClasses)
 		}
 	}
 	return next

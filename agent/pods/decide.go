@@ -29,15 +29,15 @@ func HostNetwork() Standing {
 	return Standing{api.PodRefused, api.PodHostNetwork, "it runs in the node's own network namespace (hostNetwork)"}
 }
 
-// waiting tells whether the pods' wishes are still unknown, or where those are that
+// waiting tells whether the pods' intents are still unknown, or where those are that
 // an earlier agent has found, so that the state it left has to stay.
-func (r *Registry) waiting() bool {
+func (r *Reconciler) waiting() bool {
 	return !r.cfg.Refused && (r.content == nil || !r.started && len(r.missing()) > 0)
 }
 
 // decide fills r.pods: the attachments in the order of their file names, then
 // the pods that r.searches is for. If all is true, these are looked at as well.
-func (r *Registry) decide(all bool) {
+func (r *Reconciler) decide(all bool) {
 	r.pods = nil
 	attached := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(r.store.entries)) {
@@ -46,11 +46,11 @@ func (r *Registry) decide(all bool) {
 			continue
 		}
 		pod := e.attachment.Pod
-		w, standing := r.wish(pod)
+		w, standing := r.intent(pod)
 		if w != nil {
 			attached[pod.String()] = true
 		}
-		r.add(e, w, standing)
+		r.classify(e, w, standing)
 	}
 	r.search(attached, all)
 
@@ -70,9 +70,9 @@ func (r *Registry) decide(all bool) {
 	}
 }
 
-// wish returns what a pod asks for, which is nil where it is not known, and what becomes
+// intent returns what a pod asks for, which is nil where it is not known, and what becomes
 // of the pod by that.
-func (r *Registry) wish(pod api.PodRef) (*Wish, Standing) {
+func (r *Reconciler) intent(pod api.PodRef) (*Intent, Standing) {
 	if r.content == nil {
 		message := "waiting for " + r.cfg.Source.String()
 		if r.sourceErr != nil {
@@ -80,20 +80,20 @@ func (r *Registry) wish(pod api.PodRef) (*Wish, Standing) {
 		}
 		return nil, Standing{api.PodWaiting, api.PodSourceUnknown, message}
 	}
-	wish, ok := r.content.Pods[pod.String()]
+	intent, ok := r.content.Pods[pod.String()]
 	switch {
 	case !ok:
 		return nil, Standing{api.PodOut, api.PodNotOptedIn, r.content.Unlisted}
-	case !wish.isFor(pod.UID):
+	case !intent.matches(pod.UID):
 		// Either the pod has been replaced, or its source does not tell of it yet.
 		return nil, Standing{api.PodWaiting, api.PodReplaced, "another pod of the same name is known to " + r.cfg.Source.String()}
 	}
-	return &wish, wish.standing()
+	return &intent, intent.standing()
 }
 
-// add appends a pod to r.pods. It is wanted if that is its standing by its wish, and
-// nothing else keeps it out. Without a wish its wish is not known.
-func (r *Registry) add(e *entry, w *Wish, standing Standing) {
+// classify appends a pod to r.pods. It is wanted if that is its standing by its intent, and
+// nothing else keeps it out. Without an intent its intent is not known.
+func (r *Reconciler) classify(e *entry, w *Intent, standing Standing) {
 	p := Pod{PodStatus: api.PodStatus{
 		Pod:         e.attachment.Pod,
 		ContainerID: e.attachment.ContainerID,
@@ -139,8 +139,8 @@ func (r *Registry) add(e *entry, w *Wish, standing Standing) {
 
 func (p *Pod) set(s Standing) { p.State, p.Reason, p.Message = s.State, s.Reason, s.Message }
 
-// finish completes a pod's status, and logs it and returns true if it has changed.
-func (r *Registry) finish(p *Pod, waiting bool) bool {
+// report completes a pod's status, and logs it and returns true if it has changed.
+func (r *Reconciler) report(p *Pod, waiting bool) bool {
 	switch _, in := r.enrolled[p.NetnsCookie]; {
 	case r.stopped:
 	case waiting && in:
@@ -153,11 +153,11 @@ func (r *Registry) finish(p *Pod, waiting bool) bool {
 		}
 	}
 	p.Enrolled = p.State == api.PodEnrolled || p.State == api.PodHeld
-	told := fmt.Sprint(p.State, p.NetnsCookie, p.Message)
-	if p.entry.told == told {
+	logged := fmt.Sprint(p.State, p.NetnsCookie, p.Message)
+	if p.entry.lastLogged == logged {
 		return false
 	}
-	p.entry.told = told
+	p.entry.lastLogged = logged
 	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Message)
 	if p.Enrolled {
 		log.Info("pod takes part")

@@ -87,9 +87,9 @@ func (k *fakeKernel) UpdatePolicy(changed []rule.PairRules) error {
 	return k.write(rules)
 }
 
-// fixture is a registry on a fake kernel, with a clock that stands still.
+// fixture is a reconciler on a fake kernel, with a clock that stands still.
 type fixture struct {
-	*Registry
+	*Reconciler
 	kernel   *fakeKernel
 	dir      string
 	podsFile string
@@ -115,7 +115,7 @@ func newFixture(t testing.TB, change func(*Config, *fakeKernel)) *fixture {
 		change(&cfg, f.kernel)
 	}
 	var err error
-	if f.Registry, err = New(cfg); err != nil {
+	if f.Reconciler, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
 	return f

@@ -19,13 +19,13 @@ func newNodeFixture(b *testing.B, n int) *fixture {
 		cfg.Now = time.Now
 		cfg.Redirects = func(string) (bool, error) { return false, nil }
 	})
-	wishes := map[string]Wish{}
+	intents := map[string]Intent{}
 	for i := range n {
 		w := enabled(fmt.Sprint("uid", i))
 		w.Labels = map[string]string{"app": "web", "pod": fmt.Sprint(i)}
-		wishes[fmt.Sprint("pod", i)] = w
+		intents[fmt.Sprint("pod", i)] = w
 	}
-	source.set(wishes)
+	source.set(intents)
 	for i := range n {
 		f.mustPut(b, f.attachment(b, fmt.Sprint("pod", i), uint64(100+i)))
 	}

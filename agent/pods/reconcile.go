@@ -35,7 +35,7 @@ const (
 const tryAgain = 250 * time.Millisecond
 
 // Run keeps the kernel in line until ctx ends.
-func (r *Registry) Run(ctx context.Context) error {
+func (r *Reconciler) Run(ctx context.Context) error {
 	files := make(chan struct{}, 1)
 	var watching sync.WaitGroup
 	defer watching.Wait()
@@ -67,7 +67,7 @@ func (r *Registry) Run(ctx context.Context) error {
 }
 
 // wait returns how long there is nothing to do unless an event tells of something.
-func (r *Registry) wait() time.Duration {
+func (r *Reconciler) wait() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := r.nextPass
@@ -83,7 +83,7 @@ func (r *Registry) wait() time.Duration {
 }
 
 // nextPolicy returns when the whole policy is to be written again, zero if not.
-func (r *Registry) nextPolicy() time.Time {
+func (r *Reconciler) nextPolicy() time.Time {
 	if r.policyErr == nil {
 		return time.Time{}
 	}
@@ -91,7 +91,7 @@ func (r *Registry) nextPolicy() time.Time {
 }
 
 // onTime does what it is time for.
-func (r *Registry) onTime() {
+func (r *Reconciler) onTime() {
 	r.mu.Lock()
 	now := r.cfg.Now()
 	all := !now.Before(r.nextPass)
@@ -108,7 +108,7 @@ func (r *Registry) onTime() {
 }
 
 // refresh takes up what others have changed in the directory of attachments.
-func (r *Registry) refresh() {
+func (r *Reconciler) refresh() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.readFiles() {
@@ -117,15 +117,15 @@ func (r *Registry) refresh() {
 }
 
 // readFiles returns true if the attachments have changed.
-func (r *Registry) readFiles() bool {
+func (r *Reconciler) readFiles() bool {
 	changed, err := r.store.refresh()
-	r.complain("attachments", "attachments not read, the last ones stay in force", err)
+	r.logOnce("attachments", "attachments not read, the last ones stay in force", err)
 	return changed
 }
 
 // Sync looks at everything, and brings the kernel in line with it. What could not be
 // done is in the Snapshot, and is tried again by the next Sync.
-func (r *Registry) Sync() {
+func (r *Reconciler) Sync() {
 	defer r.lookedNow()
 	r.mu.Lock()
 	r.nextPass = r.cfg.Now().Add(r.interval)
@@ -143,14 +143,14 @@ func (r *Registry) Sync() {
 	found, refused, err := r.finder.Find(uids)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.complain("search", "processes not searched for pods without an attachment", err)
-	r.settle(uids, found, refused)
+	r.logOnce("search", "processes not searched for pods without an attachment", err)
+	r.applySearch(uids, found, refused)
 	r.sync(false)
 }
 
 // sync brings the kernel in line with what is known. If all is true, it looks first
 // whether known network namespaces are still there.
-func (r *Registry) sync(all bool) {
+func (r *Reconciler) sync(all bool) {
 	for _, name := range slices.Sorted(maps.Keys(r.store.entries)) {
 		if e := r.store.entries[name]; all || e.cookie == 0 {
 			r.findNetns(name)
@@ -161,7 +161,7 @@ func (r *Registry) sync(all bool) {
 		r.content = content
 	}
 	r.sourceErr = err
-	r.complain("source", "what pods ask for is not up to date, what was last known stays in force", err)
+	r.logOnce("source", "what pods ask for is not up to date, what was last known stays in force", err)
 
 	r.decide(all)
 	waiting := r.waiting()
@@ -178,7 +178,7 @@ func (r *Registry) sync(all bool) {
 	}
 	changed := false
 	for i := range r.pods {
-		changed = r.finish(&r.pods[i], waiting) || changed
+		changed = r.report(&r.pods[i], waiting) || changed
 	}
 	if changed && r.cfg.Report != nil {
 		r.cfg.Report(slices.Clone(r.pods))
@@ -189,7 +189,7 @@ func (r *Registry) sync(all bool) {
 
 // planNextTry sets when to try again what no event tells of: to enrol, to release, to
 // read a network namespace for the first time.
-func (r *Registry) planNextTry() {
+func (r *Reconciler) planNextTry() {
 	unfinished := len(r.failed) > 0 || r.releaseFailed
 	for _, p := range r.pods {
 		unfinished = unfinished || p.entry.netnsErr != nil && p.NetnsCookie == 0
@@ -204,7 +204,7 @@ func (r *Registry) planNextTry() {
 
 // findNetns reads the cookie of an attachment's network namespace if it may have
 // changed, and drops the attachment if the namespace is not there any more.
-func (r *Registry) findNetns(name string) {
+func (r *Reconciler) findNetns(name string) {
 	e := r.store.entries[name]
 	if e.fileErr != nil {
 		if !e.logged {
@@ -217,12 +217,12 @@ func (r *Registry) findNetns(name string) {
 		return
 	}
 	r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
-	r.complain("remove "+name, "attachment of a gone network namespace not deleted", r.store.remove(name))
+	r.logOnce("remove "+name, "attachment of a gone network namespace not deleted", r.store.remove(name))
 	// It is none any more, also where its file stays.
 	delete(r.store.entries, name)
 }
 
-func (r *Registry) cluster() policy.Cluster {
+func (r *Reconciler) cluster() policy.Cluster {
 	if r.content == nil {
 		return policy.Cluster{}
 	}
@@ -235,7 +235,7 @@ func (r *Registry) cluster() policy.Cluster {
 
 // enrol takes in the pods that decide has picked, and refuses those that fail. It
 // returns true if the policy was written for other pods than those that are in.
-func (r *Registry) enrol() bool {
+func (r *Reconciler) enrol() bool {
 	failed := map[uint64]bool{}
 	for i := range r.pods {
 		p := &r.pods[i]
@@ -249,14 +249,14 @@ func (r *Registry) enrol() bool {
 			failed[p.NetnsCookie] = true
 			err = nil
 		}
-		r.complain("enrol "+p.Netns, "pod not enrolled again, it stays as the earlier agent left it", err)
+		r.logOnce("enrol "+p.Netns, "pod not enrolled again, it stays as the earlier agent left it", err)
 	}
 	changed := !maps.Equal(failed, r.failed)
 	r.failed = failed
 	return changed
 }
 
-func (r *Registry) enrolPod(p *Pod) error {
+func (r *Reconciler) enrolPod(p *Pod) error {
 	// The cookie may have been read a while ago. If its namespace is not there any more,
 	// the next look at namespaces drops the attachment.
 	if !p.entry.read(r.cfg.NetnsCookie) {
@@ -270,7 +270,7 @@ func (r *Registry) enrolPod(p *Pod) error {
 }
 
 // setPolicy writes the policy for the pods that take part if it is not in force yet.
-func (r *Registry) setPolicy() {
+func (r *Reconciler) setPolicy() {
 	var taking []policy.Pod
 	for _, p := range r.pods {
 		if p.State == api.PodWanted && !r.failed[p.NetnsCookie] {
@@ -303,14 +303,14 @@ func (r *Registry) setPolicy() {
 	if r.policyErr == nil {
 		r.policyDelay = 0
 	}
-	r.complain("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
+	r.logOnce("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
 }
 
 // isFull tells whether an error is the kernel's word for a full map.
 func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) }
 
 // writePolicy writes what has changed, or all of it.
-func (r *Registry) writePolicy(taking []policy.Pod, now time.Time, whole bool) error {
+func (r *Reconciler) writePolicy(taking []policy.Pod, now time.Time, whole bool) error {
 	if r.compiler == nil {
 		r.compiler = &policy.Compiler{}
 	}
@@ -328,7 +328,7 @@ func (r *Registry) writePolicy(taking []policy.Pod, now time.Time, whole bool) e
 
 // release takes out the pods that do not take part any more. Their policy is
 // revoked already, so that their connections are back on TCP.
-func (r *Registry) release() {
+func (r *Reconciler) release() {
 	keep := map[uint64]bool{}
 	for _, p := range r.pods {
 		if p.State == api.PodWanted {
@@ -341,7 +341,7 @@ func (r *Registry) release() {
 			continue
 		}
 		err := r.cfg.Datapath.Release(cookie)
-		r.complain(fmt.Sprint("release ", cookie), "pod not released", err)
+		r.logOnce(fmt.Sprint("release ", cookie), "pod not released", err)
 		if err == nil {
 			delete(r.enrolled, cookie)
 			r.tryDelay = 0 // there may be room now for a pod that has failed
@@ -351,8 +351,8 @@ func (r *Registry) release() {
 	}
 }
 
-// complain logs a fault when it appears or changes.
-func (r *Registry) complain(subject, msg string, err error) {
+// logOnce logs a fault when it appears or changes.
+func (r *Reconciler) logOnce(subject, msg string, err error) {
 	if err == nil {
 		delete(r.faults, subject)
 		return

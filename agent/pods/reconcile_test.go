@@ -117,13 +117,13 @@ func TestNetnsReplacedBeforeEnrol(t *testing.T) {
 			return readCookie(path)
 		}
 	})
-	source.set(map[string]Wish{"a": enabled(uid1)})
+	source.set(map[string]Intent{"a": enabled(uid1)})
 	f.mustPut(t, f.attachment(t, "a", 10))
 	wantDiff(t, "reads of an ADD", 1, reads)
 	f.take()
 
 	// Nothing tells of the change; the pod asks for its part after that.
-	source.set(map[string]Wish{"a": enabled(uid1), "b": {UIDs: []string{uid2}}})
+	source.set(map[string]Intent{"a": enabled(uid1), "b": {UIDs: []string{uid2}}})
 	b := f.attachment(t, "b", 11)
 	f.mustPut(t, b)
 	f.cfg.Redirects = func(path string) (bool, error) {
@@ -132,7 +132,7 @@ func TestNetnsReplacedBeforeEnrol(t *testing.T) {
 		}
 		return false, nil
 	}
-	source.set(map[string]Wish{"a": enabled(uid1), "b": enabled(uid2)})
+	source.set(map[string]Intent{"a": enabled(uid1), "b": enabled(uid2)})
 	f.Sync()
 	wantDiff(t, "calls", []string{"policy of 4", "policy of 1"}, f.take())
 	wantDiff(t, "states", map[string]string{

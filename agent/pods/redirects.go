@@ -31,7 +31,7 @@ type look struct {
 
 // lookForRedirects notes in the policy of each pod that is to take part whether its
 // network namespace redirects ports. It looks at those that are new.
-func (r *Registry) lookForRedirects() {
+func (r *Reconciler) lookForRedirects() {
 	if r.cfg.Redirects == nil {
 		return
 	}
@@ -54,7 +54,7 @@ func (r *Registry) lookForRedirects() {
 }
 
 // lookAgain looks at those whose time has come, and returns true if one has changed.
-func (r *Registry) lookAgain() (changed bool) {
+func (r *Reconciler) lookAgain() (changed bool) {
 	now, again := r.cfg.Now(), 0
 	for _, l := range r.looks {
 		if now.Before(l.next) || again == maxLooksAgain {
@@ -68,16 +68,16 @@ func (r *Registry) lookAgain() (changed bool) {
 	return changed
 }
 
-func (r *Registry) look(l *look) {
+func (r *Reconciler) look(l *look) {
 	var err error
 	l.redirects, err = r.cfg.Redirects(l.netns)
-	r.complain("redirects "+l.netns, "not known whether a pod redirects ports, rules for ports keep it on TCP", err)
+	r.logOnce("redirects "+l.netns, "not known whether a pod redirects ports, rules for ports keep it on TCP", err)
 	l.next, l.interval = r.cfg.Now().Add(l.interval), min(2*l.interval, maxLookInterval)
 }
 
 // nextLook returns when lookAgain has something to do, zero if there is nothing. Looks
 // that are rare wait for the next pass, so that they do not wake the agent one by one.
-func (r *Registry) nextLook() time.Time {
+func (r *Reconciler) nextLook() time.Time {
 	now := r.cfg.Now()
 	var next time.Time
 	for _, l := range r.looks {

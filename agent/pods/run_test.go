@@ -20,7 +20,7 @@ import (
 // never is for what must not have happened by a pass.
 const never = 24 * time.Hour
 
-// mustRun runs the registry, and its source if that is a file, until the test ends.
+// mustRun runs the reconciler, and its source if that is a file, until the test ends.
 func (f *fixture) mustRun(t testing.TB, interval time.Duration) {
 	t.Helper()
 	f.interval = interval
@@ -46,7 +46,7 @@ func (f *fixture) mustRun(t testing.TB, interval time.Duration) {
 	})
 }
 
-// waitFor waits until ok is true of the registry.
+// waitFor waits until ok is true of the reconciler.
 func (f *fixture) waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
@@ -86,7 +86,7 @@ func (f *fixture) leave(t testing.TB, a api.Attachment) {
 	write(t, filepath.Join(f.cfg.Dir, a.FileName()), string(data))
 }
 
-// settled starts a fixture on the machine's clock whose registry has done all that there
+// settled starts a fixture on the machine's clock whose reconciler has done all that there
 // was to do, so that only an event makes it do more.
 func settled(t testing.TB, interval time.Duration, change func(*Config, *fakeKernel)) *fixture {
 	t.Helper()
@@ -154,12 +154,12 @@ func TestEvents(t *testing.T) {
 // What a source tells is in force at once.
 func TestEventsOfSource(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
-	source.set(map[string]Wish{})
+	source.set(map[string]Intent{})
 	f.mustPut(t, f.attachment(t, "a", 10))
 	f.interval = never
 	f.Sync()
 	f.mustRun(t, never)
-	source.set(map[string]Wish{"a": enabled(uid1)})
+	source.set(map[string]Intent{"a": enabled(uid1)})
 	f.waitState(t, "source", "a", "enrolled")
 }
 
@@ -252,7 +252,7 @@ func TestOnTime(t *testing.T) {
 // A pod without an attachment is looked for until it is found.
 func TestFoundOnTime(t *testing.T) {
 	f, source := newClusterFixture(t, func(cfg *Config) { cfg.Now = time.Now })
-	source.set(map[string]Wish{"a": enabled(uid1)})
+	source.set(map[string]Intent{"a": enabled(uid1)})
 	f.interval = never
 	f.Sync()
 	f.mustRun(t, never)

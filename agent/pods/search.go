@@ -45,7 +45,7 @@ func (s *search) forget() {
 
 // search brings r.searches in line with the source, and adds their pods to r.pods. If
 // all is true, it looks first whether known network namespaces are still there.
-func (r *Registry) search(attached map[string]bool, all bool) {
+func (r *Reconciler) search(attached map[string]bool, all bool) {
 	searches := map[string]*search{}
 	if r.content != nil {
 		contested := r.content.contested()
@@ -70,7 +70,7 @@ func (r *Registry) search(attached map[string]bool, all bool) {
 			s.wanted = standing.State == api.PodWanted && len(s.uids) > 0 && len(w.Addresses) > 0 && !r.cfg.Refused && !r.stopped
 			if all && s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
 				if s.wanted {
-					// Another process of the pod may still be in it: settle decides.
+					// Another process of the pod may still be in it: applySearch decides.
 					s.lost, s.next = true, time.Time{}
 				} else {
 					s.forget()
@@ -84,14 +84,14 @@ func (r *Registry) search(attached map[string]bool, all bool) {
 			if standing.State == api.PodWanted && len(s.uids) == 0 {
 				standing = Standing{api.PodRefused, api.PodClaimedTwice, "another pod of this node claims its UID, so that its processes are not known"}
 			}
-			r.add(&s.entry, &w, standing)
+			r.classify(&s.entry, &w, standing)
 		}
 	}
 	r.searches = searches
 }
 
 // missing returns the UIDs of the pods that are to be looked for now.
-func (r *Registry) missing() map[string]bool {
+func (r *Reconciler) missing() map[string]bool {
 	now := r.cfg.Now()
 	if now.Before(r.nextSearch) {
 		return nil
@@ -108,7 +108,7 @@ func (r *Registry) missing() map[string]bool {
 }
 
 // nextFind returns when missing has something to return, zero if nothing is missing.
-func (r *Registry) nextFind() time.Time {
+func (r *Reconciler) nextFind() time.Time {
 	var next time.Time
 	for _, s := range r.searches {
 		if !s.wanted || s.cookie != 0 && !s.lost {
@@ -125,8 +125,8 @@ func (r *Registry) nextFind() time.Time {
 	return next
 }
 
-// settle takes up the result of a search for uids.
-func (r *Registry) settle(uids map[string]bool, found map[string]proc.Netns, refused map[string]error) {
+// applySearch takes up the result of a search for uids.
+func (r *Reconciler) applySearch(uids map[string]bool, found map[string]proc.Netns, refused map[string]error) {
 	now := r.cfg.Now()
 	r.nextSearch = now.Add(searchInterval)
 	for _, s := range r.searches {

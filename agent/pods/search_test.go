@@ -45,8 +45,8 @@ func (s *fakeSource) Changed() <-chan struct{} { return s.changed }
 func (s *fakeSource) String() string { return "the API server" }
 
 // set makes the source know the pods by name, all in the namespace default.
-func (s *fakeSource) set(pods map[string]Wish) {
-	content := &Content{Pods: map[string]Wish{}, Unlisted: "not known to the API server"}
+func (s *fakeSource) set(pods map[string]Intent) {
+	content := &Content{Pods: map[string]Intent{}, Unlisted: "not known to the API server"}
 	for name, w := range pods {
 		content.Pods["default/"+name] = w
 	}
@@ -59,9 +59,9 @@ func (s *fakeSource) set(pods map[string]Wish) {
 	}
 }
 
-// enabled is the wish of an opted-in pod that has its network.
-func enabled(uids ...string) Wish {
-	return Wish{
+// enabled is the intent of an opted-in pod that has its network.
+func enabled(uids ...string) Intent {
+	return Intent{
 		UIDs: uids, Settings: api.Settings{Enabled: true},
 		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
 	}
@@ -117,7 +117,7 @@ func (f *fixture) kill(t testing.TB, pid int) {
 func TestUIDs(t *testing.T) {
 	for _, tc := range []struct {
 		name, uid string
-		wish      []string
+		intent    []string
 		want      api.Admission
 	}{
 		{"same", uid1, []string{uid1}, api.Admission{Enrolled: true}},
@@ -127,7 +127,7 @@ func TestUIDs(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f, source := newClusterFixture(t, nil)
-			source.set(map[string]Wish{"db-0": enabled(tc.wish...)})
+			source.set(map[string]Intent{"db-0": enabled(tc.intent...)})
 			a := f.attachment(t, "db-0", 10)
 			a.Pod.UID = tc.uid
 			wantDiff(t, "admission", tc.want, f.mustPut(t, a))
@@ -138,7 +138,7 @@ func TestUIDs(t *testing.T) {
 // A StatefulSet makes its pod again: the attachments of both are there for a while.
 func TestRecreatedPod(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
-	source.set(map[string]Wish{"db-0": enabled(uid1)})
+	source.set(map[string]Intent{"db-0": enabled(uid1)})
 	old := f.attachment(t, "db-0", 10)
 	old.Pod.UID = uid1
 	f.mustPut(t, old)
@@ -149,7 +149,7 @@ func TestRecreatedPod(t *testing.T) {
 	next.ContainerID, next.Pod.UID = "next", uid2
 	wantDiff(t, "admission", api.Admission{Message: "another pod of the same name is known to the API server"}, f.mustPut(t, next))
 
-	source.set(map[string]Wish{"db-0": enabled(uid2)})
+	source.set(map[string]Intent{"db-0": enabled(uid2)})
 	f.Sync()
 	wantDiff(t, "enrolled", []uint64{20}, f.kernel.enrolled)
 	if err := f.Remove(old.AttachmentID); err != nil {
@@ -171,7 +171,7 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	finished.Excluded = &Standing{api.PodOut, api.PodFinished, "it has finished"}
 	starting := enabled("starting")
 	starting.Addresses = nil
-	source.set(map[string]Wish{
+	source.set(map[string]Intent{
 		"web": enabled(uid1), "static": enabled("api", hash), "out": {UIDs: []string{uid2}},
 		"host": host, "finished": finished, "starting": starting, "hidden": enabled("hidden"),
 	})
@@ -196,11 +196,11 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	f.take()
 
 	// Opted out and in again.
-	source.set(map[string]Wish{"web": {UIDs: []string{uid1}}})
+	source.set(map[string]Intent{"web": {UIDs: []string{uid1}}})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"web": "out not opted in by podshunt.io/shortcut"}, f.states())
 	wantDiff(t, "enrolled", []uint64{}, f.kernel.enrolled)
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"web": "in"}, f.states())
 
@@ -222,19 +222,19 @@ func TestUIDClaimedTwice(t *testing.T) {
 	f.process(t, 101, uid1, 11)
 	victim := enabled("victim", hash)
 	victim.Settings = api.Settings{} // it has not opted in
-	source.set(map[string]Wish{"victim": victim, "thief": enabled(uid1, hash), "pure-thief": enabled(hash)})
+	source.set(map[string]Intent{"victim": victim, "thief": enabled(uid1, hash), "pure-thief": enabled(hash)})
 	f.Sync()
 	// The thief is found by what is its own.
 	wantDiff(t, "states", map[string]string{"thief": "in", "pure-thief": contested}, f.states())
 	wantDiff(t, "codes", map[string]api.PodState{"thief": api.PodEnrolled, "pure-thief": api.PodRefused}, f.codes())
 	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
 
-	source.set(map[string]Wish{"victim": enabled(hash)})
+	source.set(map[string]Intent{"victim": enabled(hash)})
 	f.now = f.now.Add(2 * searchInterval)
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"victim": "in"}, f.states())
 	wantDiff(t, "enrolled", []uint64{10}, f.kernel.enrolled)
-	source.set(map[string]Wish{"victim": enabled(hash), "thief": enabled(uid1, hash)})
+	source.set(map[string]Intent{"victim": enabled(hash), "thief": enabled(uid1, hash)})
 	f.now = f.now.Add(2 * searchInterval)
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"victim": contested, "thief": "in"}, f.states())
@@ -245,7 +245,7 @@ func TestUIDClaimedTwice(t *testing.T) {
 func TestForgedCgroup(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	f.processIn(t, 100, "/open/pod"+uid1+"/c", 10)
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet, and one in a cgroup of its name does not count: " +
 		"others than root may make cgroups in " + filepath.Join(f.cfg.Proc, "1/root/cg/open") +
@@ -274,7 +274,7 @@ func TestOwnUIDFirst(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	f.process(t, 100, hash, 10)
 	f.process(t, 101, uid1, 11)
-	source.set(map[string]Wish{"web": enabled(uid1, hash)})
+	source.set(map[string]Intent{"web": enabled(uid1, hash)})
 	f.Sync()
 	wantDiff(t, "enrolled", []uint64{11}, f.kernel.enrolled)
 }
@@ -289,7 +289,7 @@ func TestRestartKeepsFoundPods(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	f.process(t, 100, uid1, 10)
 	f.enrolled[10], f.enrolled[99] = false, false
-	source.set(map[string]Wish{"web": enabled(uid1), "late": enabled(uid2)})
+	source.set(map[string]Intent{"web": enabled(uid1), "late": enabled(uid2)})
 	f.Sync()
 	wantDiff(t, "calls", []string{"policy of 1", "enrol 10", "release 99"}, f.take())
 
@@ -300,7 +300,7 @@ func TestRestartKeepsFoundPods(t *testing.T) {
 func TestFoundProcessEnds(t *testing.T) {
 	f, source := newClusterFixture(t, nil)
 	f.process(t, 100, uid1, 10)
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.Sync()
 	f.take()
 
@@ -321,12 +321,12 @@ func TestFoundProcessEnds(t *testing.T) {
 	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet"}, f.states())
 
 	// Opted out, it is not looked for, nor is anything said of it.
-	source.set(map[string]Wish{"web": {UIDs: []string{uid1}}})
+	source.set(map[string]Intent{"web": {UIDs: []string{uid1}}})
 	f.Sync()
 	wantDiff(t, "states", map[string]string{}, f.states())
 
 	// The pod has a new sandbox.
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.process(t, 102, uid1, 30)
 	f.now = f.now.Add(2 * searchInterval)
 	f.Sync()
@@ -343,7 +343,7 @@ func TestSearchBacksOff(t *testing.T) {
 		return 0, errors.New("not now")
 	}
 	f.process(t, 100, uid1, 10)
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	for range 4 * 600 {
 		f.Sync()
 		f.now = f.now.Add(250 * time.Millisecond)
@@ -360,7 +360,7 @@ func TestPolicyInput(t *testing.T) {
 	w.Labels = map[string]string{"app": "web"}
 	w.Ports = []policy.NamedPort{{Name: "http", Number: 80}}
 	w.Bandwidth = "kubernetes.io/ingress-bandwidth"
-	source.set(map[string]Wish{"web": w})
+	source.set(map[string]Intent{"web": w})
 	source.content.Cluster = policy.Cluster{
 		Namespaces: map[string]map[string]string{"default": nil},
 		Policies:   []*networkingv1.NetworkPolicy{{}},
@@ -385,7 +385,7 @@ func TestSourceAway(t *testing.T) {
 	wantDiff(t, "admission", api.Admission{Message: "waiting for the API server"}, f.mustPut(t, a))
 	source.err = errors.New("refused")
 	wantDiff(t, "admission", api.Admission{Message: "waiting for the API server: refused"}, f.mustPut(t, a))
-	source.set(map[string]Wish{"web": enabled(uid1)})
+	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.Sync()
 	source.err = errors.New("refused again")
 	f.Sync()
@@ -407,7 +407,7 @@ func TestReport(t *testing.T) {
 	hostNetwork := HostNetwork()
 	host.Excluded = &hostNetwork
 	f.kernel.enrolErr = errors.New("map full")
-	source.set(map[string]Wish{"bad": bad, "host": host, "web": enabled(uid1), "out": {UIDs: []string{uid2}}})
+	source.set(map[string]Intent{"bad": bad, "host": host, "web": enabled(uid1), "out": {UIDs: []string{uid2}}})
 	f.mustPut(t, f.attachment(t, "web", 10))
 	want := []string{"web enrol_failed", "bad invalid_annotation", "host host_network"}
 	wantDiff(t, "report", want, got)
@@ -429,7 +429,7 @@ func TestReportOfRefusedKernel(t *testing.T) {
 			}
 		}
 	})
-	source.set(map[string]Wish{"web": enabled(uid1), "out": {UIDs: []string{uid2}}})
+	source.set(map[string]Intent{"web": enabled(uid1), "out": {UIDs: []string{uid2}}})
 	f.mustPut(t, f.attachment(t, "out", 11))
 	slices.Sort(got)
 	wantDiff(t, "report", []string{"out out kernel_refused hazard", "web refused kernel_refused hazard"}, got)

@@ -37,7 +37,7 @@ type Source interface {
 
 // Content is what a Source knows.
 type Content struct {
-	Pods map[string]Wish // by api.PodRef.String
+	Pods map[string]Intent // by api.PodRef.String
 	// Unlisted is why a pod that is not among Pods does not take part.
 	Unlisted string
 	Cluster  policy.Cluster
@@ -58,8 +58,8 @@ func (c *Content) contested() map[string]bool {
 	return contested
 }
 
-// Wish is what a pod asks for.
-type Wish struct {
+// Intent is what a pod asks for.
+type Intent struct {
 	// UIDs are those by which a runtime may know the pod, its own first. Without any
 	// the name is enough, and a pod that no attachment tells of is not looked for.
 	UIDs     []string
@@ -75,14 +75,14 @@ type Wish struct {
 	Bandwidth string
 }
 
-// isFor tells whether the wish is that of the pod with the UID, which a runtime
+// matches tells whether the intent is that of the pod with the UID, which a runtime
 // may not have given.
-func (w *Wish) isFor(uid string) bool {
+func (w *Intent) matches(uid string) bool {
 	return len(w.UIDs) == 0 || uid == "" || slices.Contains(w.UIDs, uid)
 }
 
-// standing returns what becomes of the pod by its own wish and nature.
-func (w *Wish) standing() Standing {
+// standing returns what becomes of the pod by its own intent and nature.
+func (w *Intent) standing() Standing {
 	switch {
 	case w.Err != nil:
 		return Standing{api.PodRefused, api.PodInvalidAnnotation, w.Err.Error()}
@@ -176,7 +176,7 @@ func (f *File) read() {
 	f.content, f.err = &Content{Pods: pods, Unlisted: "not opted in: no entry in " + f.path}, nil
 }
 
-func parsePods(data []byte) (map[string]Wish, error) {
+func parsePods(data []byte) (map[string]Intent, error) {
 	var file struct {
 		Pods []struct {
 			Namespace   string            `json:"namespace"`
@@ -191,7 +191,7 @@ func parsePods(data []byte) (map[string]Wish, error) {
 	if file.Pods == nil {
 		return nil, errors.New(`no key "pods"; for no pods write "pods: []"`)
 	}
-	pods := make(map[string]Wish, len(file.Pods))
+	pods := make(map[string]Intent, len(file.Pods))
 	for i, p := range file.Pods {
 		if p.Namespace == "" || p.Name == "" {
 			return nil, fmt.Errorf("pods[%d]: namespace and name are required", i)
@@ -201,7 +201,7 @@ func parsePods(data []byte) (map[string]Wish, error) {
 			return nil, fmt.Errorf("pods[%d]: %s is listed twice", i, key)
 		}
 		settings, err := api.ParseAnnotations(p.Annotations)
-		pods[key] = Wish{Settings: settings, Err: err}
+		pods[key] = Intent{Settings: settings, Err: err}
 	}
 	return pods, nil
 }

@@ -51,9 +51,9 @@ type entry struct {
 	// refused is why a process that may look like the pod's does not count.
 	refused error
 
-	// told is what was last logged about the pod; logged is set when fileErr has been.
-	told   string
-	logged bool
+	// lastLogged is what was last logged about the pod; logged is set when fileErr has been.
+	lastLogged string
+	logged     bool
 }
 
 // read reads the cookie of the pod's network namespace if it may have changed. It

@@ -191,7 +191,7 @@ func TestUnreadableFilesAreReportedOnce(t *testing.T) {
 	}
 }
 
-// What the registry has written itself is not read again; what somebody else has, is.
+// What the reconciler has written itself is not read again; what somebody else has, is.
 func TestWrittenThrough(t *testing.T) {
 	f := newFixture(t, nil)
 	write(t, f.podsFile, podsYAML("a shortcut=enabled"))

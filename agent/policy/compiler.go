@@ -20,16 +20,16 @@ import (
 // not safe for concurrent use.
 type Compiler struct {
 	policies map[*networkingv1.NetworkPolicy]*networkPolicy
-	pods     map[uint64]*pod // those that are opted in
-	grants   map[pair]grant  // of the last Update, without pairs that are refused
-	share    int             // Cluster.Share
+	pods     map[uint64]*pod       // those that are opted in
+	pairs    map[pair]allowedPorts // of the last Update, without pairs that are refused
+	share    int                   // Cluster.Share
 }
 
 type pair struct{ client, server uint64 }
 
-// grant is what a pair has: the ports that are not refused, and the reason that
-// holds for them. No ports are no grant.
-type grant struct {
+// allowedPorts is what a pair has: the ports that are not refused, and the reason that
+// holds for them. No ports are no part in the shortcut.
+type allowedPorts struct {
 	ports  portSet
 	reason Reason
 }
@@ -39,8 +39,8 @@ type grant struct {
 // itself too: that is loopback inside the pod. The arguments are kept, and must
 // not be changed afterwards; IDs are unique.
 func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []rule.PairRules, until time.Time) {
-	if c.grants == nil {
-		c.grants = map[pair]grant{}
+	if c.pairs == nil {
+		c.pairs = map[pair]allowedPorts{}
 	}
 	added, removed := c.parse(cluster.Policies)
 	sameShare := c.share == cluster.Share
@@ -56,18 +56,18 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 			until = end
 		}
 		p := before[asked.ID]
-		if p != nil && p.isStill(asked, cluster, now) {
+		if p != nil && p.unchanged(asked, cluster, now) {
 			p.changed = !sameShare
 			for _, n := range removed {
-				p.drop(n)
+				p.remove(n)
 			}
 			for _, n := range added {
-				p.take(n)
+				p.apply(n)
 			}
 		} else {
 			p = newPod(asked, cluster, now)
 			for _, n := range c.policies {
-				p.take(n)
+				p.apply(n)
 			}
 		}
 		c.pods[p.ID] = p
@@ -79,7 +79,7 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 				continue
 			}
 			key := pair{client.ID, server.ID}
-			if next := newGrant(client, server, c.share); c.put(key, next) {
+			if next := newAllowedPorts(client, server, c.share); c.put(key, next) {
 				changed = append(changed, rule.PairRules{Client: key.client, Server: key.server, Rules: next.rules(key)})
 			}
 		}
@@ -110,35 +110,35 @@ func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed 
 // Rules returns all rules, those of the last Update.
 func (c *Compiler) Rules() []rule.Rule {
 	var rules []rule.Rule
-	for key, g := range c.grants {
-		rules = append(rules, g.rules(key)...)
+	for key, a := range c.pairs {
+		rules = append(rules, a.rules(key)...)
 	}
 	return rules
 }
 
-// put keeps a grant and tells whether it differs from the last one.
-func (c *Compiler) put(key pair, next grant) bool {
-	last := c.grants[key]
+// put keeps what a pair has, and returns true if it differs from the last one.
+func (c *Compiler) put(key pair, next allowedPorts) bool {
+	last := c.pairs[key]
 	if last.reason == next.reason && slices.Equal(last.ports, next.ports) {
 		return false
 	}
 	if len(next.ports) == 0 {
-		delete(c.grants, key)
+		delete(c.pairs, key)
 	} else {
-		c.grants[key] = next
+		c.pairs[key] = next
 	}
 	return true
 }
 
-// forget drops the grants of pods that are not among c.pods any more.
+// forget drops the pairs of pods that are not among c.pods any more.
 func (c *Compiler) forget(before map[uint64]*pod) (changed []rule.PairRules) {
 	gone := func(id uint64) bool { return c.pods[id] == nil }
 	if !slices.ContainsFunc(slices.Collect(maps.Keys(before)), gone) {
 		return nil
 	}
-	for key := range c.grants {
+	for key := range c.pairs {
 		if gone(key.client) || gone(key.server) {
-			delete(c.grants, key)
+			delete(c.pairs, key)
 			changed = append(changed, rule.PairRules{Client: key.client, Server: key.server})
 		}
 	}
@@ -148,36 +148,36 @@ func (c *Compiler) forget(before map[uint64]*pod) (changed []rule.PairRules) {
 	return changed
 }
 
-func newGrant(client, server *pod, share int) grant {
+func newAllowedPorts(client, server *pod, share int) allowedPorts {
 	ports := server.all
 	for _, left := range restrictions(client, server) {
 		if ports = ports.intersect(left); len(ports) == 0 {
-			return grant{}
+			return allowedPorts{}
 		}
 	}
-	g := grant{ports, unrestricted(client, server)}
-	if share > 0 && g.entries() > share {
-		return grant{}
+	a := allowedPorts{ports, defaultReason(client, server)}
+	if share > 0 && a.entries() > share {
+		return allowedPorts{}
 	}
-	return g
+	return a
 }
 
-// entries returns how many entries of the policy map the rules of a grant take.
-func (g grant) entries() int {
-	return min(g.ports.entries(), 1+g.ports.complement().entries())
+// entries returns how many entries of the policy map its rules take.
+func (a allowedPorts) entries() int {
+	return min(a.ports.entries(), 1+a.ports.complement().entries())
 }
 
-// rules lists the ports of a grant, or all ports and those that it lacks, whatever
+// rules lists the ports, or all ports and those that it lacks, whatever
 // takes fewer entries. A rule that refuses has no reason: Explain finds it.
-func (g grant) rules(key pair) []rule.Rule {
+func (a allowedPorts) rules(key pair) []rule.Rule {
 	var rules []rule.Rule
 	add := func(ports api.PortRange, v rule.Verdict, reason Reason) {
 		rules = append(rules, rule.Rule{
 			Client: key.client, Server: key.server, First: ports.First, Last: ports.Last, Verdict: v, Reason: uint32(reason),
 		})
 	}
-	listed, v, reason := g.ports, g.reason.verdict(), g.reason
-	if refused := g.ports.complement(); 1+refused.entries() < listed.entries() {
+	listed, v, reason := a.ports, a.reason.verdict(), a.reason
+	if refused := a.ports.complement(); 1+refused.entries() < listed.entries() {
 		add(api.PortRange{First: 0, Last: 65535}, v, reason)
 		listed, v, reason = refused, rule.Refuse, NoRule
 	}
@@ -224,16 +224,16 @@ func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 	return p
 }
 
-// isStill tells whether newPod would make the same of asked.
-func (p *pod) isStill(asked Pod, cluster Cluster, now time.Time) bool {
+// unchanged tells whether newPod would make the same of asked.
+func (p *pod) unchanged(asked Pod, cluster Cluster, now time.Time) bool {
 	namespaceLabels, known := cluster.Namespaces[asked.Namespace]
 	return p.paused == asked.Settings.PausedUntil.After(now) && p.namespaceKnown == known &&
 		maps.Equal(p.namespaceLabels, namespaceLabels) && reflect.DeepEqual(p.Pod, asked)
 }
 
-// take lets a policy have its say about the pod: as one that it isolates, and as
+// apply lets a policy have its say about the pod: as one that it isolates, and as
 // the peer of others.
-func (p *pod) take(n *networkPolicy) {
+func (p *pod) apply(n *networkPolicy) {
 	selected := n.selects(p)
 	p.changed = p.changed || selected
 	for d := range directions {
@@ -249,8 +249,8 @@ func (p *pod) take(n *networkPolicy) {
 	}
 }
 
-// drop undoes take.
-func (p *pod) drop(n *networkPolicy) {
+// remove undoes apply.
+func (p *pod) remove(n *networkPolicy) {
 	p.changed = p.changed || n.selects(p)
 	for d := range directions {
 		p.isolatedBy[d] = slices.DeleteFunc(p.isolatedBy[d], func(other *networkPolicy) bool { return other == n })

@@ -166,19 +166,19 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 	for _, object := range cluster.Policies {
 		if object.Namespace == client.Namespace || object.Namespace == server.Namespace {
 			n := parsePolicy(object)
-			from.take(n)
-			to.take(n)
+			from.apply(n)
+			to.apply(n)
 		}
 	}
 	for reason, ports := range restrictions(from, to) {
 		if !ports.contains(port) {
-			return Decision{rule.Refuse, reason, culprit(reason, from, to)}
+			return Decision{rule.Refuse, reason, blame(reason, from, to)}
 		}
 	}
-	if g := newGrant(from, to, cluster.Share); len(g.ports) == 0 {
-		return Decision{rule.Refuse, TooManyRanges, culprit(TooManyRanges, from, to)}
+	if a := newAllowedPorts(from, to, cluster.Share); len(a.ports) == 0 {
+		return Decision{rule.Refuse, TooManyRanges, blame(TooManyRanges, from, to)}
 	}
-	reason := unrestricted(from, to)
+	reason := defaultReason(from, to)
 	return Decision{reason.verdict(), reason, ""}
 }
 
@@ -215,8 +215,8 @@ func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 	}
 }
 
-// unrestricted is what holds for the ports that restrictions leave.
-func unrestricted(client, server *pod) Reason {
+// defaultReason is what holds for the ports that restrictions leave.
+func defaultReason(client, server *pod) Reason {
 	switch {
 	case client.paused:
 		return ClientPaused
@@ -226,8 +226,8 @@ func unrestricted(client, server *pod) Reason {
 	return Allowed
 }
 
-// culprit names for users what refuses.
-func culprit(reason Reason, client, server *pod) string {
+// blame names for users what refuses.
+func blame(reason Reason, client, server *pod) string {
 	switch reason {
 	case ClientBandwidth:
 		return fmt.Sprintf("pod %s/%s has %s", client.Namespace, client.Name, client.Bandwidth)

@@ -24,7 +24,7 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// fake answers for the registry and the node, and notes what it was asked.
+// fake answers for the reconciler and the node, and notes what it was asked.
 type fake struct {
 	calls []string
 	flows []api.Flow

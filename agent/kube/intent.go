@@ -32,7 +32,7 @@ const (
 // It cannot be that of a pod that the API server has made.
 var configHash = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// trim returns an object with only what wish and the policy need of it. The caches
+// trim returns an object with only what intent and the policy need of it. The caches
 // hold nothing else.
 func trim(object any) (any, error) {
 	switch o := object.(type) {
@@ -111,10 +111,10 @@ func isSidecar(c corev1.Container) bool {
 	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
 }
 
-// wish returns what a trimmed pod asks for, by its own annotations and those of
+// intent returns what a trimmed pod asks for, by its own annotations and those of
 // its namespace. A pod that is being deleted takes part to its end.
-func wish(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods.Wish {
-	w := pods.Wish{UIDs: []string{string(pod.UID)}, Labels: pod.Labels}
+func intent(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods.Intent {
+	w := pods.Intent{UIDs: []string{string(pod.UID)}, Labels: pod.Labels}
 	if hash := staticUID(pod); hash != "" {
 		w.UIDs = append(w.UIDs, hash)
 	}

@@ -32,9 +32,9 @@ const (
 	testPlugin = "#!/bin/sh\necho '{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}'\n"
 )
 
-// newTestKeeper has an empty directory of configurations, one of the plugins that
+// newTestInstaller has an empty directory of configurations, one of the plugins that
 // the networks of these tests begin with, and a plugin that says its versions.
-func newTestKeeper(t testing.TB) *Keeper {
+func newTestInstaller(t testing.TB) *Installer {
 	t.Helper()
 	dir := t.TempDir()
 	cfg := Config{
@@ -53,7 +53,7 @@ func newTestKeeper(t testing.TB) *Keeper {
 	return New(cfg)
 }
 
-func (k *Keeper) conf(name string) string { return filepath.Join(k.cfg.ConfDir, name) }
+func (ins *Installer) conf(name string) string { return filepath.Join(ins.cfg.ConfDir, name) }
 
 func writeFile(t testing.TB, path, content string) {
 	t.Helper()
@@ -82,20 +82,20 @@ func snapshot(t testing.TB, dir string) map[string]stamped {
 	return result
 }
 
-func wantFiles(t testing.TB, k *Keeper, what string, want map[string]string) {
+func wantFiles(t testing.TB, ins *Installer, what string, want map[string]string) {
 	t.Helper()
-	if diff := cmp.Diff(want, contents(t, k.cfg.ConfDir)); diff != "" {
+	if diff := cmp.Diff(want, contents(t, ins.cfg.ConfDir)); diff != "" {
 		t.Errorf("%s (-want +got):\n%s", what, diff)
 	}
 }
 
 // wantState compares the state; its error has to contain the given text, or to be empty.
-func wantState(t testing.TB, k *Keeper, conflist, text string) {
+func wantState(t testing.TB, ins *Installer, conflist, text string) {
 	t.Helper()
-	state := k.State()
+	state := ins.State()
 	path := ""
 	if conflist != "" {
-		path = k.conf(conflist)
+		path = ins.conf(conflist)
 	}
 	if state.Conflist != path || state.Installed != (path != "") || !strings.Contains(state.Error, text) || text == "" && state.Error != "" {
 		t.Errorf("got state %+v, want conflist %q and an error with %q", state, path, text)
@@ -122,11 +122,11 @@ func hasContent(path, want string) func() bool {
 	}
 }
 
-func start(t testing.TB, k *Keeper) {
+func start(t testing.TB, ins *Installer) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- k.Run(ctx) }()
+	go func() { done <- ins.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -136,22 +136,22 @@ func start(t testing.TB, k *Keeper) {
 }
 
 func TestRunKeeps(t *testing.T) {
-	k := newTestKeeper(t)
-	path, plugin := k.conf("10-a.conflist"), filepath.Join(k.cfg.BinDir, "podshunt")
-	if err := os.Remove(k.cfg.ConfDir); err != nil {
+	ins := newTestInstaller(t)
+	path, plugin := ins.conf("10-a.conflist"), filepath.Join(ins.cfg.BinDir, "podshunt")
+	if err := os.Remove(ins.cfg.ConfDir); err != nil {
 		t.Fatal(err)
 	}
-	start(t, k)
+	start(t, ins)
 	within(t, 10*time.Second, "says that the directory is missing", func() bool {
-		return strings.Contains(k.State().Error, "no network configuration yet") && strings.Contains(k.State().Error, "net.d: no such file")
+		return strings.Contains(ins.State().Error, "no network configuration yet") && strings.Contains(ins.State().Error, "net.d: no such file")
 	})
-	if err := os.Mkdir(k.cfg.ConfDir, 0o755); err != nil {
+	if err := os.Mkdir(ins.cfg.ConfDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	writeFile(t, path, testList)
 	within(t, 10*time.Second, "installed when the directory is made", hasContent(path, testBoth))
 	within(t, 10*time.Second, "plugin", hasContent(plugin, testPlugin))
-	within(t, 10*time.Second, "state", func() bool { return k.State().Installed })
+	within(t, 10*time.Second, "state", func() bool { return ins.State().Installed })
 
 	writeFile(t, path, testList)
 	within(t, 10*time.Second, "kept when the file is written in place", hasContent(path, testBoth))
@@ -165,62 +165,62 @@ func TestRunKeeps(t *testing.T) {
 	}
 	within(t, 10*time.Second, "kept when the plugin is deleted", hasContent(plugin, testPlugin))
 
-	if _, err := k.Uninstall(); err != nil {
+	if _, err := ins.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
+	wantFiles(t, ins, "uninstalled", map[string]string{"10-a.conflist": testList})
 	time.Sleep(pollInterval + watch.Settle)
-	wantFiles(t, k, "still uninstalled", map[string]string{"10-a.conflist": testList})
-	wantState(t, k, "", "uninstalled: start the agent again")
+	wantFiles(t, ins, "still uninstalled", map[string]string{"10-a.conflist": testList})
+	wantState(t, ins, "", "uninstalled: start the agent again")
 }
 
 func TestNoNetwork(t *testing.T) {
-	k := newTestKeeper(t)
-	k.Keep()
-	wantState(t, k, "", "no network configuration yet")
-	writeFile(t, k.conf("10-a.conflist"), "")
-	writeFile(t, k.conf("20-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[]}`)
-	k.Keep()
-	wantState(t, k, "", "no network configuration yet")
-	wantState(t, k, "", "20-a.conflist is not valid: error parsing configuration list: no plugins in list")
-	writeFile(t, k.conf("05-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"podshunt"}]}`)
-	k.Keep()
-	wantState(t, k, "", `no plugin besides podshunt in "plugins"`)
+	ins := newTestInstaller(t)
+	ins.Reconcile()
+	wantState(t, ins, "", "no network configuration yet")
+	writeFile(t, ins.conf("10-a.conflist"), "")
+	writeFile(t, ins.conf("20-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[]}`)
+	ins.Reconcile()
+	wantState(t, ins, "", "no network configuration yet")
+	wantState(t, ins, "", "20-a.conflist is not valid: error parsing configuration list: no plugins in list")
+	writeFile(t, ins.conf("05-a.conflist"), `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"podshunt"}]}`)
+	ins.Reconcile()
+	wantState(t, ins, "", `no plugin besides podshunt in "plugins"`)
 }
 
 // The entry follows the file that the runtime uses.
 func TestFirstValid(t *testing.T) {
-	k := newTestKeeper(t)
-	writeFile(t, k.conf("10-a.conflist"), "{")
-	writeFile(t, k.conf("20-b.conflist"), otherList)
-	k.Keep()
-	wantState(t, k, "20-b.conflist", "10-a.conflist is not valid: error parsing configuration list")
-	writeFile(t, k.conf("10-a.conflist"), testList)
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
-	wantFiles(t, k, "first repaired", map[string]string{"10-a.conflist": testBoth, "20-b.conflist": otherList})
+	ins := newTestInstaller(t)
+	writeFile(t, ins.conf("10-a.conflist"), "{")
+	writeFile(t, ins.conf("20-b.conflist"), otherList)
+	ins.Reconcile()
+	wantState(t, ins, "20-b.conflist", "10-a.conflist is not valid: error parsing configuration list")
+	writeFile(t, ins.conf("10-a.conflist"), testList)
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
+	wantFiles(t, ins, "first repaired", map[string]string{"10-a.conflist": testBoth, "20-b.conflist": otherList})
 
 	// A lone configuration before it, and a list before that.
-	writeFile(t, k.conf("08-c.conf"), testLone)
-	k.Keep()
-	wantState(t, k, "08-c-podshunt.conflist", "")
-	writeFile(t, k.conf("05-b.conflist"), otherList)
-	k.Keep()
-	wantState(t, k, "05-b.conflist", "")
-	wantFiles(t, k, "moved", map[string]string{
+	writeFile(t, ins.conf("08-c.conf"), testLone)
+	ins.Reconcile()
+	wantState(t, ins, "08-c-podshunt.conflist", "")
+	writeFile(t, ins.conf("05-b.conflist"), otherList)
+	ins.Reconcile()
+	wantState(t, ins, "05-b.conflist", "")
+	wantFiles(t, ins, "moved", map[string]string{
 		"05-b.conflist": strings.Replace(otherList, "]", `,{"type":"podshunt"}]`, 1),
 		"08-c.conf":     testLone, "10-a.conflist": testList, "20-b.conflist": otherList,
 	})
 }
 
 func TestUpgrade(t *testing.T) {
-	k := newTestKeeper(t)
-	path := k.conf("10-a.conflist")
+	ins := newTestInstaller(t)
+	path := ins.conf("10-a.conflist")
 	writeFile(t, path, strings.Replace(testBoth, `"podshunt"`, `"podshunt","agentTimeout":"1s"`, 1))
-	writeFile(t, filepath.Join(k.cfg.BinDir, "podshunt"), "#!/bin/sh\nexit 1\n")
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
-	wantFiles(t, k, "upgraded", map[string]string{"10-a.conflist": testBoth})
+	writeFile(t, filepath.Join(ins.cfg.BinDir, "podshunt"), "#!/bin/sh\nexit 1\n")
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
+	wantFiles(t, ins, "upgraded", map[string]string{"10-a.conflist": testBoth})
 }
 
 // Others want to be the last plugin, too: any place behind the one that makes the
@@ -234,12 +234,12 @@ func TestPlace(t *testing.T) {
 		"before the mesh and all": {`{"type":"podshunt"},{"type":"a"},{"type":"podshunt"},{"type":"mesh"}`, `{"type":"a"},{"type":"mesh"},{"type":"podshunt"}`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			k := newTestKeeper(t)
+			ins := newTestInstaller(t)
 			list := func(plugins string) string { return strings.Replace(testList, `{"type":"a"}`, plugins, 1) }
-			writeFile(t, k.conf("10-a.conflist"), list(plugins[0]))
-			k.Keep()
-			wantFiles(t, k, "kept", map[string]string{"10-a.conflist": list(plugins[1])})
-			wantState(t, k, "10-a.conflist", "")
+			writeFile(t, ins.conf("10-a.conflist"), list(plugins[0]))
+			ins.Reconcile()
+			wantFiles(t, ins, "kept", map[string]string{"10-a.conflist": list(plugins[1])})
+			wantState(t, ins, "10-a.conflist", "")
 		})
 	}
 }
@@ -247,13 +247,13 @@ func TestPlace(t *testing.T) {
 // Another agent that moves its own entry to the end with each change does not make
 // this one write again, however often it does so.
 func TestTwoWhoWantToBeLast(t *testing.T) {
-	k := newTestKeeper(t)
-	path := k.conf("10-a.conflist")
+	ins := newTestInstaller(t)
+	path := ins.conf("10-a.conflist")
 	writeFile(t, path, strings.Replace(testList, "]", `,{"type":"mesh"}]`, 1))
 	const want = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"a"},{"type":"podshunt"},{"type":"mesh"}]}`
 	for range 3 * maxWrites {
-		k.Keep()
-		wantState(t, k, "10-a.conflist", "")
+		ins.Reconcile()
+		wantState(t, ins, "10-a.conflist", "")
 		list, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -262,8 +262,8 @@ func TestTwoWhoWantToBeLast(t *testing.T) {
 		other := strings.Replace(string(list), `,{"type":"mesh"}`, "", 1)
 		writeFile(t, path, strings.Replace(other, "]", `,{"type":"mesh"}]`, 1))
 	}
-	wantFiles(t, k, "the other is last", map[string]string{"10-a.conflist": want})
-	if got := len(k.writes[path]); got != 1 {
+	wantFiles(t, ins, "the other is last", map[string]string{"10-a.conflist": want})
+	if got := len(ins.writes[path]); got != 1 {
 		t.Errorf("got %d changes of the list, want 1", got)
 	}
 }
@@ -428,11 +428,11 @@ func TestBeside(t *testing.T) {
 
 // The owner of a lone configuration takes its network away, and brings it back.
 func TestRunFollowsOwner(t *testing.T) {
-	k := newTestKeeper(t)
-	lone, list, next := k.conf("10-a.conf"), k.conf("10-a-podshunt.conflist"), k.conf("20-b.conflist")
+	ins := newTestInstaller(t)
+	lone, list, next := ins.conf("10-a.conf"), ins.conf("10-a-podshunt.conflist"), ins.conf("20-b.conflist")
 	writeFile(t, lone, testLone)
 	writeFile(t, next, otherList)
-	start(t, k)
+	start(t, ins)
 	const limit = 2 * time.Minute
 	within(t, limit, "list made", hasContent(list, mustWrap(t, testLone, "10-a.conf")))
 	if err := os.Remove(lone); err != nil {
@@ -446,35 +446,35 @@ func TestRunFollowsOwner(t *testing.T) {
 	writeFile(t, lone, testLone)
 	within(t, limit, "list made again", hasContent(list, mustWrap(t, testLone, "10-a.conf")))
 	within(t, limit, "entry in one network only", hasContent(next, otherList))
-	within(t, limit, "state", func() bool { return k.State().Conflist == list && k.State().Error == "" })
+	within(t, limit, "state", func() bool { return ins.State().Conflist == list && ins.State().Error == "" })
 }
 
 // checkDir wants a directory to become kept by a look, uninstall by an uninstall
 // then, and alone by one without an agent.
 func checkDir(t *testing.T, before, kept, uninstall, alone map[string]string, conflist, text string) {
 	t.Helper()
-	k, fresh := newTestKeeper(t), newTestKeeper(t)
-	writeFile(t, filepath.Join(k.cfg.BinDir, "multus"), "")
+	ins, fresh := newTestInstaller(t), newTestInstaller(t)
+	writeFile(t, filepath.Join(ins.cfg.BinDir, "multus"), "")
 	for name, content := range before {
-		writeFile(t, k.conf(name), content)
+		writeFile(t, ins.conf(name), content)
 		writeFile(t, fresh.conf(name), content)
 	}
-	stamps := snapshot(t, k.cfg.ConfDir)
-	k.Keep()
-	wantFiles(t, k, "kept", kept)
-	wantState(t, k, conflist, text)
-	installed := snapshot(t, k.cfg.ConfDir)
-	k.Keep()
-	if diff := cmp.Diff(installed, snapshot(t, k.cfg.ConfDir)); diff != "" {
+	stamps := snapshot(t, ins.cfg.ConfDir)
+	ins.Reconcile()
+	wantFiles(t, ins, "kept", kept)
+	wantState(t, ins, conflist, text)
+	installed := snapshot(t, ins.cfg.ConfDir)
+	ins.Reconcile()
+	if diff := cmp.Diff(installed, snapshot(t, ins.cfg.ConfDir)); diff != "" {
 		t.Errorf("second look (-want +got):\n%s", diff)
 	}
-	_, err := k.Uninstall()
+	_, err := ins.Uninstall()
 	if err != nil {
 		t.Error(err)
 	}
-	wantFiles(t, k, "uninstalled", uninstall)
+	wantFiles(t, ins, "uninstalled", uninstall)
 	// Nobody has touched the lone ones: not even the time of their last change differs.
-	for name, after := range snapshot(t, k.cfg.ConfDir) {
+	for name, after := range snapshot(t, ins.cfg.ConfDir) {
 		before, ok := stamps[name]
 		if diff := cmp.Diff(before, after); ok && filepath.Ext(name) != listExtension && diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
@@ -579,21 +579,21 @@ func TestEarlierLayout(t *testing.T) {
 }
 
 func TestUninstallLeavesChangesOfOthers(t *testing.T) {
-	k := newTestKeeper(t)
-	path := k.conf("10-a.conflist")
+	ins := newTestInstaller(t)
+	path := ins.conf("10-a.conflist")
 	writeFile(t, path, testList)
-	k.Keep()
+	ins.Reconcile()
 	writeFile(t, path, strings.Replace(testBoth, `"a"}`, `"a","mtu":1400}`, 1))
-	if _, err := k.Uninstall(); err != nil {
+	if _, err := ins.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": strings.Replace(testList, `"a"}`, `"a","mtu":1400}`, 1)})
+	wantFiles(t, ins, "uninstalled", map[string]string{"10-a.conflist": strings.Replace(testList, `"a"}`, `"a","mtu":1400}`, 1)})
 
 	writeFile(t, path, testBoth+"}")
-	if _, err := k.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
+	if _, err := ins.Uninstall(); err == nil || !strings.Contains(err.Error(), "10-a.conflist names podshunt but is not valid, take it out by hand") {
 		t.Errorf("got error %v, want one about a file that is not valid", err)
 	}
-	if _, err := Uninstall(k.conf("none"), k.conf("none"), k.cfg.Log); err != nil {
+	if _, err := Uninstall(ins.conf("none"), ins.conf("none"), ins.cfg.Log); err != nil {
 		t.Errorf("got error %v of a directory that is not there", err)
 	}
 }
@@ -603,15 +603,15 @@ func TestUninstallNamesCopies(t *testing.T) {
 	const multus = `{"cniVersion":"1.0.0","name":"m","plugins":[{"type":"multus","delegates":[{"plugins":[{"type":"podshunt"}]}]}]}`
 	const quoted = `{"delegate":"{\"type\":\"podshunt\"}"}`
 	const clean = "apiVersion: v1\nkind: Config\n"
-	k := newTestKeeper(t)
-	writeFile(t, filepath.Join(k.cfg.BinDir, "multus"), "")
+	ins := newTestInstaller(t)
+	writeFile(t, filepath.Join(ins.cfg.BinDir, "multus"), "")
 	for name, content := range map[string]string{"10-a.conf": testLone, "20-b.conflist": otherList} {
-		writeFile(t, k.conf(name), content)
+		writeFile(t, ins.conf(name), content)
 	}
-	k.Keep()
-	wantState(t, k, "10-a-podshunt.conflist", "")
+	ins.Reconcile()
+	wantState(t, ins, "10-a-podshunt.conflist", "")
 	for _, dir := range []string{"multus.d", "empty"} {
-		if err := os.Mkdir(k.conf(dir), 0o755); err != nil {
+		if err := os.Mkdir(ins.conf(dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -619,23 +619,23 @@ func TestUninstallNamesCopies(t *testing.T) {
 		"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "multus.d/kubeconfig": clean,
 		"10-a-podshunt.conflist": string(withPlugin([]byte(mustWrap(t, testLone, "10-a.conf")), `{"type":"mesh"}`)),
 	} {
-		writeFile(t, k.conf(name), content)
+		writeFile(t, ins.conf(name), content)
 	}
 	for name, target := range map[string]string{"link": "multus.d/net", "nowhere": "none", "socket": "/dev/null", "directory": "empty"} {
-		if err := os.Symlink(target, k.conf(name)); err != nil {
+		if err := os.Symlink(target, ins.conf(name)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for range 2 { // a second uninstall says it again
-		remarks, err := k.Uninstall()
+		remarks, err := ins.Uninstall()
 		if err != nil {
 			t.Fatal(err)
 		}
 		var named []string
 		for _, remark := range remarks {
 			path, what, _ := strings.Cut(remark, " ")
-			named = append(named, strings.TrimPrefix(path, k.cfg.ConfDir+"/"))
-			want := "names podshunt still: if that is its plugin, pods do not start by it once " + k.binary.path + " is deleted"
+			named = append(named, strings.TrimPrefix(path, ins.cfg.ConfDir+"/"))
+			want := "names podshunt still: if that is its plugin, pods do not start by it once " + ins.binary.path + " is deleted"
 			if strings.HasSuffix(path, madeEnding) {
 				want = "stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it"
 			}
@@ -648,18 +648,18 @@ func TestUninstallNamesCopies(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]string{"00-multus.conflist": multus, "10-a.conflist.cilium_bak": testBoth, "multus.d/net": quoted, "10-a.conf": testLone} {
-		if !hasContent(k.conf(name), want)() {
+		if !hasContent(ins.conf(name), want)() {
 			t.Errorf("%s was changed", name)
 		}
 	}
 	// Without copies there is nothing to say.
-	mustClear(t, k.conf("multus.d"))
+	mustClear(t, ins.conf("multus.d"))
 	for _, name := range []string{"00-multus.conflist", "10-a-podshunt.conflist", "10-a.conflist.cilium_bak", "link"} {
-		if err := os.Remove(k.conf(name)); err != nil {
+		if err := os.Remove(ins.conf(name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if remarks, err := Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log); err != nil || len(remarks) > 0 {
+	if remarks, err := Uninstall(ins.cfg.ConfDir, ins.cfg.BinDir, ins.cfg.Log); err != nil || len(remarks) > 0 {
 		t.Errorf("got remarks %q and error %v, want none", remarks, err)
 	}
 }
@@ -672,26 +672,26 @@ func TestVersions(t *testing.T) {
 	} {
 		for file, text := range map[string]string{"10-a.conflist": strings.Replace(testList, `"cniVersion":"1.0.0",`, keys, 1), "10-a.conf": strings.Replace(testLone, `"cniVersion":"1.0.0",`, keys, 1)} {
 			t.Run(name+" "+file, func(t *testing.T) {
-				k := newTestKeeper(t)
-				writeFile(t, k.conf(file), text)
-				k.Keep()
-				wantState(t, k, "", "accepted are 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0")
-				wantFiles(t, k, "kept", map[string]string{file: text})
+				ins := newTestInstaller(t)
+				writeFile(t, ins.conf(file), text)
+				ins.Reconcile()
+				wantState(t, ins, "", "accepted are 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0")
+				wantFiles(t, ins, "kept", map[string]string{file: text})
 			})
 		}
 	}
-	k := newTestKeeper(t)
-	writeFile(t, k.conf("10-a.conflist"), strings.Replace(testBoth, "1.0.0", "0.2.0", 1))
-	k.Keep()
-	wantFiles(t, k, "entry taken out again", map[string]string{"10-a.conflist": strings.Replace(testList, "1.0.0", "0.2.0", 1)})
+	ins := newTestInstaller(t)
+	writeFile(t, ins.conf("10-a.conflist"), strings.Replace(testBoth, "1.0.0", "0.2.0", 1))
+	ins.Reconcile()
+	wantFiles(t, ins, "entry taken out again", map[string]string{"10-a.conflist": strings.Replace(testList, "1.0.0", "0.2.0", 1)})
 }
 
 func TestPlugin(t *testing.T) {
-	k := newTestKeeper(t)
-	plugin := filepath.Join(k.cfg.BinDir, "podshunt")
-	writeFile(t, k.conf("10-a.conflist"), testList)
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
+	ins := newTestInstaller(t)
+	plugin := filepath.Join(ins.cfg.BinDir, "podshunt")
+	writeFile(t, ins.conf("10-a.conflist"), testList)
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
 
 	// A new plugin replaces the old one, whose file whoever runs it still has.
 	running, err := os.Open(plugin)
@@ -699,9 +699,9 @@ func TestPlugin(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer running.Close()
-	writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
-	k.Keep()
-	if got, want := snapshot(t, k.cfg.BinDir), testPlugin+"# new\n"; len(got) != 4 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
+	writeFile(t, ins.cfg.Plugin, testPlugin+"# new\n")
+	ins.Reconcile()
+	if got, want := snapshot(t, ins.cfg.BinDir), testPlugin+"# new\n"; len(got) != 4 || got["podshunt"].Content != want || got["podshunt"].Mode != 0o755 {
 		t.Errorf("got %+v, want %q with mode 0755", got, want)
 	}
 	old := new(bytes.Buffer)
@@ -710,26 +710,26 @@ func TestPlugin(t *testing.T) {
 	}
 
 	// A plugin that does not run is not installed; the old one and the entry stay.
-	writeFile(t, k.cfg.Plugin, "#!/bin/sh\nexit 1\n")
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "install plugin: run ")
-	wantFiles(t, k, "old plugin", map[string]string{"10-a.conflist": testBoth})
-	if err := os.Remove(k.cfg.Plugin); err != nil {
+	writeFile(t, ins.cfg.Plugin, "#!/bin/sh\nexit 1\n")
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "install plugin: run ")
+	wantFiles(t, ins, "old plugin", map[string]string{"10-a.conflist": testBoth})
+	if err := os.Remove(ins.cfg.Plugin); err != nil {
 		t.Fatal(err)
 	}
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "plugin to install: stat ")
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "plugin to install: stat ")
 
 	// Without any plugin the entry goes, so that pods start.
 	if err := os.Remove(plugin); err != nil {
 		t.Fatal(err)
 	}
-	k.Keep()
-	wantState(t, k, "", "plugin to install: stat ")
-	wantFiles(t, k, "no plugin", map[string]string{"10-a.conflist": testList})
-	writeFile(t, k.cfg.Plugin, testPlugin)
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
+	ins.Reconcile()
+	wantState(t, ins, "", "plugin to install: stat ")
+	wantFiles(t, ins, "no plugin", map[string]string{"10-a.conflist": testList})
+	writeFile(t, ins.cfg.Plugin, testPlugin)
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
 }
 
 // A directory of plugins that the runtime does not search has none of the
@@ -755,41 +755,41 @@ func TestBinDirNotSearched(t *testing.T) {
 		{"entry of another network", nil, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testBoth}, map[string]string{"10-flannel.conflist": list, "20-a.conflist": testList}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			k := newTestKeeper(t)
-			mustClear(t, k.cfg.BinDir)
+			ins := newTestInstaller(t)
+			mustClear(t, ins.cfg.BinDir)
 			for _, plugin := range tc.plugins {
-				writeFile(t, filepath.Join(k.cfg.BinDir, plugin), "")
+				writeFile(t, filepath.Join(ins.cfg.BinDir, plugin), "")
 			}
 			for name, content := range tc.before {
-				writeFile(t, k.conf(name), content)
+				writeFile(t, ins.conf(name), content)
 			}
-			k.Keep()
-			wantFiles(t, k, "kept", tc.after)
-			wantState(t, k, "", k.cfg.BinDir+` has no "flannel", which makes the interface in `+k.conf("10-flannel"))
-			wantState(t, k, "", `agent.cniBinDir) the directory that has "flannel"`)
-			if got := slices.Sorted(maps.Keys(snapshot(t, k.cfg.BinDir))); !slices.Equal(got, tc.plugins) {
+			ins.Reconcile()
+			wantFiles(t, ins, "kept", tc.after)
+			wantState(t, ins, "", ins.cfg.BinDir+` has no "flannel", which makes the interface in `+ins.conf("10-flannel"))
+			wantState(t, ins, "", `agent.cniBinDir) the directory that has "flannel"`)
+			if got := slices.Sorted(maps.Keys(snapshot(t, ins.cfg.BinDir))); !slices.Equal(got, tc.plugins) {
 				t.Errorf("got plugins %v, want %v", got, tc.plugins)
 			}
 			// The network's own installer comes later.
-			writeFile(t, filepath.Join(k.cfg.BinDir, "flannel"), "")
-			k.Keep()
-			if state := k.State(); !state.Installed || state.Error != "" {
+			writeFile(t, filepath.Join(ins.cfg.BinDir, "flannel"), "")
+			ins.Reconcile()
+			if state := ins.State(); !state.Installed || state.Error != "" {
 				t.Errorf("got state %+v, want installed", state)
 			}
 		})
 	}
 
-	k := newTestKeeper(t)
-	mustClear(t, k.cfg.BinDir)
-	if err := os.Symlink("/nowhere/flannel", filepath.Join(k.cfg.BinDir, "flannel")); err != nil {
+	ins := newTestInstaller(t)
+	mustClear(t, ins.cfg.BinDir)
+	if err := os.Symlink("/nowhere/flannel", filepath.Join(ins.cfg.BinDir, "flannel")); err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, k.conf("10-flannel.conflist"), list)
-	k.Keep()
-	wantState(t, k, "10-flannel.conflist", "")
-	writeFile(t, k.conf("05-odd.conflist"), strings.Replace(testList, `"a"}`, `"../bin/flannel"}`, 1))
-	k.Keep()
-	wantState(t, k, "", `has no "../bin/flannel"`)
+	writeFile(t, ins.conf("10-flannel.conflist"), list)
+	ins.Reconcile()
+	wantState(t, ins, "10-flannel.conflist", "")
+	writeFile(t, ins.conf("05-odd.conflist"), strings.Replace(testList, `"a"}`, `"../bin/flannel"}`, 1))
+	ins.Reconcile()
+	wantState(t, ins, "", `has no "../bin/flannel"`)
 }
 
 func mustClear(t testing.TB, dir string) {
@@ -806,51 +806,51 @@ func mustClear(t testing.TB, dir string) {
 }
 
 func TestFight(t *testing.T) {
-	k := newTestKeeper(t)
-	k.window = time.Hour
-	path := k.conf("10-a.conflist")
+	ins := newTestInstaller(t)
+	ins.window = time.Hour
+	path := ins.conf("10-a.conflist")
 	for range maxWrites {
 		writeFile(t, path, testList)
-		k.Keep()
-		wantState(t, k, "10-a.conflist", "")
+		ins.Reconcile()
+		wantState(t, ins, "10-a.conflist", "")
 	}
 	writeFile(t, path, testList)
 	for range 2 {
-		k.Keep()
-		wantState(t, k, "", "another program has undone our change of "+path+" 5 times within 1h0m0s, next try at ")
-		wantFiles(t, k, "left alone", map[string]string{"10-a.conflist": testList})
+		ins.Reconcile()
+		wantState(t, ins, "", "another program has undone our change of "+path+" 5 times within 1h0m0s, next try at ")
+		wantFiles(t, ins, "left alone", map[string]string{"10-a.conflist": testList})
 	}
-	k.window = 0
-	k.Keep()
-	wantState(t, k, "10-a.conflist", "")
+	ins.window = 0
+	ins.Reconcile()
+	wantState(t, ins, "10-a.conflist", "")
 }
 
 // Both directories are read-only: by their mode, or for root by a mount in a
 // mount namespace of the test's own.
 func TestReadOnly(t *testing.T) {
-	k := newTestKeeper(t)
-	writeFile(t, k.conf("10-a.conflist"), testList)
+	ins := newTestInstaller(t)
+	writeFile(t, ins.conf("10-a.conflist"), testList)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		// Never unlocked: the thread ends with its mount namespace.
 		runtime.LockOSThread()
-		if !readOnly(t, k.cfg.ConfDir) {
+		if !readOnly(t, ins.cfg.ConfDir) {
 			return
 		}
-		k.Keep()
-		wantState(t, k, "", "put entry into "+k.conf("10-a.conflist"))
-		readOnly(t, k.cfg.BinDir)
-		k.Keep() // with a plugin in place
-		writeFile(t, k.cfg.Plugin, testPlugin+"# new\n")
-		k.Keep()
-		wantState(t, k, "", "install plugin: open ")
-		if _, err := k.Uninstall(); err != nil {
+		ins.Reconcile()
+		wantState(t, ins, "", "put entry into "+ins.conf("10-a.conflist"))
+		readOnly(t, ins.cfg.BinDir)
+		ins.Reconcile() // with a plugin in place
+		writeFile(t, ins.cfg.Plugin, testPlugin+"# new\n")
+		ins.Reconcile()
+		wantState(t, ins, "", "install plugin: open ")
+		if _, err := ins.Uninstall(); err != nil {
 			t.Errorf("uninstall of nothing: %v", err)
 		}
 	}()
 	<-done
-	wantFiles(t, k, "untouched", map[string]string{"10-a.conflist": testList})
+	wantFiles(t, ins, "untouched", map[string]string{"10-a.conflist": testList})
 }
 
 func readOnly(t testing.TB, dir string) bool {
@@ -876,19 +876,19 @@ func readOnly(t testing.TB, dir string) bool {
 }
 
 func TestSymlink(t *testing.T) {
-	k := newTestKeeper(t)
+	ins := newTestInstaller(t)
 	target := filepath.Join(t.TempDir(), "real")
 	writeFile(t, target, testList)
-	if err := os.Symlink(target, k.conf("10-a.conflist")); err != nil {
+	if err := os.Symlink(target, ins.conf("10-a.conflist")); err != nil {
 		t.Fatal(err)
 	}
-	k.Keep()
-	wantFiles(t, k, "installed", map[string]string{"10-a.conflist": testBoth})
-	if _, err := k.Uninstall(); err != nil {
+	ins.Reconcile()
+	wantFiles(t, ins, "installed", map[string]string{"10-a.conflist": testBoth})
+	if _, err := ins.Uninstall(); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := os.Readlink(k.conf("10-a.conflist")); err != nil || got != target {
+	if got, err := os.Readlink(ins.conf("10-a.conflist")); err != nil || got != target {
 		t.Errorf("got link to %q and error %v, want %q", got, err, target)
 	}
-	wantFiles(t, k, "uninstalled", map[string]string{"10-a.conflist": testList})
+	wantFiles(t, ins, "uninstalled", map[string]string{"10-a.conflist": testList})
 }

@@ -59,15 +59,15 @@ func TestWish(t *testing.T) {
 	class := func(name string) func(*corev1.Pod) {
 		return func(p *corev1.Pod) { p.Spec.RuntimeClassName = ptr(name) }
 	}
-	sandboxed := func(name string) func(*pods.Wish) {
-		return func(w *pods.Wish) {
+	sandboxed := func(name string) func(*pods.Intent) {
+		return func(w *pods.Intent) {
 			w.Excluded = &pods.Standing{
 				State: api.PodRefused, Reason: api.PodSandboxedRuntime,
 				Message: "its sockets are not in the node's kernel: runtime class " + name + " is one of --sandboxed-runtime-classes",
 			}
 		}
 	}
-	finished := func(w *pods.Wish) {
+	finished := func(w *pods.Intent) {
 		w.Excluded = &pods.Standing{State: api.PodOut, Reason: api.PodFinished, Message: "it has finished"}
 	}
 	end := time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC)
@@ -75,14 +75,14 @@ func TestWish(t *testing.T) {
 		name      string
 		change    func(*corev1.Pod)
 		namespace map[string]string
-		want      func(*pods.Wish)
+		want      func(*pods.Intent)
 		wantErr   []string
 	}{
 		{name: "opted in"},
 		{
 			name:   "not opted in",
 			change: func(p *corev1.Pod) { p.Annotations = nil },
-			want:   func(w *pods.Wish) { w.Settings = api.Settings{} },
+			want:   func(w *pods.Intent) { w.Settings = api.Settings{} },
 		},
 		{
 			name:      "by its namespace",
@@ -93,7 +93,7 @@ func TestWish(t *testing.T) {
 			name:      "its own annotation wins",
 			change:    func(p *corev1.Pod) { p.Annotations = map[string]string{api.AnnotationShortcut: "disabled"} },
 			namespace: map[string]string{api.AnnotationShortcut: "enabled"},
-			want:      func(w *pods.Wish) { w.Settings = api.Settings{} },
+			want:      func(w *pods.Intent) { w.Settings = api.Settings{} },
 		},
 		{
 			name:   "key by key",
@@ -101,7 +101,7 @@ func TestWish(t *testing.T) {
 			namespace: map[string]string{
 				api.AnnotationShortcut: "disabled", api.AnnotationPorts: "22", api.AnnotationPausedUntil: end.Format(time.RFC3339),
 			},
-			want: func(w *pods.Wish) {
+			want: func(w *pods.Intent) {
 				w.Settings.Ports = []api.PortRange{{First: 80, Last: 80}}
 				w.Settings.PausedUntil = end
 			},
@@ -110,7 +110,7 @@ func TestWish(t *testing.T) {
 			name:      "bad annotations of both",
 			change:    func(p *corev1.Pod) { p.Annotations[api.AnnotationPorts] = "http" },
 			namespace: map[string]string{api.AnnotationExcludePorts: "x", "podshunt.io/y": "z"},
-			want:      func(w *pods.Wish) { w.Settings = api.Settings{} },
+			want:      func(w *pods.Intent) { w.Settings = api.Settings{} },
 			wantErr: []string{
 				`annotation podshunt.io/ports="http"`, `namespace shop: annotation podshunt.io/exclude-ports="x"`, `podshunt.io/y="z": unknown`,
 			},
@@ -138,7 +138,7 @@ func TestWish(t *testing.T) {
 		{
 			name:   "hostNetwork",
 			change: func(p *corev1.Pod) { p.Spec.HostNetwork = true },
-			want: func(w *pods.Wish) {
+			want: func(w *pods.Intent) {
 				hostNetwork := pods.HostNetwork()
 				w.Excluded = &hostNetwork
 			},
@@ -149,7 +149,7 @@ func TestWish(t *testing.T) {
 		{
 			name:   "static pod",
 			change: mirror,
-			want:   func(w *pods.Wish) { w.UIDs = append(w.UIDs, hash) },
+			want:   func(w *pods.Intent) { w.UIDs = append(w.UIDs, hash) },
 		},
 		{
 			name: "a UID where the hash belongs",
@@ -189,14 +189,14 @@ func TestWish(t *testing.T) {
 				p.Status.PodIP = "10.0.0.1"
 				p.Status.PodIPs = []corev1.PodIP{{IP: "10.0.0.1"}, {IP: "fd00::1"}, {IP: "nonsense"}}
 			},
-			want: func(w *pods.Wish) {
+			want: func(w *pods.Intent) {
 				w.Addresses = []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}
 			},
 		},
 		{
 			name:   "one address",
 			change: func(p *corev1.Pod) { p.Status.PodIP = "10.0.0.1" },
-			want:   func(w *pods.Wish) { w.Addresses = []netip.Addr{netip.MustParseAddr("10.0.0.1")} },
+			want:   func(w *pods.Intent) { w.Addresses = []netip.Addr{netip.MustParseAddr("10.0.0.1")} },
 		},
 		{
 			name: "named ports of containers and sidecars",
@@ -210,33 +210,33 @@ func TestWish(t *testing.T) {
 					{Ports: []corev1.ContainerPort{tcp("sidecar", 82)}, RestartPolicy: ptr(corev1.ContainerRestartPolicyAlways)},
 				}
 			},
-			want: func(w *pods.Wish) {
+			want: func(w *pods.Intent) {
 				w.Ports = []policy.NamedPort{{Name: "http", Number: 80}, {Name: "plain", Number: 8080}, {Name: "sidecar", Number: 82}}
 			},
 		},
 		{
 			name:   "egress bandwidth",
 			change: func(p *corev1.Pod) { p.Annotations[annotationEgressBandwidth] = "1M" },
-			want:   func(w *pods.Wish) { w.Bandwidth = annotationEgressBandwidth },
+			want:   func(w *pods.Intent) { w.Bandwidth = annotationEgressBandwidth },
 		},
 		{
 			name: "both bandwidths",
 			change: func(p *corev1.Pod) {
 				p.Annotations[annotationEgressBandwidth], p.Annotations[annotationIngressBandwidth] = "1M", "1M"
 			},
-			want: func(w *pods.Wish) { w.Bandwidth = annotationIngressBandwidth },
+			want: func(w *pods.Intent) { w.Bandwidth = annotationIngressBandwidth },
 		},
 		{
 			name:   "labels",
 			change: func(p *corev1.Pod) { p.Labels = map[string]string{"app": "web"} },
-			want:   func(w *pods.Wish) { w.Labels = map[string]string{"app": "web"} },
+			want:   func(w *pods.Intent) { w.Labels = map[string]string{"app": "web"} },
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			pod := mustTrim(t, newPod("web", tc.change))
 			namespace := mustTrim(t, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Annotations: tc.namespace}})
-			got := wish(pod, namespace.Annotations, []string{"gvisor", "kata*"})
-			want := pods.Wish{UIDs: []string{"uid-1"}, Settings: api.Settings{Enabled: true}}
+			got := intent(pod, namespace.Annotations, []string{"gvisor", "kata*"})
+			want := pods.Intent{UIDs: []string{"uid-1"}, Settings: api.Settings{Enabled: true}}
 			if tc.want != nil {
 				tc.want(&want)
 			}
@@ -250,7 +250,7 @@ func TestWish(t *testing.T) {
 			}
 			got.Err = nil
 			if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
-				t.Errorf("wish (-want +got)\n%s", diff)
+				t.Errorf("intent (-want +got)\n%s", diff)
 			}
 		})
 	}

@@ -8,7 +8,7 @@
 // namespace, which nothing tells of: within ten. It never releases a pod that still
 // takes part, so that live connections do not notice a restart.
 //
-// registry.go has the Registry and what others ask of it, store.go the attachments,
+// reconciler.go has the Reconciler and what others ask of it, store.go the attachments,
 // source.go what pods ask for, search.go the pods without an attachment, decide.go
 // what becomes of each pod, reconcile.go the work on the kernel, redirects.go the
 // ports that pods redirect themselves, watch.go the watch of directories.
@@ -34,7 +34,7 @@ import (
 // seconds, on a node that is very busy tens of them.
 const wedged = 2 * time.Minute
 
-// Datapath is what the registry does to the kernel.
+// Datapath is what the reconciler does to the kernel.
 type Datapath interface {
 	// Enrol takes in the pod whose network namespace has the cookie. It and Release
 	// are idempotent.
@@ -48,7 +48,7 @@ type Datapath interface {
 	UpdatePolicy(changed []rule.PairRules) error
 }
 
-// Config is what a Registry works with; all of it but Refused and Report is required.
+// Config is what a Reconciler works with; all of it but Refused and Report is required.
 type Config struct {
 	// Dir is the directory of attachments; it is made if needed.
 	Dir    string
@@ -69,7 +69,7 @@ type Config struct {
 	// come in another port; true with an error where that is not known. If nil, none does.
 	Redirects func(path string) (bool, error)
 	// Report is called with all pods when one of them has changed. It must neither
-	// block nor call the Registry.
+	// block nor call the Reconciler.
 	Report func([]Pod)
 	// Now is the clock.
 	Now func() time.Time
@@ -89,7 +89,7 @@ type Pod struct {
 	entry *entry
 }
 
-// Snapshot is the state of the registry.
+// Snapshot is the state of the reconciler.
 type Snapshot struct {
 	Pods []Pod
 	// Cluster is what the policy was compiled with.
@@ -98,8 +98,8 @@ type Snapshot struct {
 	SourceError, PolicyError error
 }
 
-// Registry is safe for concurrent use.
-type Registry struct {
+// Reconciler is safe for concurrent use.
+type Reconciler struct {
 	cfg    Config
 	finder proc.Finder
 
@@ -149,9 +149,9 @@ type Registry struct {
 	looked atomic.Pointer[time.Time]
 }
 
-// New returns a Registry that keeps what an earlier agent has enrolled until
+// New returns a Reconciler that keeps what an earlier agent has enrolled until
 // the first Sync decides on it.
-func New(cfg Config) (*Registry, error) {
+func New(cfg Config) (*Reconciler, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -159,7 +159,7 @@ func New(cfg Config) (*Registry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list enrolled pods: %w", err)
 	}
-	r := &Registry{
+	r := &Reconciler{
 		cfg:      cfg,
 		store:    store{dir: cfg.Dir, entries: map[string]*entry{}},
 		wake:     make(chan struct{}, 1),
@@ -179,20 +179,20 @@ func New(cfg Config) (*Registry, error) {
 // Alive returns an error if Sync has not ended for longer than any amount of work
 // takes: then neither pods nor policies are followed any more, and only a new
 // process helps.
-func (r *Registry) Alive() error {
+func (r *Reconciler) Alive() error {
 	if last := *r.looked.Load(); r.cfg.Now().Sub(last) > wedged {
 		return fmt.Errorf("pods and policies were last looked at at %s", last.Format(time.RFC3339))
 	}
 	return nil
 }
 
-func (r *Registry) lookedNow() {
+func (r *Reconciler) lookedNow() {
 	now := r.cfg.Now()
 	r.looked.Store(&now)
 }
 
 // Put keeps the attachment and says whether its pod takes part from now on.
-func (r *Registry) Put(a api.Attachment) (api.Admission, error) {
+func (r *Reconciler) Put(a api.Attachment) (api.Admission, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err := r.store.put(a); err != nil {
@@ -208,7 +208,7 @@ func (r *Registry) Put(a api.Attachment) (api.Admission, error) {
 }
 
 // Remove forgets an attachment. It succeeds if there is none.
-func (r *Registry) Remove(id api.AttachmentID) error {
+func (r *Reconciler) Remove(id api.AttachmentID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err := r.store.remove(id.FileName()); err != nil {
@@ -219,7 +219,7 @@ func (r *Registry) Remove(id api.AttachmentID) error {
 }
 
 // Collect forgets the attachments of a network that are not valid any more.
-func (r *Registry) Collect(req api.GCRequest) error {
+func (r *Reconciler) Collect(req api.GCRequest) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	valid := map[string]bool{}
@@ -241,7 +241,7 @@ func (r *Registry) Collect(req api.GCRequest) error {
 }
 
 // Stop ends all dealings with the kernel; every pod's message is then the given one.
-func (r *Registry) Stop(message string) {
+func (r *Reconciler) Stop(message string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.stopped, r.stopMessage = true, message
@@ -249,7 +249,7 @@ func (r *Registry) Stop(message string) {
 }
 
 // Snapshot returns the result of the last Sync.
-func (r *Registry) Snapshot() Snapshot {
+func (r *Reconciler) Snapshot() Snapshot {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return Snapshot{Pods: slices.Clone(r.pods), Cluster: r.cluster(), SourceError: r.sourceErr, PolicyError: r.policyErr}

@@ -50,7 +50,7 @@ const (
 // errNoNetwork says that there is nothing to put the entry into yet.
 var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
 
-// Config says what a Keeper keeps where. Every field is required but NodeRoot.
+// Config says what an Installer puts where. Every field is required but NodeRoot.
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
@@ -65,9 +65,9 @@ type Config struct {
 	Log     *slog.Logger
 }
 
-// Keeper keeps the plugin installed. Its methods may be called at any time, by
+// Installer keeps the plugin installed. Its methods may be called at any time, by
 // any goroutine.
-type Keeper struct {
+type Installer struct {
 	cfg     Config
 	section []byte
 	window  time.Duration
@@ -82,113 +82,113 @@ type Keeper struct {
 	writes              map[string][]time.Time // by path, those within the window
 }
 
-// New returns a Keeper that has not done anything yet.
-func New(cfg Config) *Keeper {
-	k := &Keeper{
+// New returns an Installer that has not done anything yet.
+func New(cfg Config) *Installer {
+	ins := &Installer{
 		cfg: cfg, section: cfg.Section.Section(), window: writeWindow,
 		confPlace: place{path: cfg.ConfDir, root: cfg.NodeRoot}, binPlace: place{path: cfg.BinDir, root: cfg.NodeRoot},
 		binary: newBinary(cfg.Plugin, cfg.BinDir), writes: map[string][]time.Time{},
 	}
-	k.state.Store(&api.CNIStatus{Error: "not started", Since: time.Now()})
-	return k
+	ins.state.Store(&api.CNIStatus{Error: "not started", Since: time.Now()})
+	return ins
 }
 
 // State returns what is installed, as of the last look.
-func (k *Keeper) State() api.CNIStatus { return *k.state.Load() }
+func (ins *Installer) State() api.CNIStatus { return *ins.state.Load() }
 
 // Run keeps the plugin installed until ctx ends, and leaves it installed then.
 // What goes wrong with files is in State and in the log, and tried again. It returns
 // an error if one of the directories is not the node's any more: whoever started
 // the container has to do so again, for the directory that the node has now.
-func (k *Keeper) Run(ctx context.Context) error {
+func (ins *Installer) Run(ctx context.Context) error {
 	cfg := watch.Config{
-		Dirs:     func() []string { return []string{k.cfg.ConfDir, k.cfg.BinDir} },
-		Interval: pollInterval, Unwatched: pollInterval, Log: k.cfg.Log,
+		Dirs:     func() []string { return []string{ins.cfg.ConfDir, ins.cfg.BinDir} },
+		Interval: pollInterval, Unwatched: pollInterval, Log: ins.cfg.Log,
 	}
 	return watch.Run(ctx, cfg, func() error {
-		if err := k.look(); errors.Is(err, errReplaced) {
+		if err := ins.look(); errors.Is(err, errReplaced) {
 			return err
 		}
 		return nil
 	})
 }
 
-// Keep looks at everything once and changes what is not as wanted, unless
+// Reconcile looks at everything once and changes what is not as wanted, unless
 // Uninstall was called. State tells how that went.
-func (k *Keeper) Keep() { _ = k.look() }
+func (ins *Installer) Reconcile() { _ = ins.look() }
 
-func (k *Keeper) look() error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.stopped {
+func (ins *Installer) look() error {
+	ins.mu.Lock()
+	defer ins.mu.Unlock()
+	if ins.stopped {
 		return nil
 	}
-	path, err := k.install()
-	k.setState(path, err)
+	path, err := ins.install()
+	ins.setState(path, err)
 	return err
 }
 
-// Uninstall stops keeping, for the life of the Keeper, and takes everything out
+// Uninstall stops keeping, for the life of the Installer, and takes everything out
 // but the binary; see the function Uninstall, also for the remarks. After an error
 // it may be called again.
-func (k *Keeper) Uninstall() (remarks []string, err error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.stopped = true
-	if err := errors.Join(k.confPlace.check(), k.binPlace.check()); err != nil {
+func (ins *Installer) Uninstall() (remarks []string, err error) {
+	ins.mu.Lock()
+	defer ins.mu.Unlock()
+	ins.stopped = true
+	if err := errors.Join(ins.confPlace.check(), ins.binPlace.check()); err != nil {
 		// It would be taken out of where no runtime looks.
 		err = fmt.Errorf("uninstall: %w", err)
-		k.setState("", err)
+		ins.setState("", err)
 		return nil, err
 	}
-	remarks, err = Uninstall(k.cfg.ConfDir, k.cfg.BinDir, k.cfg.Log)
+	remarks, err = Uninstall(ins.cfg.ConfDir, ins.cfg.BinDir, ins.cfg.Log)
 	if err != nil {
-		k.setState("", fmt.Errorf("uninstall: %w", err))
+		ins.setState("", fmt.Errorf("uninstall: %w", err))
 		return remarks, err
 	}
-	k.setState("", errors.New("uninstalled: start the agent again to install"))
+	ins.setState("", errors.New("uninstalled: start the agent again to install"))
 	return remarks, nil
 }
 
 // setState publishes what has changed, and logs it.
-func (k *Keeper) setState(path string, err error) {
+func (ins *Installer) setState(path string, err error) {
 	now := api.CNIStatus{Conflist: path, Installed: path != ""}
 	if err != nil {
 		now.Error = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
-	last := k.State()
+	last := ins.State()
 	now.Since = last.Since
 	if now == last {
 		return
 	}
 	now.Since = time.Now()
-	k.state.Store(&now)
+	ins.state.Store(&now)
 	switch {
 	case err == nil:
-		k.cfg.Log.Info("cni plugin installed", "conflist", path, "plugin", k.binary.path)
-	case k.stopped, errors.Is(err, errNoNetwork):
-		k.cfg.Log.Info("cni plugin not installed", "err", err)
+		ins.cfg.Log.Info("cni plugin installed", "conflist", path, "plugin", ins.binary.path)
+	case ins.stopped, errors.Is(err, errNoNetwork):
+		ins.cfg.Log.Info("cni plugin not installed", "err", err)
 	default:
-		k.cfg.Log.Warn("cni plugin not installed as wanted", "conflist", path, "err", err)
+		ins.cfg.Log.Warn("cni plugin not installed as wanted", "conflist", path, "err", err)
 	}
 }
 
 // install returns the list with our entry that the runtime uses, or "". With
 // an error, something is not as wanted.
-func (k *Keeper) install() (string, error) {
-	if err := k.confPlace.check(); err != nil {
+func (ins *Installer) install() (string, error) {
+	if err := ins.confPlace.check(); err != nil {
 		return "", err
 	}
-	files, err := readRestored(k.cfg.ConfDir, k.cfg.Log)
+	files, err := readRestored(ins.cfg.ConfDir, ins.cfg.Log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: %w", errNoNetwork, err)
 	}
 	if err != nil {
 		return "", err
 	}
-	if err := k.binPlace.check(); err != nil {
+	if err := ins.binPlace.check(); err != nil {
 		// The node's directory does not have the binary: no pod would start before the agent is back.
-		return "", errors.Join(err, takeOut(files, "", k.cfg.Log))
+		return "", errors.Join(err, takeOut(files, "", ins.cfg.Log))
 	}
 	var made, theirs []file
 	for _, f := range files {
@@ -212,44 +212,44 @@ func (k *Keeper) install() (string, error) {
 	if first >= 0 && !theirs[first].isList() {
 		wanted = madePath(theirs[first].path)
 	}
-	errs = append(errs, takeOut(made, wanted, k.cfg.Log))
+	errs = append(errs, takeOut(made, wanted, ins.cfg.Log))
 	files = slices.DeleteFunc(files, func(f file) bool { return f.isMade() && f.path != wanted })
 	if first < 0 {
 		return "", errors.Join(append(errs, errNoNetwork)...)
 	}
-	path, err := k.join(theirs[first], files)
+	path, err := ins.join(theirs[first], files)
 	// Whatever else has an entry: it is of no use there, and without this one it keeps pods from starting.
-	return path, errors.Join(append(errs, err, takeOut(files, path, k.cfg.Log))...)
+	return path, errors.Join(append(errs, err, takeOut(files, path, ins.cfg.Log))...)
 }
 
 // join installs the binary and puts our entry into the network in f, the first
 // valid one of files that is not ours. It returns the list that has the entry, or
 // "" if none may have it.
-func (k *Keeper) join(f file, files []file) (string, error) {
-	if err := k.checkBinDir(f); err != nil {
+func (ins *Installer) join(f file, files []file) (string, error) {
+	if err := ins.checkBinDir(f); err != nil {
 		return "", err
 	}
-	err := k.binary.keep()
+	err := ins.binary.reconcile()
 	if err != nil {
-		if k.binary.versions == nil {
+		if ins.binary.versions == nil {
 			return "", err // an entry without a binary would keep every pod from starting
 		}
 		// The older plugin may not know the section: what is there stays.
 		return present(f, files), err
 	}
-	if err := k.checkVersions(f); err != nil {
+	if err := ins.checkVersions(f); err != nil {
 		return "", err
 	}
 	list, change := f, Insert
 	if !f.isList() {
-		if list, err = k.beside(f, files); err != nil {
+		if list, err = ins.beside(f, files); err != nil {
 			return "", fmt.Errorf("put a list beside %s: %w", f.path, err)
 		}
 		change = func(list, section []byte) ([]byte, error) {
 			return Rewrap(list, f.data, section, filepath.Base(f.path))
 		}
 	}
-	if err := k.put(list, f, change); err != nil {
+	if err := ins.put(list, f, change); err != nil {
 		return present(f, files), fmt.Errorf("put entry into %s: %w", list.path, err)
 	}
 	return list.path, nil
@@ -276,28 +276,28 @@ func present(f file, files []file) string {
 // makes the interface of the network in f: then it is one that the runtime
 // searches. Others do not count: many nodes have a portmap in a directory that
 // their runtime does not search.
-func (k *Keeper) checkBinDir(f file) error {
+func (ins *Installer) checkBinDir(f file) error {
 	plugin := firstPlugin(f)
 	if plugin == "" {
 		return nil // put says what is wrong with the list
 	}
 	// A link may lead to where only the node sees something.
-	info, err := os.Lstat(filepath.Join(k.cfg.BinDir, plugin))
+	info, err := os.Lstat(filepath.Join(ins.cfg.BinDir, plugin))
 	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
 		return nil
 	}
 	return fmt.Errorf("%s has no %q, which makes the interface in %s: the runtime looks for plugins elsewhere, would not find ours, and no pod would start: "+
-		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", k.cfg.BinDir, plugin, f.path)
+		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
 }
 
 // put makes of a list what change makes of it. It counts as a change of the file
 // at as.path.
-func (k *Keeper) put(list, as file, change func(list, section []byte) ([]byte, error)) error {
-	changed, err := change(list.data, k.section)
+func (ins *Installer) put(list, as file, change func(list, section []byte) ([]byte, error)) error {
+	changed, err := change(list.data, ins.section)
 	if err != nil || bytes.Equal(changed, list.data) {
 		return err
 	}
-	if err := k.admit(as.path); err != nil {
+	if err := ins.admit(as.path); err != nil {
 		return err
 	}
 	if list.path == as.path {
@@ -308,8 +308,8 @@ func (k *Keeper) put(list, as file, change func(list, section []byte) ([]byte, e
 	if err != nil {
 		return err
 	}
-	k.writes[as.path] = append(k.writes[as.path], time.Now())
-	k.cfg.Log.Info("entry put into cni configuration", "path", list.path)
+	ins.writes[as.path] = append(ins.writes[as.path], time.Now())
+	ins.cfg.Log.Info("entry put into cni configuration", "path", list.path)
 	return nil
 }
 
@@ -317,7 +317,7 @@ func (k *Keeper) put(list, as file, change func(list, section []byte) ([]byte, e
 // is not there yet, or an error if there may be none. The configuration stays as it
 // is: its owner rewrites and deletes it as ever. Runtimes use the list, as its name
 // comes first; CRI-O passes over the second of two files with one network's name.
-func (k *Keeper) beside(lone file, files []file) (file, error) {
+func (ins *Installer) beside(lone file, files []file) (file, error) {
 	list := file{path: madePath(lone.path)}
 	for _, f := range files {
 		switch {
@@ -346,7 +346,7 @@ func (k *Keeper) beside(lone file, files []file) (file, error) {
 // checkVersions returns an error if a runtime could call the plugin with a CNI
 // version that it does not support, which would keep every pod from starting.
 // Which of several versions a runtime chooses depends on its own.
-func (k *Keeper) checkVersions(f file) error {
+func (ins *Installer) checkVersions(f file) error {
 	var keys map[string]any
 	if err := json.Unmarshal(f.data, &keys); err != nil {
 		return fmt.Errorf("read versions of %s: %w", f.path, err)
@@ -356,22 +356,22 @@ func (k *Keeper) checkVersions(f file) error {
 		versions = append(versions, version)
 	}
 	for _, version := range versions {
-		if text, _ := version.(string); !slices.Contains(k.binary.versions, text) {
+		if text, _ := version.(string); !slices.Contains(ins.binary.versions, text) {
 			return fmt.Errorf("%s has the CNI version %q; accepted are %s: raise it there if the network's plugins support one of them",
-				f.path, text, strings.Join(k.binary.versions, ", "))
+				f.path, text, strings.Join(ins.binary.versions, ", "))
 		}
 	}
 	return nil
 }
 
 // admit returns an error if a file has been changed too often of late.
-func (k *Keeper) admit(path string) error {
+func (ins *Installer) admit(path string) error {
 	now := time.Now()
-	recent := slices.DeleteFunc(k.writes[path], func(at time.Time) bool { return now.Sub(at) >= k.window })
-	k.writes[path] = recent
+	recent := slices.DeleteFunc(ins.writes[path], func(at time.Time) bool { return now.Sub(at) >= ins.window })
+	ins.writes[path] = recent
 	if len(recent) >= maxWrites {
 		return fmt.Errorf("another program has undone our change of %s %d times within %s, next try at %s: let it keep changes (Cilium: cni.exclusive=false)",
-			path, maxWrites, k.window, recent[0].Add(k.window).Format(time.TimeOnly))
+			path, maxWrites, ins.window, recent[0].Add(ins.window).Format(time.TimeOnly))
 	}
 	return nil
 }
