@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"strings"
 
-	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
@@ -149,26 +148,4 @@ func filesystem(path string) (int64, error) {
 		return 0, err
 	}
 	return int64(st.Type), nil // 32 bits wide on some architectures
-}
-
-// NetnsCookie returns the kernel's identity of the network namespace at path:
-// unique since boot and never used again.
-func NetnsCookie(path string) (uint64, error) {
-	var cookie uint64
-	err := ns.WithNetNSPath(path, func(ns.NetNS) error {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open a socket: %w", err)
-		}
-		defer unix.Close(fd)
-		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-		if err != nil {
-			return fmt.Errorf("read SO_NETNS_COOKIE (Linux 5.14 and later have it): %w", err)
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, fmt.Errorf("identify netns %s: %w", path, err)
-	}
-	return cookie, nil
 }
