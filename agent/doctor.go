@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -109,7 +110,7 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 			guards = append(guards, name)
 		}
 	}
-	e.Hazards = datapath.Hazards(guards)
+	e.Hazards = hazards.Measure(guards)
 	if !e.HazardsAccepted {
 		e.Refusal = refuseHazards(e.Hazards)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/kube"
 	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/agent/pods"
@@ -75,7 +76,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	cfg.datapath.AllowBlocking = kernelReport.HazardsAccepted || !present(kernelReport.Hazards, datapath.HazardBlockingRecv)
+	cfg.datapath.AllowBlocking = kernelReport.HazardsAccepted || !present(kernelReport.Hazards, hazards.BlockingRecv)
 	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
 	src, err := openSource(cfg, kernelReport.Refusal, log)
 	if err != nil {

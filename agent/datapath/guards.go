@@ -52,6 +52,16 @@ type guard struct {
 	links []link.Link
 }
 
+// AttachGuard attaches a guard that looks at the sockets of these maps, those of the
+// shortcut by name, until detach is called or the process ends.
+func AttachGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (detach func() error, err error) {
+	g, err := attachGuard(name, shared, "", cache)
+	if err != nil {
+		return nil, err
+	}
+	return g.close, nil
+}
+
 // attachGuard attaches a guard that looks at the sockets of these maps. With a
 // directory its links are pinned there, and those that are pinned already are
 // kept if all of them run the same programs.

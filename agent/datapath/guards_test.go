@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -27,7 +28,7 @@ import (
 // hazard tells whether this kernel has a hazard.
 func hazard(tb testing.TB, name string) bool {
 	tb.Helper()
-	for _, h := range datapath.Hazards(nil) {
+	for _, h := range hazards.Measure(nil) {
 		if h.Name == name {
 			return h.Present
 		}

@@ -131,8 +131,8 @@ func release() string {
 	return unix.ByteSliceToString(uname.Release[:])
 }
 
-// kernelVersion is the upstream version that a kernel was built from.
-type kernelVersion struct{ major, minor, patch int }
+// KernelVersion is the upstream version that a kernel was built from.
+type KernelVersion struct{ Major, Minor, Patch int }
 
 var upstream = regexp.MustCompile(`^(\d+)\.(\d+)(?:\.(\d+))?`)
 
@@ -140,7 +140,7 @@ var upstream = regexp.MustCompile(`^(\d+)\.(\d+)(?:\.(\d+))?`)
 // /proc/version_signature (Ubuntu: "Ubuntu 6.8.0-40.40-generic 6.8.12"), uname's
 // version (Debian: "#1 SMP ... Debian 6.1.192-2 (date)"), and, where neither does,
 // uname's release. A kernel with fixes of its own counts as what it began from.
-func parseKernelVersion(signature, version, release string) (kernelVersion, error) {
+func parseKernelVersion(signature, version, release string) (KernelVersion, error) {
 	text := release
 	if fields := strings.Fields(signature); len(fields) == 3 {
 		text = fields[2]
@@ -149,50 +149,51 @@ func parseKernelVersion(signature, version, release string) (kernelVersion, erro
 	}
 	match := upstream.FindStringSubmatch(text)
 	if match == nil {
-		return kernelVersion{}, fmt.Errorf("kernel version %q: not understood", text)
+		return KernelVersion{}, fmt.Errorf("kernel version %q: not understood", text)
 	}
-	var v kernelVersion
-	for i, to := range []*int{&v.major, &v.minor, &v.patch} {
+	var v KernelVersion
+	for i, to := range []*int{&v.Major, &v.Minor, &v.Patch} {
 		*to, _ = strconv.Atoi(match[i+1]) // digits, or nothing
 	}
 	return v, nil
 }
 
-func runningVersion() (kernelVersion, error) {
+// RunningVersion returns that of the running kernel.
+func RunningVersion() (KernelVersion, error) {
 	var uname unix.Utsname
 	if err := unix.Uname(&uname); err != nil {
-		return kernelVersion{}, fmt.Errorf("read the kernel's version: %w", err)
+		return KernelVersion{}, fmt.Errorf("read the kernel's version: %w", err)
 	}
 	signature, _ := os.ReadFile("/proc/version_signature") // Ubuntu has it
 	return parseKernelVersion(string(signature), unix.ByteSliceToString(uname.Version[:]), unix.ByteSliceToString(uname.Release[:]))
 }
 
-// mptcpUnsafe tells whether a kernel of this version takes a plain TCP socket
+// MPTCPUnsafe returns true if a kernel of this version takes a plain TCP socket
 // that an MPTCP listener accepts, once it is in a SOCKHASH, for an MPTCP one,
 // and corrupts its memory (CVE-2025-68227, fixed by fbade4bd08ba). It cannot be
 // measured without doing it.
-func (v kernelVersion) mptcpUnsafe() bool {
-	if v.major < 5 || v.major == 5 && v.minor < 7 || v.major > 6 || v.major == 6 && v.minor >= 18 {
+func (v KernelVersion) MPTCPUnsafe() bool {
+	if v.Major < 5 || v.Major == 5 && v.Minor < 7 || v.Major > 6 || v.Major == 6 && v.Minor >= 18 {
 		return false
 	}
-	fixed, ok := map[[2]int]int{{5, 10}: 247, {5, 15}: 197, {6, 1}: 159, {6, 6}: 118, {6, 12}: 60, {6, 17}: 10}[[2]int{v.major, v.minor}]
-	return !ok || v.patch < fixed
+	fixed, ok := map[[2]int]int{{5, 10}: 247, {5, 15}: 197, {6, 1}: 159, {6, 6}: 118, {6, 12}: 60, {6, 17}: 10}[[2]int{v.Major, v.Minor}]
+	return !ok || v.Patch < fixed
 }
 
 // mptcpUnsafe is the same for the running kernel; one whose version is not understood is not trusted.
 func mptcpUnsafe() bool {
-	v, err := runningVersion()
-	return err != nil || v.mptcpUnsafe()
+	v, err := RunningVersion()
+	return err != nil || v.MPTCPUnsafe()
 }
 
-// refusesTLS tells whether a kernel of this version refuses to encrypt on a socket
+// RefusesTLS returns true if a kernel of this version refuses to encrypt on a socket
 // that is in a SOCKHASH ("tls: reject the combination of TLS and sockmap", for
 // CVE-2026-93824): TCP_ULP succeeds there, TLS_TX and TLS_RX fail, and programs
 // encrypt themselves. Where it is not known, it does not.
-func (v kernelVersion) refusesTLS() bool {
-	if v.major > 7 || v.major == 7 && v.minor >= 3 {
+func (v KernelVersion) RefusesTLS() bool {
+	if v.Major > 7 || v.Major == 7 && v.Minor >= 3 {
 		return true
 	}
-	since, ok := map[[2]int]int{{6, 1}: 189, {6, 12}: 111}[[2]int{v.major, v.minor}]
-	return ok && v.patch >= since
+	since, ok := map[[2]int]int{{6, 1}: 189, {6, 12}: 111}[[2]int{v.Major, v.Minor}]
+	return ok && v.Patch >= since
 }

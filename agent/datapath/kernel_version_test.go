@@ -6,21 +6,21 @@ import "testing"
 
 func TestRefusesTLS(t *testing.T) {
 	for _, tc := range []struct {
-		v    kernelVersion
+		v    KernelVersion
 		want bool
 	}{
-		{kernelVersion{5, 15, 200}, false},
-		{kernelVersion{6, 1, 188}, false},
-		{kernelVersion{6, 1, 189}, true},
-		{kernelVersion{6, 6, 200}, false},
-		{kernelVersion{6, 12, 110}, false},
-		{kernelVersion{6, 12, 111}, true},
-		{kernelVersion{6, 18, 44}, false},
-		{kernelVersion{7, 2, 12}, false}, // it came with 7.2 or 7.3
-		{kernelVersion{7, 3, 4}, true},
-		{kernelVersion{8, 0, 0}, true},
+		{KernelVersion{5, 15, 200}, false},
+		{KernelVersion{6, 1, 188}, false},
+		{KernelVersion{6, 1, 189}, true},
+		{KernelVersion{6, 6, 200}, false},
+		{KernelVersion{6, 12, 110}, false},
+		{KernelVersion{6, 12, 111}, true},
+		{KernelVersion{6, 18, 44}, false},
+		{KernelVersion{7, 2, 12}, false}, // it came with 7.2 or 7.3
+		{KernelVersion{7, 3, 4}, true},
+		{KernelVersion{8, 0, 0}, true},
 	} {
-		if got := tc.v.refusesTLS(); got != tc.want {
+		if got := tc.v.RefusesTLS(); got != tc.want {
 			t.Errorf("%+v: got %v, want %v", tc.v, got, tc.want)
 		}
 	}
@@ -61,7 +61,7 @@ func TestMPTCPUnsafe(t *testing.T) {
 		v, err := parseKernelVersion(tc.signature, tc.version, tc.release)
 		if err != nil {
 			t.Errorf("%+v: %v", tc, err)
-		} else if got := v.mptcpUnsafe(); got != tc.want {
+		} else if got := v.MPTCPUnsafe(); got != tc.want {
 			t.Errorf("%+v: got %v as %+v, want %v", tc, got, v, tc.want)
 		}
 	}

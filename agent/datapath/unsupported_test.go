@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -240,7 +241,7 @@ func TestMPTCPListener(t *testing.T) {
 	}{
 		{"plain listener", true, false, true},
 		{"MPTCP listener, kept out", true, true, false},
-		{"mptcp_listener", false, true, !hazard(t, datapath.HazardMPTCPListener)},
+		{"mptcp_listener", false, true, !hazard(t, hazards.MPTCPListener)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
@@ -302,7 +303,7 @@ func TestMPTCPListenerRace(t *testing.T) {
 	n.mustClose(t)
 	n.mustOpen(t)
 	connectAndForget(10, "connection_unsupported")
-	if n.cfg.NoMPTCPListeners = false; !hazard(t, datapath.HazardMPTCPListener) {
+	if n.cfg.NoMPTCPListeners = false; !hazard(t, hazards.MPTCPListener) {
 		n.mustClose(t)
 		n.mustOpen(t)
 		connectAndForget(10, "connection_paired")

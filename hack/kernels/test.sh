@@ -10,7 +10,8 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestBlockingKeptOut|TestStalledReader|TestHazards|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestFlowsFull|TestEdges|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestPodBudget|TestRefresh|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestFlowsFull|TestEdges|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestPodBudget|TestRefresh|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
+	[hazards]='^TestHazards$'
 	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'
@@ -39,7 +40,7 @@ series() {
 		refused "$1"
 		return
 	fi
-	for suite in datapath agent chain conformance; do
+	for suite in datapath hazards agent chain conformance; do
 		echo "== Linux $1: $suite"
 		flags=(-test.v=test2json -test.short -test.timeout 40m -test.run "${tests[$suite]}")
 		# What would harm the machine harms the guest only.
@@ -57,6 +58,7 @@ build() { (cd "$top" && CGO_ENABLED=0 go test -c -o "$cache/$1.test" "$2"); }
 
 mkdir -p "$cache"
 build datapath ./agent/datapath
+build hazards ./agent/hazards
 build agent ./agent
 build chain ./e2e
 build conformance ./e2e/conformance

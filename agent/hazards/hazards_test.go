@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package datapath_test
+package hazards_test
 
 import (
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -16,42 +18,44 @@ import (
 // kernel serves so far.
 func TestHazards(t *testing.T) {
 	sandbox.MustNew(t, sandbox.Config{}) // for root
-	hazards := map[string]api.Hazard{}
-	for _, h := range datapath.Hazards(datapath.GuardNames()) {
+	found := map[string]api.Hazard{}
+	for _, h := range hazards.Measure(datapath.GuardNames()) {
 		t.Logf("%-20s present=%-5v fatal=%-5v guard=%q %s | %s", h.Name, h.Present, h.Fatal, h.Guard, h.Detail, h.Action)
-		hazards[h.Name] = h
+		found[h.Name] = h
 		if strings.HasPrefix(h.Detail, "not tested") {
 			t.Errorf("%s: %s", h.Name, h.Detail)
 		}
 	}
-	trampolines := !hazards["no-trampolines"].Present
+	trampolines := !found["no-trampolines"].Present
 	for name, guard := range map[string]string{
 		"splice": datapath.GuardSplice, "waitall": datapath.GuardFlags, "oob": datapath.GuardFlags,
-		datapath.HazardBlockingRecv: "", "rcvlowat": "", "zerocopy": "", "unread-close": "",
+		hazards.BlockingRecv: "", "rcvlowat": "", "zerocopy": "", "unread-close": "",
 	} {
 		if !trampolines {
 			guard = ""
 		}
-		if h := hazards[name]; !h.Present || h.Guard != guard {
+		if h := found[name]; !h.Present || h.Guard != guard {
 			t.Errorf("%s: got present %v, guard %q, want it present with guard %q", name, h.Present, h.Guard, guard)
 		}
 	}
 	// By version.
-	if h := hazards["ktls"]; h.Present && trampolines && h.Guard != datapath.GuardULP {
+	if h := found["ktls"]; h.Present && trampolines && h.Guard != datapath.GuardULP {
 		t.Errorf("ktls: got guard %q, want %q", h.Guard, datapath.GuardULP)
 	}
-	if h := hazards["fionread-redirected"]; h.Present && trampolines && h.Guard != datapath.GuardFIONREAD {
+	if h := found["fionread-redirected"]; h.Present && trampolines && h.Guard != datapath.GuardFIONREAD {
 		t.Errorf("fionread-redirected: got guard %q, want %q", h.Guard, datapath.GuardFIONREAD)
 	}
-	if hazards["splice"].Fatal == trampolines {
-		t.Errorf("splice: got fatal %v, want it so just where no guard works", hazards["splice"].Fatal)
+	if found["splice"].Fatal == trampolines {
+		t.Errorf("splice: got fatal %v, want it so just where no guard works", found["splice"].Fatal)
 	}
-	if len(hazards) != 12 {
-		t.Errorf("got %d hazards, want 12", len(hazards))
+	if len(found) != 12 {
+		t.Errorf("got %d hazards, want 12", len(found))
 	}
-	for _, h := range datapath.Hazards(nil) {
+	for _, h := range hazards.Measure(nil) {
 		if h.Guard != "" {
 			t.Errorf("%s: got guard %q with all of them off", h.Name, h.Guard)
 		}
 	}
 }
+
+func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
