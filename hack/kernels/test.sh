@@ -27,30 +27,21 @@ refused() {
 	return 1
 }
 
-# series runs everything that is meant for one series.
-series() {
-	local failed=0 fetched=0 suite flags
-	"$top/hack/kernels/fetch.sh" "$1" || fetched=$?
-	if ((fetched == 3)); then
-		echo "== Linux $1 is SKIPPED: it cannot be fetched"
-		return
-	fi
-	((fetched == 0)) || return "$fetched"
-	if [[ $1 == 5.* ]]; then
+# run_suite runs one suite on one series.
+run_suite() {
+	local flags=(-test.v=test2json -test.short -test.timeout 40m -test.run "${tests[$2]:-}")
+	case $2 in
+	doctor)
 		refused "$1"
 		return
-	fi
-	for suite in datapath hazards agent chain conformance; do
-		echo "== Linux $1: $suite"
-		flags=(-test.v=test2json -test.short -test.timeout 40m -test.run "${tests[$suite]}")
-		# What would harm the machine harms the guest only.
-		[[ $suite != conformance ]] || flags+=(-mptcp)
-		[[ $suite != datapath ]] || flags+=(-own-machine)
-		go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
-			go tool test2json -p "linux-$1/$suite" \
-			"$top/hack/kernels/run.sh" "$1" "$cache/$suite.test" "${flags[@]}" || failed=1
-	done
-	return "$failed"
+		;;
+	# What would harm the machine harms the guest only.
+	datapath) flags+=(-own-machine) ;;
+	conformance) flags+=(-mptcp) ;;
+	esac
+	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
+		go tool test2json -p "linux-$1/$2" \
+		"$top/hack/kernels/run.sh" "$1" "$cache/$2.test" "${flags[@]}"
 }
 
 # build makes a static test binary of a package.
@@ -63,21 +54,40 @@ build agent ./agent
 build chain ./e2e
 build conformance ./e2e/conformance
 status=0
-running=0
+fetched=()
 for one in "$@"; do
-	if ((running == 2)); then
-		wait -n || status=1
-		running=1
-	fi
-	series "$one" >"$cache/$one.log" 2>&1 &
-	running=$((running + 1))
+	missing=0
+	"$top/hack/kernels/fetch.sh" "$one" || missing=$?
+	case $missing in
+	0) fetched+=("$one") ;;
+	3) echo "== Linux $one is SKIPPED: it cannot be fetched" ;;
+	*) exit "$missing" ;;
+	esac
+done
+# The longest first, so that both have work until the end.
+running=0
+logs=()
+for suite in datapath conformance agent chain hazards doctor; do
+	for one in "${fetched[@]}"; do
+		case $one:$suite in
+		5.*:doctor) ;;
+		5.*:* | *:doctor) continue ;;
+		esac
+		if ((running == 2)); then
+			wait -n || status=1
+			running=1
+		fi
+		logs+=("$one: $suite")
+		run_suite "$one" "$suite" >"$cache/$one: $suite.log" 2>&1 &
+		running=$((running + 1))
+	done
 done
 while ((running > 0)); do
 	wait -n || status=1
 	running=$((running - 1))
 done
-for one in "$@"; do
-	echo "== Linux $one"
-	cat "$cache/$one.log"
+for log in "${logs[@]}"; do
+	echo "== Linux $log"
+	cat "$cache/$log.log"
 done
 exit "$status"
