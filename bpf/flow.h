@@ -210,7 +210,8 @@ struct policy_key {
 	__u16 reserved;
 };
 
-enum { POLICY_PREFIX_PODS = 128, POLICY_PREFIX_PORT = 144 };
+/* Prefix lengths of keys in bits: of the two pods, and of these with one port. */
+enum policy_prefix { POLICY_PREFIX_PODS = 128, POLICY_PREFIX_PORT = 144 };
 
 struct policy {
 	enum verdict verdict;

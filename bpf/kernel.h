@@ -116,8 +116,6 @@ struct sock {
 		atomic_t rmem_alloc;
 	} sk_backlog;
 	int sk_rcvlowat;
-	int sk_wmem_queued;
-	int sk_sndbuf;
 	int sk_err;
 	__u8 sk_shutdown;
 	__u8 sk_kern_sock : 1;

@@ -87,6 +87,8 @@ struct {
 
 /* Keep the types in the BTF that bpf2go reads. */
 const enum flow_state *flow_state_type __attribute__((unused));
+const enum policy_prefix *policy_prefix_type __attribute__((unused));
+const enum side_index *side_index_type __attribute__((unused));
 const enum unsupported *unsupported_type __attribute__((unused));
 
 static __always_inline void count(enum outcome outcome, __u64 bytes)

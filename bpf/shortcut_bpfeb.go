@@ -172,6 +172,13 @@ type ShortcutPolicyKey struct {
 	Reserved  uint16
 }
 
+type ShortcutPolicyPrefix uint32
+
+const (
+	ShortcutPolicyPrefixPOLICY_PREFIX_PODS ShortcutPolicyPrefix = 128
+	ShortcutPolicyPrefixPOLICY_PREFIX_PORT ShortcutPolicyPrefix = 144
+)
+
 type ShortcutReadState uint32
 
 const (
@@ -250,6 +257,14 @@ type ShortcutShare struct {
 	Learned uint32
 }
 
+type ShortcutSideIndex uint32
+
+const (
+	ShortcutSideIndexSIDE_CLIENT ShortcutSideIndex = 0
+	ShortcutSideIndexSIDE_SERVER ShortcutSideIndex = 1
+	ShortcutSideIndexSIDE_MAX    ShortcutSideIndex = 2
+)
+
 type ShortcutSkFlow struct {
 	_        structs.HostLayout
 	Flow     uint64
@@ -313,6 +328,8 @@ const (
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
 	ShortcutProgTrack             = "track"
 	ShortcutVarFlowStateType      = "flow_state_type"
+	ShortcutVarPolicyPrefixType   = "policy_prefix_type"
+	ShortcutVarSideIndexType      = "side_index_type"
 	ShortcutVarUnsupportedType    = "unsupported_type"
 )
 
@@ -388,8 +405,10 @@ type ShortcutMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutVariableSpecs struct {
-	FlowStateType   *ebpf.VariableSpec `ebpf:"flow_state_type"`
-	UnsupportedType *ebpf.VariableSpec `ebpf:"unsupported_type"`
+	FlowStateType    *ebpf.VariableSpec `ebpf:"flow_state_type"`
+	PolicyPrefixType *ebpf.VariableSpec `ebpf:"policy_prefix_type"`
+	SideIndexType    *ebpf.VariableSpec `ebpf:"side_index_type"`
+	UnsupportedType  *ebpf.VariableSpec `ebpf:"unsupported_type"`
 }
 
 // ShortcutObjects contains all objects after they have been loaded into the kernel.
@@ -447,8 +466,10 @@ func (m *ShortcutMaps) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutVariables struct {
-	FlowStateType   *ebpf.Variable `ebpf:"flow_state_type"`
-	UnsupportedType *ebpf.Variable `ebpf:"unsupported_type"`
+	FlowStateType    *ebpf.Variable `ebpf:"flow_state_type"`
+	PolicyPrefixType *ebpf.Variable `ebpf:"policy_prefix_type"`
+	SideIndexType    *ebpf.Variable `ebpf:"side_index_type"`
+	UnsupportedType  *ebpf.Variable `ebpf:"unsupported_type"`
 }
 
 // ShortcutPrograms contains all programs after they have been loaded into the kernel.

@@ -53,12 +53,12 @@ func (d *Datapath) flows() ([]Flow, error) {
 
 // The sides of a flow.
 const (
-	client = 0
-	server = 1
+	client = bpf.ShortcutSideIndexSIDE_CLIENT
+	server = bpf.ShortcutSideIndexSIDE_SERVER
 )
 
 // direction describes what the socket of side from sends.
-func direction(p *bpf.ShortcutFlow, from int) Direction {
+func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	s, r := p.Side[from].Sending, p.Side[1-from].Receiving
 	dir := Direction{
 		Shortcut:      s.Shortcut != 0,

@@ -250,7 +250,7 @@ func drainedSockets(flows *ebpf.Map) (map[uint64]bool, error) {
 	drained := map[uint64]bool{}
 	for _, p := range all {
 		for side, cookie := range p.Cookie {
-			if !unread(&p, side) {
+			if !unread(&p, bpf.ShortcutSideIndex(side)) {
 				drained[cookie] = true
 			}
 		}
@@ -259,7 +259,7 @@ func drainedSockets(flows *ebpf.Map) (map[uint64]bool, error) {
 }
 
 // unread tells whether the socket of a side has redirected bytes to read.
-func unread(p *bpf.ShortcutFlow, side int) bool {
+func unread(p *bpf.ShortcutFlow, side bpf.ShortcutSideIndex) bool {
 	toward := p.Side[1-side].Sending
 	return toward.RedirectEnd > p.Side[side].Receiving.ReadBytes+uint64(toward.Missed)
 }

@@ -213,9 +213,6 @@ type entry struct {
 	value        bpf.ShortcutPolicy
 }
 
-// prefixPods is the prefix length of a base.
-const prefixPods = 128
-
 // compareKeys orders the entries of a pair, the base last.
 func compareKeys(a, b entry) int {
 	return cmp.Or(-cmp.Compare(a.prefixLength, b.prefixLength), cmp.Compare(a.port, b.port))
@@ -235,7 +232,7 @@ func join(words [2]uint32) uint64 { return uint64(words[0]) | uint64(words[1])<<
 func appendEntries(list []entry, r rule.Rule) []entry {
 	value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason}
 	for port, length := range prefixes(r.First, r.Last) {
-		list = append(list, entry{prefixPods + uint32(length), networkOrder(port), value})
+		list = append(list, entry{uint32(bpf.ShortcutPolicyPrefixPOLICY_PREFIX_PODS) + uint32(length), networkOrder(port), value})
 	}
 	return list
 }

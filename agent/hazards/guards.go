@@ -17,8 +17,8 @@ import (
 
 // The sides of a flow.
 const (
-	client = 0
-	server = 1
+	client = bpf.ShortcutSideIndexSIDE_CLIENT
+	server = bpf.ShortcutSideIndexSIDE_SERVER
 )
 
 // proveGuard attaches a guard to a connection of its own and tells why it does
