@@ -101,7 +101,7 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 		Version:  version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept",
 	}
 	if err := datapath.CheckKernel(); err != nil {
-		e.Missing = err.Error()
+		e.Reason, e.Message = api.KernelLacksFeatures, err.Error()
 		return e
 	}
 	var guards []string
@@ -112,9 +112,11 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 	}
 	e.Hazards = hazards.Measure(guards)
 	if !e.HazardsAccepted {
-		e.Refusal = refuseHazards(e.Hazards)
+		if e.Message = refuseHazards(e.Hazards); e.Message != "" {
+			e.Reason = api.KernelFatalHazards
+		}
 	}
-	e.TakesPart = e.Refusal == ""
+	e.TakesPart = e.Reason == ""
 	return e
 }
 
@@ -164,18 +166,18 @@ func refuseHazards(hazards []api.Hazard) string {
 
 // refusal says why no pod would take part.
 func refusal(e api.KernelReport) error {
-	text := "no pod would take part: " + e.Refusal
-	if e.Missing != "" {
-		text = "no pod can take part: " + e.Missing
+	verb := "would"
+	if e.Reason == api.KernelLacksFeatures {
+		verb = "can"
 	}
-	return statusError{errors.New(text), exitRefused}
+	return statusError{fmt.Errorf("no pod %s take part: %s", verb, e.Message), exitRefused}
 }
 
 func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	t := newTable(w)
 	t.row("agent", e.Version)
 	t.row("kernel", e.Kernel)
-	if e.Missing == "" {
+	if e.Reason != api.KernelLacksFeatures {
 		t.row()
 		t.row("HAZARD", "STATE", "", "")
 	}

@@ -455,7 +455,7 @@ func TestDoctor(t *testing.T) {
 		if want == "" {
 			status = 0
 		}
-		if e.Refusal != want || e.TakesPart != (want == "") || exitStatus(err) != status || len(e.Hazards) == 0 {
+		if e.Message != want || e.TakesPart != (want == "") || exitStatus(err) != status || len(e.Hazards) == 0 {
 			t.Errorf("%s: got %+v and error %v, want the refusal %q and status %d", hazards, e, err, want, status)
 		}
 	}

@@ -186,7 +186,7 @@ func TestExitStatus(t *testing.T) {
 			t.Errorf("%v: got status %d and error %v, want %d and %q", tc.args, got, err, tc.want, tc.text)
 		}
 	}
-	for _, e := range []api.KernelReport{{Missing: "BTF"}, {Refusal: "hazards"}} {
+	for _, e := range []api.KernelReport{{Reason: api.KernelLacksFeatures}, {Reason: api.KernelFatalHazards}} {
 		wantDiff(t, "doctor on a kernel that keeps pods out", exitRefused, exitStatus(refusal(e)))
 	}
 	_, silent, _ := strings.Cut(fakeAgent(t, ""), "=")

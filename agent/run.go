@@ -23,6 +23,7 @@ import (
 	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/agent/pods"
 	"github.com/podshunt/podshunt/agent/server"
+	"github.com/podshunt/podshunt/api"
 )
 
 const (
@@ -69,8 +70,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer lock.Close()
 	kernelReport := cfg.kernelReport()
-	if kernelReport.Missing != "" {
-		return errors.New(kernelReport.Missing)
+	if kernelReport.Reason == api.KernelLacksFeatures {
+		return errors.New(kernelReport.Message)
 	}
 	host, err := hostNetns(cfg.proc, log)
 	if err != nil {
@@ -78,7 +79,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	cfg.datapath.AllowBlocking = kernelReport.HazardsAccepted || !present(kernelReport.Hazards, hazards.BlockingRecv)
 	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
-	src, err := openSource(cfg, kernelReport.Refusal, log)
+	src, err := openSource(cfg, kernelReport.Message, log)
 	if err != nil {
 		return err
 	}
@@ -93,7 +94,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Proc:        cfg.proc,
 		HostNetns:   host,
 		Refused:     !kernelReport.TakesPart,
-		Refusal:     kernelReport.Refusal,
+		Refusal:     kernelReport.Message,
 		Report:      src.report,
 		Datapath:    d,
 		MaxPolicies: int(cfg.datapath.MaxPolicies),
@@ -123,8 +124,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer os.Remove(socket)
 	log.Info("agent started", "version", version, "socket", socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
-	if kernelReport.Refusal != "" {
-		log.Error("no pod takes part", "reason", kernelReport.Refusal)
+	if kernelReport.Message != "" {
+		log.Error("no pod takes part", "reason", kernelReport.Message)
 	}
 
 	metrics := newMetrics(d, n.fixed, reconciler.Snapshot, n.unloaded.Load, n.lease.state)

@@ -174,15 +174,27 @@ type KernelReport struct {
 	TypeMeta
 	Version string `json:"version"`
 	Kernel  string `json:"kernel"`
-	// Missing is what the kernel lacks to run the programs; nothing else is known then.
-	Missing string   `json:"missing,omitempty"`
+	// Hazards is empty if the kernel lacks what measuring them needs.
 	Hazards []Hazard `json:"hazards,omitempty"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
 	HazardsAccepted bool `json:"hazardsAccepted"`
-	// TakesPart tells whether pods would take part; if not, Refusal or Missing says why.
-	TakesPart bool   `json:"takesPart"`
-	Refusal   string `json:"refusal,omitempty"`
+	// TakesPart reports whether pods would take part. Reason and Message say why they would not.
+	TakesPart bool         `json:"takesPart"`
+	Reason    KernelReason `json:"reason,omitempty"`
+	Message   string       `json:"message,omitempty"`
 }
+
+// KernelReason is why no pod takes part on a kernel.
+type KernelReason string
+
+// The reasons. With the first the agent does not run.
+const (
+	KernelLacksFeatures KernelReason = "lacks_features"
+	KernelFatalHazards  KernelReason = "fatal_hazards"
+)
+
+// KernelReasons returns all of them.
+func KernelReasons() []KernelReason { return []KernelReason{KernelLacksFeatures, KernelFatalHazards} }
 
 // UnsupportedPort is a server port of a pod with a connection that used what the shortcut
 // does not serve.

@@ -248,6 +248,9 @@ func TestCodes(t *testing.T) {
 	for _, r := range api.PodReasons() {
 		codes = append(codes, string(r))
 	}
+	for _, r := range api.KernelReasons() {
+		codes = append(codes, string(r))
+	}
 	for _, code := range codes {
 		if !bytes.Contains(doc, []byte("`"+code+"`")) {
 			t.Errorf("operations.md does not explain %s", code)
