@@ -4,22 +4,18 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/diag"
 	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/api"
 )
@@ -152,93 +148,42 @@ func (u unloader) netnsPaths(wanted map[uint64]map[uint64]bool) map[uint64]strin
 // resetSockets resets the TCP sockets with these cookies in the network namespace
 // at path, and notes them in done. Those that are not there have been closed.
 func resetSockets(path string, wanted, done map[uint64]bool) error {
-	ns, err := netns.GetFromPath(path)
+	conn, err := diag.Open(path)
 	if err != nil {
-		return fmt.Errorf("open netns %s: %w", path, err)
+		return err
 	}
-	defer ns.Close()
-	socket, err := nl.GetNetlinkSocketAt(ns, netns.None(), unix.NETLINK_INET_DIAG)
+	defer conn.Close()
+	found, err := listAll(conn)
 	if err != nil {
-		return fmt.Errorf("open inet_diag in netns %s: %w", path, err)
+		return err
 	}
-	diag := map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: socket}}
-	defer diag[unix.NETLINK_INET_DIAG].Close()
-	timeout := unix.Timeval{Sec: 10}
-	if err := errors.Join(socket.SetReceiveTimeout(&timeout), socket.SetSendTimeout(&timeout)); err != nil {
-		return fmt.Errorf("set timeout of inet_diag: %w", err)
-	}
-	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
-	if err != nil {
-		return fmt.Errorf("open inet_diag in netns %s: %w", path, err)
-	}
-	defer handle.Close()
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		found, err := dumpSockets(handle, family)
+	for _, s := range found {
+		if !wanted[s.Cookie] {
+			continue
+		}
+		err := conn.Reset(s)
+		if errors.Is(err, unix.ENOENT) {
+			continue // closed meanwhile
+		}
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			return fmt.Errorf("this kernel cannot reset connections from outside (it is built without CONFIG_INET_DIAG_DESTROY): end the programs that do not read: %w", err)
+		}
 		if err != nil {
-			return fmt.Errorf("list sockets of netns %s: %w", path, err)
+			return err
 		}
-		for _, s := range found {
-			cookie := uint64(s.ID.Cookie[1])<<32 | uint64(s.ID.Cookie[0])
-			if !wanted[cookie] {
-				continue
-			}
-			req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
-			req.Sockets = diag
-			req.AddData(&destroyRequest{family, s.ID})
-			_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
-			if errors.Is(err, unix.ENOENT) {
-				continue // closed meanwhile
-			}
-			if errors.Is(err, unix.EOPNOTSUPP) {
-				return fmt.Errorf("this kernel cannot reset connections from outside (it is built without CONFIG_INET_DIAG_DESTROY): end the programs that do not read: %w", err)
-			}
-			if err != nil {
-				return fmt.Errorf("reset %s: %w", net.JoinHostPort(s.ID.Source.String(), strconv.Itoa(int(s.ID.SourcePort))), err)
-			}
-			done[cookie] = true
-		}
+		done[s.Cookie] = true
 	}
 	return nil
 }
 
-// dumpSockets lists the TCP sockets of a family. A list that was interrupted may
-// lack some, and is asked for again.
-func dumpSockets(handle *netlink.Handle, family uint8) (found []*netlink.Socket, err error) {
+// listAll lists the sockets in any state. A list that was interrupted may lack some,
+// and is asked for again.
+func listAll(conn *diag.Conn) (found []diag.Socket, err error) {
 	for range 10 {
-		found, err = handle.SocketDiagTCP(family)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+		found, err = conn.List(diag.All)
+		if !errors.Is(err, diag.ErrInterrupted) {
 			break
 		}
 	}
 	return found, err
-}
-
-// destroyRequest is struct inet_diag_req_v2 of linux/inet_diag.h. The library's
-// own request knows IPv4 only, and no cookies.
-type destroyRequest struct {
-	family uint8
-	id     netlink.SocketID
-}
-
-var _ nl.NetlinkRequestData = (*destroyRequest)(nil)
-
-const destroyRequestSize = 56
-
-func (r *destroyRequest) Len() int { return destroyRequestSize }
-
-func (r *destroyRequest) Serialize() []byte {
-	b := make([]byte, destroyRequestSize)
-	b[0], b[1] = r.family, unix.IPPROTO_TCP
-	binary.BigEndian.PutUint16(b[8:], r.id.SourcePort)
-	binary.BigEndian.PutUint16(b[10:], r.id.DestinationPort)
-	source, destination := r.id.Source.To16(), r.id.Destination.To16()
-	if r.family == unix.AF_INET {
-		source, destination = r.id.Source.To4(), r.id.Destination.To4()
-	}
-	copy(b[12:28], source)
-	copy(b[28:44], destination)
-	binary.NativeEndian.PutUint32(b[44:], r.id.Interface)
-	binary.NativeEndian.PutUint32(b[48:], r.id.Cookie[0])
-	binary.NativeEndian.PutUint32(b[52:], r.id.Cookie[1])
-	return b
 }

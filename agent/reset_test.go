@@ -12,14 +12,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/diag"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -50,13 +51,29 @@ func mustDial(t testing.TB, from *sandbox.Pod, l net.Listener, network string, h
 	return c
 }
 
-// canDestroy asks the kernel whether it resets sockets on demand, by one that does not exist.
+// canDestroy asks the kernel whether it resets sockets on demand, by one that is closed.
 func canDestroy(t testing.TB) bool {
 	t.Helper()
-	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
-	nobody := net.IPv4(127, 0, 0, 1)
-	req.AddData(&destroyRequest{unix.AF_INET, netlink.SocketID{SourcePort: 1, DestinationPort: 1, Source: nobody, Destination: nobody}})
-	_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	conn, err := diag.Open("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	found, err := listAll(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(found, func(s diag.Socket) bool { return s.Local.String() == l.Addr().String() })
+	if i < 0 {
+		t.Fatalf("got %d sockets without the one at %s", len(found), l.Addr())
+	}
+	l.Close()
+	err = conn.Reset(found[i])
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return true

@@ -4,14 +4,9 @@ package explain
 
 import (
 	"errors"
-	"fmt"
-	"net"
 	"net/netip"
-	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
+	"github.com/podshunt/podshunt/agent/diag"
 )
 
 // Socket is a TCP socket of a pod that listens or is connected.
@@ -24,42 +19,18 @@ type Socket struct {
 // Sockets returns the listening and established TCP sockets of the network
 // namespace at path, whose cookie is given. It returns what it has with an error.
 func Sockets(path string, cookie uint64) ([]Socket, error) {
-	ns, err := netns.GetFromPath(path)
+	conn, err := diag.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("open netns %s: %w", path, err)
+		return nil, err
 	}
-	defer ns.Close()
-	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
-	if err != nil {
-		return nil, fmt.Errorf("open inet_diag in netns %s: %w", path, err)
+	defer conn.Close()
+	found, err := conn.List(diag.Established | diag.Listening)
+	if errors.Is(err, diag.ErrInterrupted) {
+		err = nil // good enough for a picture of the moment
 	}
-	defer handle.Close()
-	if err := handle.SetSocketTimeout(2 * time.Second); err != nil {
-		return nil, fmt.Errorf("set timeout of inet_diag: %w", err)
+	sockets := make([]Socket, len(found))
+	for i, s := range found {
+		sockets[i] = Socket{netns: cookie, cookie: s.Cookie, local: s.Local, remote: s.Remote, listening: s.State == diag.Listening}
 	}
-	var sockets []Socket
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		found, err := handle.SocketDiagTCP(family)
-		// An interrupted dump may lack some: good enough for a picture of the moment.
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return sockets, fmt.Errorf("list sockets of netns %s: %w", path, err)
-		}
-		for _, s := range found {
-			if s.State == unix.BPF_TCP_LISTEN || s.State == unix.BPF_TCP_ESTABLISHED {
-				sockets = append(sockets, Socket{
-					netns:     cookie,
-					cookie:    uint64(s.ID.Cookie[1])<<32 | uint64(s.ID.Cookie[0]),
-					local:     addrPort(s.ID.Source, s.ID.SourcePort),
-					remote:    addrPort(s.ID.Destination, s.ID.DestinationPort),
-					listening: s.State == unix.BPF_TCP_LISTEN,
-				})
-			}
-		}
-	}
-	return sockets, nil
-}
-
-func addrPort(ip net.IP, port uint16) netip.AddrPort {
-	addr, _ := netip.AddrFromSlice(ip) // 4 or 16 bytes
-	return netip.AddrPortFrom(addr.Unmap(), port)
+	return sockets, err
 }
