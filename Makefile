@@ -97,11 +97,12 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
 	hack/verify.sh
 
-bench: cni ## measure this machine into docs/measurements.md (root)
+bench: build cni ## measure this machine into docs/measurements.md (root)
 	$(BUILD) -o bin/bench ./hack/bench
 	$(SUDO) bin/bench >bin/measurements.md
 	mv bin/measurements.md docs/
 	go test -exec "$(SUDO)" -run '^$$' -bench Guards ./agent/datapath
+	go test -exec "$(SUDO)" -run '^$$' -bench Node -timeout 20m ./e2e
 
 image: build ## bin/podshunt-image.tar, for ctr images import or docker load
 	go run ./hack/image -name $(IMAGE) -o bin/podshunt-image.tar

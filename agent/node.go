@@ -7,10 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -116,15 +119,8 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 	}
 	var sockets []explain.Socket
 	if view.NeedsSockets() {
-		for _, p := range view.Pods() {
-			if err := ctx.Err(); err != nil {
-				return nil, err
-			}
-			found, err := explain.Sockets(p.Netns, p.NetnsCookie)
-			if err != nil {
-				n.log.Debug("sockets of a pod not listed", "pod", p.Pod.String(), "err", err)
-			}
-			sockets = append(sockets, found...)
+		if sockets, err = n.sockets(ctx, view.Pods()); err != nil {
+			return nil, err
 		}
 	}
 	paired, err := n.datapath.Flows()
@@ -136,6 +132,27 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 	flows = slices.DeleteFunc(flows, func(f api.Flow) bool { return !chosen.Chooses(f) })
 	explain.Sort(flows)
 	return flows, nil
+}
+
+// sockets lists the sockets of pods, as far as that works. The kernel walks all sockets
+// of the node for each pod, so that as many pods are asked at a time as there are cores.
+func (n *node) sockets(ctx context.Context, all []pods.Pod) ([]explain.Socket, error) {
+	found := make([][]explain.Socket, len(all))
+	var group errgroup.Group
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	for i, p := range all {
+		group.Go(func() (err error) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if found[i], err = explain.Sockets(p.Netns, p.NetnsCookie); err != nil {
+				n.log.Debug("sockets of a pod not listed", "pod", p.Pod.String(), "err", err)
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	return slices.Concat(found...), err
 }
 
 // Unload takes everything out of the kernel. The agent does nothing any more
