@@ -25,7 +25,7 @@ APPS ?= $(CURDIR)/.cache/apps
 CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
-# What runs the tests of unit and test; CI takes a program that repeats the failures at the end.
+# What runs the tests of unit, test and test-cluster; CI takes a program that repeats the failures at the end.
 GOTEST ?= go test
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
@@ -70,7 +70,7 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	mkdir -p $(CLUSTER)
 	go run ./hack/image -name ghcr.io/podshunt/podshunt:0.0.0 -o $(CLUSTER)/podshunt-image.tar
 	e2e/cluster/build.sh $(CLUSTER)
-	PODSHUNT_CLUSTER=$(CLUSTER) go -C e2e/cluster test -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
+	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
