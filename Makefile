@@ -32,8 +32,9 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 HELM := go tool -modfile=hack/helm/go.mod helm
+PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
 PLUGINS := github.com/containernetworking/plugins/plugins
-UNIT := ./api ./plugin ./agent/explain ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf ./hack/image
+UNIT := ./api ./plugin ./agent/explain ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
@@ -68,7 +69,7 @@ test-apps-table: ## the table of programs in docs/limits.md, of what test-apps-k
 # The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
 test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
 	mkdir -p $(CLUSTER)
-	go run ./hack/image -name ghcr.io/podshunt/podshunt:0.0.0 -o $(CLUSTER)/podshunt-image.tar
+	$(PACK_IMAGE) -name ghcr.io/podshunt/podshunt:0.0.0 -o $(abspath $(CLUSTER))/podshunt-image.tar
 	e2e/cluster/build.sh $(CLUSTER)
 	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 
@@ -81,6 +82,7 @@ cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 
 unit: ## the tests that need no privileges, with the race detector
 	CGO_ENABLED=1 $(GOTEST) -race -count=1 $(TESTFLAGS) $(UNIT)
+	go -C hack/image test -count=1 $(TESTFLAGS) .
 
 generate: ## compile bpf/ and make its Go names
 	hack/deps.sh
@@ -90,6 +92,7 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	hack/deps.sh
 	$(GOLANGCI_LINT) run
 	go -C e2e/apps tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
+	go -C hack/image tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 	$(HELM) lint --strict --quiet charts/podshunt
 	shellcheck $(wildcard hack/*.sh hack/*/*.sh e2e/*/*.sh) .ci/run
@@ -105,7 +108,7 @@ bench: build cni ## measure this machine into docs/measurements.md (root)
 	go test -exec "$(SUDO)" -run '^$$' -bench Node -timeout 20m ./e2e
 
 image: build ## bin/podshunt-image.tar, for ctr images import or docker load
-	go run ./hack/image -name $(IMAGE) -o bin/podshunt-image.tar
+	$(PACK_IMAGE) -name $(IMAGE) -o $(CURDIR)/bin/podshunt-image.tar
 
 chart: ## bin/podshunt-RELEASE.tgz, the chart that installs this image
 	$(HELM) package charts/podshunt --version $(RELEASE) --app-version $(RELEASE) --destination bin

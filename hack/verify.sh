@@ -14,11 +14,13 @@ git diff --exit-code --stat -- bpf || {
 go mod tidy -diff
 go -C hack/tools mod tidy -diff
 go -C hack/helm mod tidy -diff
+go -C hack/image mod tidy -diff
 go -C e2e/apps mod tidy -diff
 go -C e2e/cluster mod tidy -diff
 go tool -modfile=hack/tools/go.mod golangci-lint fmt --diff
 make lint
 hack/chart.sh
 go vet ./...
+go -C hack/image vet .
 go -C e2e/apps vet ./...
 go -C e2e/cluster vet . ./peer

@@ -10,16 +10,25 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 func main() {
@@ -39,9 +48,6 @@ type config struct {
 	binaries, name, architecture string
 }
 
-// object is a JSON object; its keys are written in order.
-type object = map[string]any
-
 func run(c config, output string) error {
 	var archive bytes.Buffer
 	digest, err := write(&archive, c)
@@ -57,66 +63,107 @@ func run(c config, output string) error {
 
 // write writes the archive to w and returns the digest of the manifest.
 func write(w io.Writer, c config) (digest string, err error) {
-	layer, err := layer(c.binaries)
+	if _, err := name.NewTag(c.name, name.StrictValidation); err != nil {
+		return "", err
+	}
+	img, err := image(c)
 	if err != nil {
 		return "", err
 	}
-	var zipped bytes.Buffer
-	z := gzip.NewWriter(&zipped) // its header has no time unless one is set
-	if _, err := z.Write(layer); err != nil {
+	entry, err := partial.Descriptor(img)
+	if err != nil {
 		return "", err
 	}
-	if err := z.Close(); err != nil {
+	// By this name containerd keeps what it imports.
+	entry.Annotations = map[string]string{"io.containerd.image.name": c.name}
+	entry.Platform = &v1.Platform{Architecture: c.architecture, OS: "linux"}
+	// The library names the type of the config, as if this were no image to run.
+	entry.ArtifactType = ""
+	docker, err := dockerManifest(img, c.name)
+	if err != nil {
 		return "", err
 	}
 
-	var failed error
-	encode := func(value any) []byte {
-		text, err := json.Marshal(value)
-		failed = errors.Join(failed, err)
-		return text
+	dir, err := os.MkdirTemp("", "podshunt-image-")
+	if err != nil {
+		return "", err
 	}
-	var blobs []file
-	blob := func(mediaType string, content []byte) object {
-		blobs = append(blobs, file{name: "blobs/sha256/" + sum(content), content: content})
-		return object{"mediaType": mediaType, "digest": "sha256:" + sum(content), "size": len(content)}
+	defer os.RemoveAll(dir)
+	path, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		return "", err
 	}
-	layerBlob := blob("application/vnd.oci.image.layer.v1.tar+gzip", zipped.Bytes())
-	configBlob := blob("application/vnd.oci.image.config.v1+json", encode(object{
-		"architecture": c.architecture,
-		"os":           "linux",
-		"config": object{
-			"Env":        []string{"PATH=/bin"},
-			"Entrypoint": []string{"podshunt-agent"},
-			"Cmd":        []string{"help"},
-			"Labels":     object{"org.opencontainers.image.source": "https://github.com/podshunt/podshunt"},
-		},
-		"rootfs": object{"type": "layers", "diff_ids": []string{"sha256:" + sum(layer)}},
-	}))
-	manifest := blob("application/vnd.oci.image.manifest.v1+json", encode(object{
-		"schemaVersion": 2,
-		"mediaType":     "application/vnd.oci.image.manifest.v1+json",
-		"config":        configBlob,
-		"layers":        []object{layerBlob},
-	}))
-	manifest["annotations"] = object{"io.containerd.image.name": c.name}
-	manifest["platform"] = object{"architecture": c.architecture, "os": "linux"}
-	digest = manifest["digest"].(string)
-
-	path := func(o object) string { return "blobs/sha256/" + o["digest"].(string)[len("sha256:"):] }
-	files := append([]file{
-		{name: "oci-layout", content: encode(object{"imageLayoutVersion": "1.0.0"})},
-		{name: "index.json", content: encode(object{"schemaVersion": 2, "manifests": []object{manifest}})},
-		// For docker load before version 25, which does not know the layout.
-		{name: "manifest.json", content: encode([]object{{
-			"Config": path(configBlob), "RepoTags": []string{c.name}, "Layers": []string{path(layerBlob)},
-		}})},
-	}, blobs...)
-	return digest, errors.Join(failed, writeTar(w, files))
+	if err := errors.Join(path.WriteImage(img), path.AppendDescriptor(*entry), path.WriteFile("manifest.json", docker, 0o644)); err != nil {
+		return "", err
+	}
+	files, err := filesOf(os.DirFS(dir))
+	if err != nil {
+		return "", err
+	}
+	return entry.Digest.String(), writeTar(w, files)
 }
 
-// layer returns the root file system.
-func layer(binaries string) ([]byte, error) {
+// image returns the image, not yet written anywhere.
+func image(c config) (v1.Image, error) {
+	root, err := rootFiles(c.binaries)
+	if err != nil {
+		return nil, err
+	}
+	layer, err := tarball.LayerFromOpener(
+		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(root)), nil },
+		tarball.WithMediaType(types.OCILayer), tarball.WithCompressionLevel(gzip.DefaultCompression), tarball.WithCompressedCaching)
+	if err != nil {
+		return nil, err
+	}
+	base, err := empty.Image.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	settings := base.DeepCopy()
+	// The same for the same binaries; the zero time is one that docker cannot show.
+	settings.Created = v1.Time{Time: time.Unix(0, 0).UTC()}
+	settings.OS, settings.Architecture = "linux", c.architecture
+	settings.Config = v1.Config{
+		Env:        []string{"PATH=/bin"},
+		Entrypoint: []string{"podshunt-agent"},
+		Cmd:        []string{"help"},
+		Labels:     map[string]string{"org.opencontainers.image.source": "https://github.com/podshunt/podshunt"},
+	}
+	img, err := mutate.ConfigFile(mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON), settings)
+	if err != nil {
+		return nil, err
+	}
+	return mutate.Append(img, mutate.Addendum{Layer: layer, History: v1.History{Created: settings.Created, CreatedBy: "hack/image"}})
+}
+
+// dockerManifest is for docker load before version 25, which does not know the layout.
+func dockerManifest(img v1.Image, name string) ([]byte, error) {
+	manifest, err := img.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	path := func(d v1.Descriptor) string { return "blobs/" + d.Digest.Algorithm + "/" + d.Digest.Hex }
+	return json.Marshal(tarball.Manifest{{
+		Config: path(manifest.Config), RepoTags: []string{name}, Layers: []string{path(manifest.Layers[0])},
+	}})
+}
+
+// filesOf returns the files of a directory in the order of their paths.
+func filesOf(dir fs.FS) ([]file, error) {
+	var files []file
+	err := fs.WalkDir(dir, ".", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		content, err := fs.ReadFile(dir, path)
+		files = append(files, file{name: path, content: content})
+		return err
+	})
+	return files, err
+}
+
+// rootFiles returns the root file system as a tar.
+func rootFiles(binaries string) ([]byte, error) {
 	files := []file{{name: "bin/", mode: 0o755}}
 	for _, name := range []string{"podshunt", "podshunt-agent"} {
 		content, err := os.ReadFile(filepath.Join(binaries, name))
@@ -163,9 +210,4 @@ func writeTar(w io.Writer, files []file) error {
 		}
 	}
 	return t.Close()
-}
-
-func sum(content []byte) string {
-	s := sha256.Sum256(content)
-	return hex.EncodeToString(s[:])
 }

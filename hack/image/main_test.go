@@ -6,11 +6,14 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,6 +73,11 @@ func mustFiles(t testing.TB, from io.Reader) map[string]string {
 	}
 }
 
+func sum(content []byte) string {
+	s := sha256.Sum256(content)
+	return hex.EncodeToString(s[:])
+}
+
 func TestReproducible(t *testing.T) {
 	first, digest := mustWrite(t, mustBinaries(t, time.Unix(1_000_000, 0)))
 	second, again := mustWrite(t, mustBinaries(t, time.Now()))
@@ -89,6 +97,9 @@ func TestReproducible(t *testing.T) {
 func TestLayout(t *testing.T) {
 	archive, digest := mustWrite(t, mustBinaries(t, time.Now()))
 	files := mustFiles(t, bytes.NewReader(archive))
+	if files["oci-layout"] == "" {
+		t.Error("got no file oci-layout")
+	}
 	type reference struct {
 		Digest string
 		Size   int
@@ -122,12 +133,38 @@ func TestLayout(t *testing.T) {
 		Layers []reference
 	}
 	decode(get(index.Manifests[0].reference), &manifest)
+	type settings struct {
+		Env, Entrypoint, Cmd []string
+		Labels               map[string]string
+	}
 	var image struct {
-		RootFS struct {
+		Architecture, OS string
+		Created          time.Time
+		Config           settings
+		RootFS           struct {
 			DiffIDs []string `json:"diff_ids"`
 		}
 	}
 	decode(get(manifest.Config), &image)
+	if image.Architecture != "amd64" || image.OS != "linux" || !image.Created.Equal(time.Unix(0, 0)) {
+		t.Errorf("got %s/%s of %s, want linux/amd64 of 1970", image.OS, image.Architecture, image.Created)
+	}
+	if diff := cmp.Diff(settings{
+		Env: []string{"PATH=/bin"}, Entrypoint: []string{"podshunt-agent"}, Cmd: []string{"help"},
+		Labels: map[string]string{"org.opencontainers.image.source": "https://github.com/podshunt/podshunt"},
+	}, image.Config); diff != "" {
+		t.Errorf("config (-want +got)\n%s", diff)
+	}
+	var docker []struct {
+		Config   string
+		RepoTags []string
+		Layers   []string
+	}
+	decode(files["manifest.json"], &docker)
+	if len(docker) != 1 || files[docker[0].Config] != get(manifest.Config) || len(docker[0].Layers) != 1 ||
+		files[docker[0].Layers[0]] != get(manifest.Layers[0]) || !slices.Equal(docker[0].RepoTags, []string{"localhost/podshunt:test"}) {
+		t.Errorf("got %+v for docker, want the config and the layer of the image", docker)
+	}
 	layer, err := gzip.NewReader(strings.NewReader(get(manifest.Layers[0])))
 	if err != nil {
 		t.Fatal(err)
@@ -150,7 +187,17 @@ func TestLayout(t *testing.T) {
 }
 
 func TestMissingBinary(t *testing.T) {
-	if _, err := write(io.Discard, config{binaries: t.TempDir()}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := write(io.Discard, config{binaries: t.TempDir(), name: "localhost/podshunt:test"}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got error %v, want %v", err, os.ErrNotExist)
+	}
+}
+
+func TestName(t *testing.T) {
+	for _, name := range []string{"", "localhost/podshunt", "localhost/podshunt:a b", "localhost/Podshunt:test"} {
+		c := mustBinaries(t, time.Now())
+		c.name = name
+		if _, err := write(io.Discard, c); err == nil {
+			t.Errorf("%q is taken for a name and a tag", name)
+		}
 	}
 }
