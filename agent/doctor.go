@@ -192,5 +192,5 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 		t.row()
 		t.row("pods take part on this kernel")
 	}
-	return t.Flush()
+	return t.flush()
 }

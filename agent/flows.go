@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -40,14 +39,23 @@ is not paired has one line that says why.`,
 	return cmd
 }
 
+// pageFlows is how many connections are aligned at once.
+const pageFlows = 500
+
 func writeFlows(w io.Writer, flows []api.Flow) error {
 	if len(flows) == 0 {
 		_, err := fmt.Fprintln(w, "no connections")
 		return err
 	}
-	t := newTable(w)
+	t := newPagedTable(w)
 	t.row("CLIENT", "SERVER", "DIRECTION", "PATH", "SHORTCUT", "TCP", "LAST REASON FOR TCP")
-	for _, f := range flows {
+	for i, f := range flows {
+		// To align tens of thousands of rows at once takes more memory than the agent has to spare.
+		if i%pageFlows == pageFlows-1 {
+			if err := t.flush(); err != nil {
+				return err
+			}
+		}
 		client, server := endText(f.Client), endText(f.Server)
 		via := ""
 		if f.OrigDst != f.Server.Address {
@@ -60,22 +68,22 @@ func writeFlows(w io.Writer, flows []api.Flow) error {
 			}
 			continue
 		}
-		t.row(client, server, "to server", directionText(f.ToServer))
-		t.row("", via, "to client", directionText(f.ToClient))
+		t.row(append([]string{client, server, "to server"}, directionCells(f.ToServer)...)...)
+		t.row(append([]string{"", via, "to client"}, directionCells(f.ToClient)...)...)
 	}
-	return t.Flush()
+	return t.flush()
 }
 
-// directionText returns the cells from PATH on.
-func directionText(d *api.Direction) string {
+// directionCells returns the cells from PATH on.
+func directionCells(d *api.Direction) []string {
 	if d == nil {
-		return ""
+		return make([]string, 4)
 	}
 	path := "tcp"
 	if d.Shortcut {
 		path = "shortcut"
 	}
-	return strings.Join([]string{path, byteText(d.ShortcutBytes), byteText(d.TCPBytes), d.Message}, "\t")
+	return []string{path, byteText(d.ShortcutBytes), byteText(d.TCPBytes), d.Message}
 }
 
 func endText(e api.FlowEnd) string {

@@ -410,6 +410,68 @@ default/client 10.0.0.1:5000  default/web 10.0.0.2:80    both       tcp         
 	wantText(t, "\nno connections\n", out.String())
 }
 
+// TestWriteManyFlows has more than are aligned at once, the widest first.
+func TestWriteManyFlows(t *testing.T) {
+	flows := make([]api.Flow, 2*pageFlows+1)
+	for i := range flows {
+		flows[i] = api.Flow{Client: api.FlowEnd{Pod: api.PodRef{Namespace: "n", Name: "c"}}, Message: "why"}
+	}
+	flows[0].Client.Pod.Name = "a-client-of-a-long-name"
+	var out lines
+	if err := writeFlows(&out, flows); err != nil {
+		t.Fatal(err)
+	}
+	if len(out.text) != 1+len(flows) {
+		t.Fatalf("got %d lines, want %d", len(out.text), 1+len(flows))
+	}
+	at := strings.Index(out.text[0], "LAST REASON")
+	for _, line := range out.text[1:] {
+		if strings.Index(line, "why") != at {
+			t.Fatalf("got\n%s\n%s\nwant both aligned", out.text[0], line)
+		}
+	}
+
+	// Had the first page waited for the last, it would be as wide.
+	flows[0], flows[len(flows)-1] = flows[len(flows)-1], flows[0]
+	out = lines{}
+	if err := writeFlows(&out, flows); err != nil {
+		t.Fatal(err)
+	}
+	if first, last := out.text[1], out.text[len(out.text)-1]; strings.Index(first, "why") >= strings.Index(last, "why") {
+		t.Errorf("got\n%s\n%s\nwant the first written before the last is aligned", first, last)
+	}
+
+	full := errors.New("disk full")
+	if err := writeFlows(&lines{err: full}, flows); !errors.Is(err, full) {
+		t.Errorf("got error %v, want %v", err, full)
+	}
+}
+
+// lines are what is written to them, or refuse it with an error.
+type lines struct {
+	text []string
+	part string
+	err  error
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	whole := strings.Split(l.part+string(p), "\n")
+	l.text, l.part = append(l.text, whole[:len(whole)-1]...), whole[len(whole)-1]
+	return len(p), l.err
+}
+
+// TestTableRow has a cell of what a user may have written into an annotation.
+func TestTableRow(t *testing.T) {
+	var out strings.Builder
+	table := newTable(&out)
+	table.row("first\nsecond", "b")
+	table.row("a\tb\v\x1b[2J\xff", "c")
+	if err := table.flush(); err != nil {
+		t.Fatal(err)
+	}
+	wantText(t, "first; second  b\na b  [2J\ufffd      c\n", out.String())
+}
+
 func TestWriteStatus(t *testing.T) {
 	status := api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",

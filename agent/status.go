@@ -101,7 +101,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 			t.row(o.String(), strconv.FormatUint(o.Count, 10), bytesOrNone(o.Bytes))
 		}
 	}
-	return t.Flush()
+	return t.flush()
 }
 
 func cniText(s api.CNIStatus) string {

@@ -8,22 +8,53 @@ import (
 	"io"
 	"net/netip"
 	"strings"
-	"text/tabwriter"
+	"unicode"
+
+	"github.com/liggitt/tabwriter"
 
 	"github.com/podshunt/podshunt/api"
 )
 
-// table collects rows of columns and writes them aligned.
+// table writes rows of columns aligned, by what kubectl aligns its columns with.
 type table struct {
-	*tabwriter.Writer
+	w   *tabwriter.Writer
+	err error // the first of w
 }
 
-func newTable(w io.Writer) table { return table{tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)} }
+// newTable makes a table whose columns are as wide as the widest cell of the rows up to
+// one without cells.
+func newTable(w io.Writer) *table {
+	return &table{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
+}
 
-// row keeps to one line whatever the cells hold. All rows of a table must have
-// the same number of cells. tabwriter keeps the first error for Flush.
-func (t table) row(cells ...string) {
-	fmt.Fprintln(t, strings.ReplaceAll(strings.Join(cells, "\t"), "\n", "; "))
+// newPagedTable makes a table of one set of columns that may be flushed many times. They
+// are at least as wide as those that are written already.
+func newPagedTable(w io.Writer) *table {
+	return &table{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.RememberWidths)}
+}
+
+// row adds a line, whatever the cells hold: some quote what users have written. All
+// rows of a table must have the same number of cells.
+func (t *table) row(cells ...string) {
+	for i, cell := range cells {
+		cells[i] = strings.Map(func(r rune) rune {
+			if unicode.IsControl(r) {
+				return ' '
+			}
+			return r
+		}, strings.ReplaceAll(cell, "\n", "; "))
+	}
+	if t.err == nil {
+		_, t.err = fmt.Fprintln(t.w, strings.Join(cells, "\t"))
+	}
+}
+
+// flush writes the rows that are not written yet.
+func (t *table) flush() error {
+	if t.err == nil {
+		t.err = t.w.Flush()
+	}
+	return t.err
 }
 
 func podText(p api.PodRef) string {
