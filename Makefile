@@ -32,13 +32,15 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 HELM := go tool -modfile=hack/helm/go.mod helm
+HELM_UNITTEST := go tool -modfile=hack/helm/go.mod helm-unittest --strict
+HELM_DOCS := go tool -modfile=hack/helm/go.mod helm-docs --sort-values-order file --log-level warning
 PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
 PLUGINS := github.com/containernetworking/plugins/plugins
 UNIT := ./api ./plugin ./agent/explain ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster build cni unit generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -73,6 +75,9 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	e2e/cluster/build.sh $(CLUSTER)
 	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 
+test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
+	$(HELM_UNITTEST) charts/podshunt
+
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
 	$(BUILD) -o bin/podshunt-agent ./agent
@@ -84,9 +89,10 @@ unit: ## the tests that need no privileges, with the race detector
 	CGO_ENABLED=1 $(GOTEST) -race -count=1 $(TESTFLAGS) $(UNIT)
 	go -C hack/image test -count=1 $(TESTFLAGS) .
 
-generate: ## compile bpf/ and make its Go names
+generate: ## compile bpf/ and make its Go names, and the chart's README
 	hack/deps.sh
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(LLVM_STRIP) BPF2GO_CFLAGS="$(BPF_CFLAGS)" go generate ./bpf
+	$(HELM_DOCS) --chart-search-root charts/podshunt
 
 lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	hack/deps.sh
