@@ -88,7 +88,7 @@ func write(w io.Writer, c config) (digest string, err error) {
 	if err != nil {
 		return "", err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {
 		return "", err
