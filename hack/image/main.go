@@ -120,7 +120,7 @@ func image(c config) (v1.Image, error) {
 		return nil, err
 	}
 	settings := base.DeepCopy()
-	// The same for the same binaries; the zero time is one that docker cannot show.
+	// One time for all builds: the same binaries make the same bytes.
 	settings.Created = v1.Time{Time: time.Unix(0, 0).UTC()}
 	settings.OS, settings.Architecture = "linux", c.architecture
 	settings.Config = v1.Config{
