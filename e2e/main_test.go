@@ -27,7 +27,16 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
+func TestMain(m *testing.M) {
+	if task := os.Getenv(holdEnv); task != "" {
+		if err := hold(task); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(sandbox.Main(m.Run))
+}
 
 const (
 	// inForce is how long a change may take on a machine that has other things to

@@ -3,15 +3,19 @@
 package e2e_test
 
 import (
+	"bufio"
+	"context"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
@@ -20,22 +24,16 @@ import (
 // What a large node has, and for how long it is left alone. At first the agent looks
 // often at the rules in a pod, so that is no part of it.
 const (
-	scalePods    = 250
-	scaleServers = 10
-	scaleSettle  = 2 * time.Minute
-	scaleIdle    = time.Minute
+	scalePods   = 250
+	scaleHeld   = 8000 // connections of a process, which may have no more than 20,000 files
+	scaleSettle = 2 * time.Minute
+	scaleIdle   = time.Minute
 )
 
 // BenchmarkNode has what the agent takes on a node with 250 pods in the shortcut: of a
 // core while nothing happens, and the time of `flows` with no connection, with 9,000
 // and with 50,000.
 func BenchmarkNode(b *testing.B) {
-	// Two for each connection, and some. Root in a container may not raise it.
-	files := unix.Rlimit{Cur: 1 << 17, Max: 1 << 17}
-	_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &files)
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		b.Fatal(err)
-	}
 	n := mustNode(b)
 	var entries []string
 	for i := range scalePods {
@@ -59,24 +57,12 @@ func BenchmarkNode(b *testing.B) {
 		b.ReportMetric(100*used.Seconds()/(float64(b.N)*scaleIdle.Seconds()), "%core")
 	})
 
-	var servers []endpoint
-	for _, p := range pods[:scaleServers] {
-		address := netip.AddrPortFrom(p.IPv4, 8080)
-		servers = append(servers, endpoint{address, p.MustListen(b, "tcp", address.String())})
-	}
 	made := 0
 	for _, flows := range []int{0, 9000, 50000} {
-		if uint64(flows)*2+1000 > files.Cur {
-			b.Logf("no more than %d files may be open: %d flows are left out", files.Cur, flows)
-			continue
-		}
-		for ; made < flows; made++ {
-			client := pods[scaleServers+made%(scalePods-scaleServers)]
-			c, s, err := connect(client, servers[made%scaleServers])
-			if err != nil {
-				b.Fatal(err)
-			}
-			b.Cleanup(func() { _, _ = c.Close(), s.Close() })
+		for made < flows {
+			more := min(flows-made, scaleHeld)
+			mustHold(b, pods[0], pods[1], more)
+			pods, made = pods[2:], made+more
 		}
 		b.Run(fmt.Sprintf("flows=%d", flows), func(b *testing.B) {
 			before := mustCPUTime(b, n.cmd.Process.Pid)
@@ -93,6 +79,83 @@ func BenchmarkNode(b *testing.B) {
 			}
 		})
 	}
+}
+
+// holdEnv makes a process of this binary one of hold.
+const holdEnv = "PODSHUNT_HOLD"
+
+// hold makes connections and keeps them until its standard input ends: it accepts them
+// for "listen ADDRESS COUNT", and makes them for "dial ADDRESS COUNT". A line on its
+// standard output says that it listens, or that all are made.
+func hold(task string) error {
+	var verb, address string
+	var count int
+	if _, err := fmt.Sscan(task, &verb, &address, &count); err != nil {
+		return err
+	}
+	var connect func() (net.Conn, error)
+	if verb == "listen" {
+		config := net.ListenConfig{}
+		config.SetMultipathTCP(false)
+		l, err := config.Listen(context.Background(), "tcp", address)
+		if err != nil {
+			return err
+		}
+		connect = l.Accept
+		fmt.Println("listens")
+	} else {
+		connect = func() (net.Conn, error) { return net.DialTimeout("tcp", address, loadTimeout) }
+	}
+	held := make([]net.Conn, count)
+	for i := range held {
+		var err error
+		if held[i], err = connect(); err != nil {
+			return err
+		}
+	}
+	fmt.Println("done")
+	_, err := io.Copy(io.Discard, os.Stdin)
+	runtime.KeepAlive(held)
+	return err
+}
+
+// mustHold has processes in two pods that hold connections until b ends.
+func mustHold(b *testing.B, client, server *sandbox.Pod, count int) {
+	b.Helper()
+	address := netip.AddrPortFrom(server.IPv4, 8080)
+	start := func(p *sandbox.Pod, verb string) *bufio.Scanner {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %d", holdEnv, verb, address, count))
+		cmd.Stderr = b.Output()
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			b.Fatal(err)
+		}
+		stdout, err := cmd.StdoutPipe()
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := p.Start(cmd); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			stdin.Close()
+			if err := cmd.Wait(); err != nil {
+				b.Error(err)
+			}
+		})
+		return bufio.NewScanner(stdout)
+	}
+	mustRead := func(s *bufio.Scanner) {
+		b.Helper()
+		if !s.Scan() {
+			b.Fatal("the connections are not made")
+		}
+	}
+	listener := start(server, "listen")
+	mustRead(listener)
+	mustRead(start(client, "dial"))
+	mustRead(listener)
 }
 
 // mustCPUTime returns how long a process has run on the processors, to 10 ms.
