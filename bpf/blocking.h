@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * Blocking: sockets without O_NONBLOCK, whose reads may sleep in the kernel. They stay
- * out of the SOCKHASH, or are evicted, unless the user has accepted that they take part.
+ * Blocking: a socket without O_NONBLOCK, whose recv may sleep in the kernel. In the SOCKHASH such
+ * a recv can return EAGAIN, so blocking sockets are not paired, or are evicted (lifetime.h).
  */
 #ifndef PODSHUNT_BLOCKING_H
 #define PODSHUNT_BLOCKING_H
@@ -20,20 +20,20 @@
 
 #define O_NONBLOCK 00004000 /* include/uapi/asm-generic/fcntl.h */
 
-/* A socket or file that is NULL reads as 0, so a socket of the kernel's own counts as blocking. No pod owns one. */
+/* A NULL sk_socket or file reads as 0, so a kernel socket counts as blocking. No pod owns one. */
 static __always_inline bool is_blocking(const struct tcp_sock *tp)
 {
 	return !(tp->inet_conn.icsk_inet.sk.sk_socket->file->f_flags & O_NONBLOCK);
 }
 
 /*
- * A recv that sleeps in tcp_bpf_recvmsg does not go back to sleep when it is
- * woken by anything but data: it returns EAGAIN (tcp_msg_wait_data; seen on
- * 6.18.44 after a signal, a reset, a full receive buffer, and when TCP's send
- * buffer has been full and drains). So sockets whose reads may sleep are kept
- * out, unless the user accepts it. If so, two cases are avoided: a socket that is
- * read by one thread and written by another is evicted, and so is one whose send
- * buffer has been full (on_ack).
+ * Returns true if the sender's socket has to leave the SOCKHASH. A recv that
+ * sleeps in tcp_bpf_recvmsg returns EAGAIN when anything but data wakes it
+ * (tcp_msg_wait_data). Seen on 6.18.44 after a signal, after a reset, with a
+ * full receive buffer, and when TCP's send buffer drains after it was full. So
+ * blocking sockets are kept out, unless the user accepts the hazard. Even then
+ * two cases are avoided: a socket that one thread reads and another one writes
+ * is evicted here, and one whose send buffer was full is evicted by on_ack.
  */
 static __always_inline bool should_evict(const struct side *own, const struct settings *set,
 					 const struct tcp_sock *tp)
@@ -45,8 +45,8 @@ static __always_inline bool should_evict(const struct side *own, const struct se
 }
 
 /*
- * The context's sock is a request here, which the program is not shown. A listener
- * in blocking mode is most often one of a program whose reads sleep.
+ * Returns true if the listener is in blocking mode: most such programs also read in it.
+ * ctx->sk is NULL here, since the kernel's sock is a request; that leads to the listener.
  */
 static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
 {
@@ -63,7 +63,7 @@ static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
 	       !bpf_core_read(&flags, sizeof(flags), &file->f_flags) && !(flags & O_NONBLOCK);
 }
 
-/* What a watched socket shows holds for the port, until somebody listens there anew. */
+/* Notes for the port which mode a watched socket has. on_listen forgets it. */
 static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);

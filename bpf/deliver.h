@@ -23,9 +23,9 @@
 #define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
 
 /*
- * Tells whether the peer has read all bytes of TCP. Nothing keeps the peer's memory from
- * being freed and used for another socket while it is read; each socket has a cookie of
- * its own, so the cookie is read last, and tells whose the bytes before it were.
+ * Returns true if the peer has read all bytes of TCP. The peer's memory may be freed and
+ * used for another socket while this reads it. Every socket has a cookie of its own, so the
+ * cookie is read last: if it is the peer's, what was read before it was the peer's, too.
  */
 static __always_inline bool peer_drained(const struct flow *flow, __u32 peer, __u32 write_seq)
 {
@@ -41,8 +41,8 @@ static __always_inline bool peer_drained(const struct flow *flow, __u32 peer, __
 }
 
 /*
- * Returns why the peer's socket cannot take a redirect, or OUTCOME_SHORTCUT. The port
- * is remembered for it, so the memory has to be the peer's own: see peer_drained.
+ * Returns why the peer's socket cannot take a redirect, or OUTCOME_SHORTCUT if it can. The
+ * caller remembers the port for it, so the memory must be the peer's own: see peer_drained.
  */
 static __always_inline enum outcome peer_unsupported(const struct flow *flow, __u32 peer)
 {
@@ -63,7 +63,7 @@ static __always_inline enum outcome peer_unsupported(const struct flow *flow, __
 	return ulp ? OUTCOME_ULP : OUTCOME_LOWAT;
 }
 
-/* The verdict on both ports, if the pod's own NAT makes two of them. */
+/* Looks up the verdict. If the pod's own NAT has changed the port, both ports must be allowed. */
 static __always_inline void ask_policy(const struct flow *flow, struct policy *policy)
 {
 	__u64 client = flow->netns[SIDE_CLIENT], server = flow->netns[SIDE_SERVER];
@@ -78,13 +78,13 @@ static __always_inline void ask_policy(const struct flow *flow, struct policy *p
 }
 
 /*
- * Reads that observe has missed (the kernel does not run it on a CPU where another
- * thread was preempted in it) look like unread bytes for ever. They are found when
- * TCP's bytes have all been copied, as the caller knows, and the queue of
- * redirected messages is empty. A recv that holds bytes and waits for more does not
- * exist in non-blocking mode; bytes that splice has taken are known by its guard.
- * A read that ended just now is counted after us: decide sees then that more is
- * read than was sent.
+ * Returns true if the peer has nothing unread, whatever observe has counted. The
+ * kernel skips observe on a CPU where another thread was preempted inside observe;
+ * a read that is missed so looks like unread bytes for ever. Nothing is unread once
+ * TCP's bytes have all been copied, which the caller has checked, and the queue of
+ * redirected messages is empty. In non-blocking mode no recv holds bytes while it
+ * waits for more, and the guard reports bytes that splice has taken. A read that
+ * has just ended may be counted after this: decide then sees more read than sent.
  */
 static __always_inline bool recount(const struct flow *flow, __u32 peer, const struct settings *set)
 {
@@ -223,7 +223,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	return peer_unsupported(flow, peer & 1);
 }
 
-/* Options that may be set at any time, and are looked at with each message. */
+/* Remembers the port for an option that a program may set at any time. */
 static __always_inline void remember_option(struct flow *flow, __u32 own, enum outcome outcome,
 					    const struct tcp_sock *tp)
 {
@@ -272,10 +272,10 @@ int deliver(struct sk_msg_md *msg)
 
 	dir = &flow->side[own].sending;
 	now = bpf_ktime_get_coarse_ns();
-	/* A full barrier: either evict sees us at work, or we see that a socket is to be evicted. */
+	/* A full barrier: either evict sees busy, or decide sees that a socket is to be evicted. */
 	__sync_fetch_and_or(&dir->busy, 1);
 	outcome = decide(flow, own, set, tp, size, now, &charged, &held);
-	/* SK_DROP here means that the peer was evicted: TCP then answers as always. */
+	/* SK_DROP: the peer has left the SOCKHASH, and TCP answers as always. */
 	if (outcome == OUTCOME_SHORTCUT &&
 	    bpf_msg_redirect_hash(msg, &sockets, &flow->cookie[own ^ 1], BPF_F_INGRESS) != SK_PASS)
 		outcome = OUTCOME_REDIRECT_REFUSED;

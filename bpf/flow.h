@@ -14,7 +14,10 @@
 
 #include "outcome.h"
 
-/* The client's end as both sides see it; netns is 0 unless the address is a loopback one. */
+/*
+ * The client's address and port, as both sides see them. netns is 0 unless the address is a
+ * loopback one, which means something else in each pod.
+ */
 struct client_key {
 	__be32 addr[4];
 	__u64 netns;
@@ -22,23 +25,24 @@ struct client_key {
 	__u32 reserved;
 };
 
-/* What a listener knows of a connection to come. */
+/* What track notes when a SYN reaches a listener. */
 struct syn {
 	__u64 server_netns;
 	__u64 written_ns; /* CLOCK_MONOTONIC */
 	__u32 server_port;
-	__u16 claimed; /* a client of an enrolled pod has picked it up: enum claim */
+	__u16 claimed; /* enum claim; 0 until the handshake of a client in an enrolled pod is done */
 	__u16 blocking; /* the listener is in blocking mode */
 };
 
 enum claim {
 	CLAIM_PAIR = 1,
-	CLAIM_WATCH, /* not to be paired, but its server's socket may show its mode */
+	CLAIM_WATCH, /* not to be paired; the server's socket is watched for its mode */
 };
 
 /*
- * Both sides know both initial sequence numbers, no NAT rewrites them, and
- * nobody else can guess them.
+ * The two sockets of a handshake find each other by this. Both sides know both
+ * initial sequence numbers, DNAT does not rewrite them, and nobody else can
+ * guess them.
  */
 struct pending_key {
 	__u32 client_seq;
@@ -53,7 +57,7 @@ struct pending {
 	__u64 written_ns;
 };
 
-/* A socket's way to its flow record. */
+/* The storage of a socket: its flow and side. */
 struct sk_flow {
 	__u64 flow; /* 0: a server's socket that is not paired, and watched for its mode */
 	__u32 side;
@@ -67,75 +71,85 @@ enum flow_state {
 	FLOW_SERVER_JOINED = 2,
 	FLOW_CLIENT_GONE = 4,
 	FLOW_SERVER_GONE = 8,
-	/* No more redirects to this socket: it is evicted as soon as it has read all. */
+	/*
+	 * Nothing is redirected to the socket any more: it is evicted once it has read
+	 * everything.
+	 */
 	FLOW_CLIENT_EVICTING = 16,
 	FLOW_SERVER_EVICTING = 32,
 	FLOW_CLIENT_EVICTED = 64,
 	FLOW_SERVER_EVICTED = 128,
-	/* The flow's id stands above these bits: a compare-and-swap fails on a recycled record. */
+	/*
+	 * The flow's id stands above these bits, so that a compare-and-swap fails on a
+	 * record that was used again.
+	 */
 	FLOW_STATE_BITS = 8,
 };
 
 enum verdict {
-	VERDICT_REFUSE, /* leave new connections alone, paired ones go by TCP */
+	VERDICT_REFUSE, /* do not pair new connections; flows go by TCP */
 	VERDICT_ALLOW,
-	VERDICT_HOLD, /* flow new connections, but keep them on TCP */
+	VERDICT_HOLD, /* pair new connections, but keep them on TCP */
 };
 
 enum sending_flag {
-	/* It has met its limit, and the receiver has not read all of that since. */
+	/* The direction has met its limit, and the receiver has not read everything since. */
 	SENDING_SPILLED = 1,
-	/* What the receiver has proved is remembered for the port. */
+	/* What the receiver has proved has been noted for the port. */
 	SENDING_LEARNED = 2,
 };
 
 /*
- * One direction, written only by deliver under the sending socket's lock, but
- * for charge. TCP bytes are told from write_seq, so that bytes which reach TCP
- * without passing deliver count as well. A position is a number of bytes since
- * the start, on either way.
+ * One direction. deliver writes it, and track sets evict, both under the
+ * sending socket's lock; only charge is written without it. TCP bytes are
+ * derived from write_seq, so that bytes which reach TCP without passing deliver
+ * count as well. A position counts bytes from the start of the connection, by
+ * shortcut and by TCP together.
  */
 struct sending {
 	__u64 shortcut_bytes;
 	__u64 tcp_bytes; /* up to last_seq */
 	__u32 last_seq; /* write_seq when deliver last ran */
-	__u32 drained_seq; /* write_seq for which copied_seq of the peer was last seen equal */
+	__u32 drained_seq; /* the last write_seq that the peer's copied_seq was seen to equal */
 	__u32 busy; /* deliver is at work */
-	__u32 generation; /* of the policy that verdict is from */
+	__u32 generation; /* generation of the policy that verdict is from */
 	__u8 verdict; /* enum verdict */
-	__u8 tcp_cost; /* see measure_cost */
+	__u8 tcp_cost; /* what a byte of TCP takes of the receive buffer: see measure_cost */
 	__u16 reserved;
 	__u32 policy_reason;
-	enum outcome reason; /* why the last message that went by TCP did so */
+	enum outcome reason; /* why the last message that went by TCP did not take the shortcut */
 	__u32 switches; /* from TCP to the shortcut */
 	__u32 last_size; /* of the last message, in bytes */
-	__u8 shortcut; /* how the last message went */
+	__u8 shortcut; /* the last message took the shortcut */
 	__u8 evict; /* the sending socket is to be evicted */
-	__u8 evict_peer; /* its peer should */
+	__u8 evict_peer; /* the receiving socket is to be evicted */
 	__u8 flags; /* enum sending_flag */
-	__u64 redirect_end; /* position behind the last redirected byte */
+	__u64 redirect_end; /* position after the last redirected byte */
 
 	__u64 last_tcp_ns; /* CLOCK_MONOTONIC, when TCP last took a message */
-	__u64 mark; /* position up to which queued_before counts */
-	__u64 charge; /* redirect_end << 32 | bytes counted in the receiving pod's entry of charges */
-	__u32 queued_before; /* messages redirected up to mark, unless all up to it has been read */
-	__u32 queued_since; /* and behind it */
+	__u64 mark; /* position up to which queued_before counts messages */
+	__u64 charge; /* redirect_end << 32 | bytes charged to the receiving pod (map charges) */
+	__u32 queued_before; /* redirected messages up to mark; 0 once all up to mark is read */
+	__u32 queued_since; /* redirected messages after mark */
 	__u32 limit; /* bytes that may be unread, each message counting MESSAGE_COST more */
 	__u32 missed; /* bytes that were read and not counted: see recount */
-	__u32 burst; /* bytes since the sender has last read something */
+	__u32 burst; /* bytes sent since the sender last read something */
 	__u32 proved; /* the largest burst that the receiver has taken by recv */
-	__u32 bulk; /* bytes that it has taken so of bursts above BURST_SMALL */
-	__u32 answered; /* low word of the sender's own read_bytes, at the last message */
-	__u64 grown; /* what the receiver had read when limit grew last */
+	__u32 bulk; /* bytes of bursts above BURST_SMALL that the receiver has taken by recv */
+	__u32 answered; /* low word of what the sender had read itself when the last burst ended */
+	__u64 grown; /* what the receiver had read when limit last grew */
 };
 
 enum read_state { READ_SEEN = 1, READ_UNSUPPORTED = 2 };
 
-/* What the kernel does not serve on a shortcut socket as on a plain one. */
+/*
+ * Calls and options that do not work on a socket in the SOCKHASH as on a plain one: see
+ * unsupported.h.
+ */
 enum unsupported {
 	UNSUPPORTED_WAITALL = 1, /* recv with MSG_WAITALL */
 	UNSUPPORTED_OOB = 2, /* send or recv with MSG_OOB */
-	UNSUPPORTED_RECV_FLAGS = 4, /* recv with another flag that is not served */
+	UNSUPPORTED_RECV_FLAGS = 4, /* recv with any other flag outside RECV_SUPPORTED */
 	UNSUPPORTED_LOWAT = 8, /* SO_RCVLOWAT above 1 */
 	UNSUPPORTED_FIONREAD = 16,
 	UNSUPPORTED_SPLICE = 32,
@@ -146,14 +160,14 @@ enum unsupported {
 	UNSUPPORTED_MAX = 10,
 };
 
-/* One receiver, written by the receive observer and by the guards. */
+/* One receiver. observe and the guards write it. */
 struct receiving {
 	__u64 read_bytes;
 	enum read_state state;
 	__u32 unsupported_flags; /* of recv */
 	__u32 blocking_reader; /* the last thread that read without MSG_DONTWAIT, or 0 */
-	__u32 reads; /* finished recv calls, here and on earlier connections to the port */
-	__u32 drains; /* recv calls that found nothing right after one that was not filled: the same */
+	__u32 reads; /* finished recv calls, also those on earlier connections to the port */
+	__u32 drains; /* recv calls that found nothing after one that was not filled, as for reads */
 	__u32 unfilled; /* the last recv call was not filled */
 	__u32 reserved[8];
 };
@@ -164,9 +178,9 @@ struct side {
 };
 
 /*
- * A flow. The record starts with 8 bytes and goes on in blocks of 64: behind
- * the kernel's 48 byte element header and the 8 byte key, what the two sockets
- * write lies on cache lines of its own.
+ * A flow. The record starts with 8 bytes and goes on in blocks of 64. The
+ * kernel puts an element header of 48 bytes and the key of 8 bytes before it,
+ * so what the two sockets write lies on cache lines of its own.
  */
 struct flow {
 	__u64 state; /* id << FLOW_STATE_BITS | enum flow_state */
@@ -177,7 +191,7 @@ struct flow {
 	__u64 since_ns; /* CLOCK_MONOTONIC */
 
 	__be32 client_addr[4];
-	__be32 orig_dst_addr[4]; /* differs from server_addr behind a Service */
+	__be32 orig_dst_addr[4]; /* not server_addr behind a Service */
 	__be32 server_addr[4];
 	__u16 client_port;
 	__u16 orig_dst_port;
@@ -198,9 +212,10 @@ _Static_assert(sizeof(struct receiving) == 64, "a cache line");
 _Static_assert(sizeof(struct flow) == 8 + 64 + 64 + 6 * 64, "whole cache lines behind the state");
 
 /*
- * Key of the policy, a longest-prefix match: the client's and the server's
- * netns must match whole (128 bits), of the port as many bits as the prefix
- * has (a range of ports is a few prefixes).
+ * Key of the policy, a longest-prefix match. The 128 bits of the client's and
+ * the server's netns must always match, and of the port as many bits as the
+ * prefix has. For example, the ports 8000 to 8015 are one prefix of 128 + 12
+ * bits; most ranges take a few prefixes.
  */
 struct policy_key {
 	__u32 prefixlen;
@@ -215,12 +230,13 @@ enum policy_prefix { POLICY_PREFIX_PODS = 128, POLICY_PREFIX_PORT = 144 };
 
 struct policy {
 	enum verdict verdict;
-	__u32 reason; /* opaque here */
+	__u32 reason; /* policy.Reason of the agent; the programs only store it */
 };
 
 /*
- * What is known of the programs at the ends of a server port: of the server
- * (client is 0), and of the connections that one pod makes to it.
+ * Key of what is known of a server port: with client 0 what the server's
+ * programs have shown, else what those of that client's pod have shown on
+ * connections to the port.
  */
 struct learned_key {
 	__u64 server; /* netns */
@@ -230,9 +246,9 @@ struct learned_key {
 };
 
 struct learned_value {
-	__u64 since_ns; /* CLOCK_MONOTONIC, of the first reason */
-	__u32 reasons; /* enum unsupported: new connections are not paired */
-	/* What the program has proved as a receiver: flow.h, struct sending and receiving. */
+	__u64 since_ns; /* CLOCK_MONOTONIC, when the first reason was noted */
+	__u32 reasons; /* enum unsupported; new connections are not paired unless it is 0 */
+	/* What the program has proved as a receiver: as in struct sending and receiving. */
 	__u32 reads;
 	__u32 proved;
 	__u32 bulk;
@@ -244,31 +260,31 @@ struct learned_value {
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");
 
-/* What a pod has of the maps that connections fill. */
+/* Entries that one pod uses of the maps that connections fill. */
 struct share {
 	__u32 flows;
 	__u32 learned;
 };
 
 struct settings {
-	__u32 generation; /* of the policy: raised after every change of it */
+	__u32 generation; /* raised after every change of the policy */
 	__u32 redirect; /* 0 sends every message by TCP */
 	__u32 budget; /* bytes: the highest limit of a direction */
-	__u32 allow_blocking; /* let sockets take part whose reads may sleep: see should_evict */
-	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, as for limit */
-	__u64 refresh_ns; /* how long a direction does without TCP, 0 for ever */
-	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted, 0 for ever */
+	__u32 allow_blocking; /* let blocking sockets take part: see should_evict */
+	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, counted as for limit */
+	__u64 refresh_ns; /* a direction sends a message by TCP at least this often; 0: never */
+	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted; 0: for ever */
 	__u32 trial_reads; /* see on_trial */
 	__u32 trial_bytes;
 	__u32 trial_drains; /* see edge_triggered */
-	__u32 flow_share; /* entries of flows that one pod may have */
+	__u32 flow_share; /* entries of flows that one pod may use */
 	__u32 learned_share;
-	__u32 no_mptcp_listeners; /* keep out what they accept: see kernel_socket */
-	__u32 splice_seen; /* a guard marks receivers unsupported that use splice: see recount */
+	__u32 no_mptcp_listeners; /* do not pair what MPTCP listeners accept: see keep_mptcp_out */
+	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
 	__u32 reserved;
 };
 
-/* What end_flow is run with. */
+/* The argument of end_flow. */
 struct flow_id {
 	__u64 id;
 };

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 
 /*
- * Guards: where the kernel allows trampolines, these see a call that it does not
- * serve on a shortcut socket before it is served. They are loaded one by one, and
- * attached only while a pod takes part. Each looks at the sockets of flows alone.
+ * Guards: programs that run before the kernel serves a call that does not work on a
+ * shortcut socket. They need trampolines, are loaded one by one, and are attached
+ * only while a pod takes part or a flow is left. Each looks at sockets of flows only.
  */
 
 #include <stdbool.h>
@@ -27,11 +27,11 @@
 #define TCP_ULP 31
 
 /*
- * The task is inside a call that its guard refuses: only programs that cannot
- * refuse may ask for the storage of a socket. The mark is the address of what the
- * call is about, so that one that was left (the kernel may not run splice_ends)
- * means no other file. Guards: write, read; each has a map of its own. Goes with
- * the task.
+ * A mark says that the task is inside a call that is to be refused. Two
+ * programs are needed: one that may use socket storage decides, and the
+ * one that can refuse reads the mark. Its value is the address of the
+ * file or socket, so that a stale mark (the kernel may skip splice_ends)
+ * fits no other one. Each guard has a map of its own. Goes with the task.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -49,7 +49,7 @@ static __always_inline void set_mark(__u64 of)
 		*mark = of;
 }
 
-/* Tells whether the mark was set, and clears it. */
+/* Returns true if the mark was set, and clears it. */
 static __always_inline bool take_mark(__u64 of)
 {
 	__u64 *mark = bpf_task_storage_get(&marks, bpf_get_current_task_btf(), NULL, 0);
@@ -74,7 +74,7 @@ static __always_inline struct flow *find_flow(struct sock *sk, __u32 *side)
 	flow = flow_by_id(self->flow);
 	if (!flow)
 		return NULL;
-	/* The agent proves a guard with a flow that has no addresses: it does not know them. */
+	/* The agent proves guards with a flow whose sock is 0: it does not know that. */
 	if (flow->sock[SIDE_CLIENT] && flow->sock[*side & 1] != (__u64)sk)
 		return NULL;
 	return flow;
@@ -86,9 +86,9 @@ static __always_inline bool evicted(const struct flow *flow, __u32 side)
 }
 
 /*
- * splice: redirected bytes are not seen by it. While some are unread it fails, in
- * the way of files that cannot be spliced, and programs read and write instead.
- * From the first call on everything goes by TCP, where splice is served.
+ * The guard splice. splice does not see redirected bytes. While some are unread it
+ * is refused, as for a file that cannot be spliced, and programs read and write
+ * instead. From the first call on everything goes by TCP, where splice works.
  */
 
 static __always_inline bool redirected(const struct flow *flow, __u32 side)
@@ -99,7 +99,7 @@ static __always_inline bool redirected(const struct flow *flow, __u32 side)
 	       flow->side[side].receiving.read_bytes + toward->missed;
 }
 
-/* What deliver is at work on may go by the shortcut, if it has not seen our mark. */
+/* A message that deliver is at work on may still be redirected, unless it saw the mark. */
 static __always_inline bool busy(const struct flow *flow, __u32 side)
 {
 	return *(volatile __u32 *)&flow->side[side ^ 1].sending.busy;
@@ -119,12 +119,12 @@ int splice_begins(__u64 *ctx)
 	if (!flow || evicted(flow, side))
 		return 0;
 	first = !(flow->side[side].receiving.state & READ_UNSUPPORTED);
-	/* A full barrier: either deliver sees that, or we see it at work. */
+	/* A full barrier: either deliver sees this, or busy sees deliver at work. */
 	mark_unsupported(flow, side, side, UNSUPPORTED_SPLICE);
 	/*
-	 * A program that has spliced once takes a refusal for the end of the connection
-	 * (Go's io.Copy, for example). So a later call is refused for redirected bytes
-	 * alone: what deliver is at work on since then goes by TCP.
+	 * A program that has spliced once takes a refusal for the end of the
+	 * connection: Go's io.Copy, for example. So a later call is refused only for
+	 * redirected bytes: what deliver works on since the first call goes by TCP.
 	 */
 	if (redirected(flow, side) || (first && busy(flow, side)))
 		set_mark(ctx[0]);
@@ -150,7 +150,7 @@ int splice_refused(__u64 *ctx)
 	return take_mark(ctx[0]) ? -EINVAL : 0;
 }
 
-/* sendfile from a socket to a pipe comes here without do_splice. It is too late to refuse. */
+/* sendfile from a socket to a pipe calls this without do_splice. It is too late to refuse. */
 SEC("fentry/tcp_splice_read")
 int splice_seen(__u64 *ctx)
 {
@@ -164,9 +164,9 @@ int splice_seen(__u64 *ctx)
 }
 
 /*
- * ulp: bytes that were redirected before kTLS is set up would be taken for
- * decrypted ones. So it fails as on a kernel without kTLS, and programs encrypt
- * themselves. Both programs are on one function: the first to run cannot refuse.
+ * The guard ulp. kTLS would take bytes that were redirected before its setup for decrypted
+ * ones. So TCP_ULP fails as on a kernel without kTLS, and programs encrypt themselves.
+ * Both programs are on one function: the first may use socket storage, the second refuse.
  */
 
 static __always_inline bool sets_ulp(const __u64 *ctx)
@@ -196,7 +196,7 @@ int ulp_refused(__u64 *ctx)
 	return sets_ulp(ctx) && take_mark(ctx[0]) ? -ENOENT : 0;
 }
 
-/* fionread: for kernels that do not count redirected bytes. */
+/* The guard fionread, for kernels whose FIONREAD does not count redirected bytes. */
 SEC("fentry/tcp_ioctl")
 int fionread_seen(__u64 *ctx)
 {
@@ -211,7 +211,7 @@ int fionread_seen(__u64 *ctx)
 	return 0;
 }
 
-/* flags: of recv before it waits, and of send before deliver is asked. */
+/* The guard flags: sees flags of recv before it waits, and of send before deliver runs. */
 
 SEC("fentry/tcp_bpf_recvmsg")
 int flags_of_recv(__u64 *ctx)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * The few fields of kernel structures that are read, relocated by CO-RE to the
- * layout of the running kernel.
+ * Kernel structures, with only the fields of interest. CO-RE relocates each
+ * read to the layout of the running kernel.
  */
 #ifndef PODSHUNT_KERNEL_H
 #define PODSHUNT_KERNEL_H
@@ -76,7 +76,7 @@ struct list_head {
 };
 
 struct sk_psock {
-	struct list_head ingress_msg; /* what was redirected here and is unread */
+	struct list_head ingress_msg; /* redirected messages that are unread */
 };
 
 struct wait_queue_entry {
@@ -142,7 +142,7 @@ struct tcp_sock {
 	_Bool is_mptcp;
 };
 
-/* What the context of a sock_ops program is made of. */
+/* The kernel's own structure behind the context of a sock_ops program. */
 struct bpf_sock_ops_kern {
 	struct sock *sk;
 };

@@ -18,8 +18,8 @@ static __always_inline struct learned_value *find_learned(__u64 client, __u64 se
 }
 
 /*
- * Returns the entry, made anew if need be. A pod that has its share of the map
- * gets no more: what it does not remember harms its own connections alone.
+ * Returns the entry, which it makes if there is none, or NULL. A pod that has used
+ * up its share of the map gets no more entries: that harms only its own connections.
  */
 static __always_inline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
 							 __u32 limit)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * Lifetime: how a socket leaves its flow, and a flow ends. To evict a socket is to take
- * it out of the SOCKHASH without the loss of a byte; it goes on as a plain TCP socket.
+ * Lifetime: how a socket leaves its flow, and how a flow ends. To evict a socket means to take
+ * it out of the SOCKHASH, without losing a byte, while its connection goes on by plain TCP.
  */
 #ifndef PODSHUNT_LIFETIME_H
 #define PODSHUNT_LIFETIME_H
@@ -27,7 +27,7 @@
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 
-/* Undoes join for a socket of which nothing redirected is to be read any more. */
+/* Undoes join. Redirected bytes that the socket has not read are thrown away. */
 static __always_inline void remove_socket(struct bpf_sock *sk, __u64 cookie)
 {
 	bpf_map_delete_elem(&sockets, &cookie);
@@ -56,7 +56,7 @@ static __always_inline void add_share(const struct flow *flow, __u32 flows)
 		__sync_fetch_and_add(&share->flows, flows);
 }
 
-/* Ends a flow whose sockets are both gone, or have never joined. */
+/* Deletes a flow. Its sockets are gone, or have never joined. */
 static __always_inline void delete_flow(struct flow *flow, __u64 id)
 {
 	uncharge_all(flow, SIDE_CLIENT);
@@ -66,9 +66,9 @@ static __always_inline void delete_flow(struct flow *flow, __u64 id)
 }
 
 /*
- * Takes a socket out of the SOCKHASH in two steps: no more redirects to it,
- * then, with nothing on the way and all read, the delete. It goes on as a plain
- * TCP socket.
+ * Evicts a socket, in two steps, since to delete it from the SOCKHASH throws away what
+ * it has not read. First nothing more is redirected to it. Then, in this call or a later
+ * one, when deliver is not at work towards it and it has read everything, it is deleted.
  */
 static __always_inline void evict(struct flow *flow, __u32 side)
 {
@@ -88,18 +88,18 @@ static __always_inline void evict(struct flow *flow, __u32 side)
 	count(OUTCOME_SOCKET_EVICTED, 0);
 }
 
-/* A context's sk may be NULL. */
+/* Returns NULL for a socket without a flow. sk may be NULL, too. */
 static __always_inline struct sk_flow *sk_flow_of(struct bpf_sock *sk)
 {
 	return sk ? bpf_sk_storage_get(&sk_flows, sk, NULL, 0) : NULL;
 }
 
 /*
- * TCP has acknowledged bytes of this socket. Sockets that deliver has found to be
- * blocking are evicted here. One whose send buffer was full is, too: its thread waits
- * in write for this acknowledgement, and the kernel wakes it only after this program
- * has run. So the socket is evicted before the thread comes to recv, where the drained
- * buffer would wake it with EAGAIN.
+ * Runs when the peer has acknowledged bytes that this socket sent by TCP, and evicts
+ * sockets that deliver found to be blocking. It also evicts one whose send buffer
+ * was full. Its thread sleeps in write for this acknowledgement, and would then call
+ * recv, where the drained buffer wakes it with EAGAIN. The kernel wakes the thread
+ * only after this program has run, so the socket is gone from the SOCKHASH by then.
  */
 static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 {
@@ -131,7 +131,7 @@ static __always_inline void on_ack(struct bpf_sock_ops *ctx)
 		evict(flow, own ^ 1);
 }
 
-/* A client is closed before its server came: nobody else would delete what it wrote. */
+/* Deletes what a client has written that closes before its server joins: nobody else would. */
 static __always_inline void withdraw(const struct flow *flow)
 {
 	struct pending_key handshake;
@@ -145,7 +145,7 @@ static __always_inline void withdraw(const struct flow *flow)
 	bpf_map_delete_elem(&syns, &client);
 }
 
-/* The second one of the two sockets to go deletes the flow. */
+/* Notes that a socket is gone. The second of the two to go deletes the flow. */
 static __always_inline void mark_gone(const struct sk_flow *self, const struct bpf_sock *sk)
 {
 	struct flow *flow = flow_of(self, sk);
@@ -165,9 +165,9 @@ static __always_inline void mark_gone(const struct sk_flow *self, const struct b
 }
 
 /*
- * A connect to no address ends the connection and throws away what is unread;
- * the socket may connect again (tcp_disconnect). All else that ends a connection
- * from these states, and leaves bytes to be read, sets the error first.
+ * Returns true if connect with AF_UNSPEC has ended the connection (tcp_disconnect).
+ * That throws away what is unread, and the socket may connect again. Every other
+ * end that comes from these states and leaves bytes to be read sets sk_err first.
  */
 static __always_inline bool disconnected(const struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
@@ -187,15 +187,15 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	if (!self)
 		return;
 	mark_gone(self, sk);
-	/* The SOCKHASH would keep redirected bytes, for whoever reads next. */
+	/* Else the SOCKHASH would keep the redirected bytes, and the next connection read them. */
 	if (disconnected(ctx, sk))
 		remove_socket(sk, bpf_get_socket_cookie(ctx));
 }
 
 /*
- * A socket of a flow connects or listens once more. Its first connection has ended in a way
- * that disconnected does not know, such as a reset after shutdown, and the SOCKHASH
- * has kept redirected bytes for the next.
+ * A socket of a flow connects or listens once more. Its first connection has ended in
+ * a way that disconnected does not see, such as a reset after shutdown. Redirected
+ * bytes that are still in the SOCKHASH would be read on the next connection.
  */
 static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 {
@@ -211,9 +211,9 @@ static __always_inline void on_reuse(struct bpf_sock_ops *ctx)
 }
 
 /*
- * The peer acknowledges the end of what a socket sends, and that wakes a recv that
- * sleeps, which would return EAGAIN. This runs inside shutdown, before the thread
- * can come to recv.
+ * Evicts a blocking socket that shuts down writing. The peer's
+ * acknowledgement of its FIN would wake its next recv with EAGAIN.
+ * This runs inside shutdown, before the thread can call recv.
  */
 static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 {
@@ -227,7 +227,7 @@ static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 		return;
 	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	/* After close, or shutdown of both sides, nobody comes to recv. */
+	/* After close, or shutdown of both sides, nobody calls recv. */
 	if (!flow || !tp || tp->inet_conn.icsk_inet.sk.sk_shutdown != SEND_SHUTDOWN ||
 	    !is_blocking(tp))
 		return;
@@ -237,9 +237,9 @@ static __always_inline void on_half_close(struct bpf_sock_ops *ctx)
 }
 
 /*
- * Another program listens now, or the same one anew: what the last one has proved
- * says nothing of it. What it has used and is not served still counts, but for the
- * mode of its sockets.
+ * Another program may listen on the port now, so what the
+ * last one has proved is forgotten. What makes the port
+ * unsupported stays, except that its sockets were blocking.
  */
 static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
@@ -260,7 +260,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	__sync_fetch_and_and(&known->reasons, ~UNSUPPORTED_BLOCKING);
 }
 
-/* The agent ends a flow whose sockets are gone without our having been told. */
+/* Run by the agent, for a flow whose sockets have gone without a callback. */
 SEC("syscall")
 int end_flow(struct flow_id *ctx)
 {

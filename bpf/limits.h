@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * Limits: how much a receiver may leave unread by the shortcut. The budget is the
- * highest limit of a direction, the pod's budget that of all receivers of a pod. What is
- * more spills: it goes by TCP, whose window stops the sender.
+ * Limits: how much a receiver may leave unread. Each direction has a limit, which grows
+ * up to the budget. All receivers of a pod together have the pod's budget. A message
+ * that does not fit spills: it goes by TCP, whose window then stops the sender.
  */
 #ifndef PODSHUNT_LIMITS_H
 #define PODSHUNT_LIMITS_H
@@ -19,17 +19,17 @@
 
 #define SOCK_RCVBUF_LOCK 2
 
-/* What a redirected message takes of the kernel beside its bytes: struct sk_msg, a slab object of 1 KiB. */
+/* Kernel memory of a redirected message beside its data: struct sk_msg, a slab object. */
 #define MESSAGE_COST 1024
 
 /* The first limit of a direction: TCP's receive buffer starts with as much (tcp_rmem). */
 #define LIMIT_START (128 << 10)
 
 /*
- * A redirect that is not granted its memory fails with ENOMEM (bpf_tcp_ingress),
- * where TCP waits. It is always granted until the second value of tcp_mem is
- * exceeded (__sk_mem_raise_allocated); what is between the first and that one is
- * room for messages that are sent at once.
+ * Returns true if a redirect might not be granted its memory: it would fail
+ * with ENOMEM (bpf_tcp_ingress), where TCP waits. Below the second value of
+ * tcp_mem it is always granted (__sk_mem_raise_allocated). The test is for the
+ * first value, which leaves room for messages that are sent at the same moment.
  */
 static __always_inline bool memory_pressure(const struct tcp_sock *tp)
 {
@@ -41,19 +41,19 @@ static __always_inline bool memory_pressure(const struct tcp_sock *tp)
 	       bpf_core_read(&low, sizeof(low), prot->sysctl_mem) || allocated > low;
 }
 
-/* What a byte of TCP takes of the receive buffer is measured when so many are unread. */
+/* measure_cost measures once so many bytes of TCP are unread. */
 #define COST_MEASURED (256 << 10)
-/* The unit, what is taken for granted until then, and the least that is believed. */
+/* The unit of the cost; the cost until it is measured; and the lowest that counts. */
 #define COST_UNIT 32
 #define COST_UNKNOWN 40
 #define COST_LEAST 33
 
 /*
- * Measures what a byte of TCP takes of the receive buffer, the kernel's own data with
- * it. The kernel reckons once, with the first segments, and promises its sender less
- * than fits: a large stream whose window is open would never leave room for a redirect.
- * For example, 14 KB take 16 KB, but each 64 KB of what follows take 66 KB. In this
- * order, what arrives or is read meanwhile makes the cost too high, not too low.
+ * Measures how much of the receive buffer a byte of TCP takes, the kernel's own data
+ * included. The kernel estimates this once, from the first segments, and too high: a large
+ * stream whose window is open would never leave room for a redirect. For example, the first
+ * 14 KB take 16 KB, but each 64 KB after them take 66 KB. Because of the order of the reads
+ * below, bytes that arrive or are read meanwhile make the cost too high, never too low.
  */
 static __always_inline void measure_cost(struct sending *dir, const struct flow *flow, __u32 peer)
 {
@@ -63,7 +63,7 @@ static __always_inline void measure_cost(struct sending *dir, const struct flow 
 	__u64 cost;
 	int held;
 
-	/* All that was redirected has been read, so what is held is TCP's. */
+	/* Goes on only if all redirected bytes have been read: what is held then is TCP's. */
 	if (read < dir->redirect_end ||
 	    dir->shortcut_bytes + dir->tcp_bytes < read + COST_MEASURED ||
 	    bpf_core_read(&next, sizeof(next), &tp->rcv_nxt) ||
@@ -79,11 +79,11 @@ static __always_inline void measure_cost(struct sending *dir, const struct flow 
 }
 
 /*
- * Redirected bytes count in the receive buffer (bpf_tcp_ingress), and a segment
- * that finds no room there is dropped and sent again later and later. So what is
- * redirected leaves room for all that the sender may send by TCP, at what that costs,
- * or as much as the kernel has reckoned with when it said what may be sent. A buffer
- * that the application has not fixed grows up to tcp_rmem (tcp_clamp_window).
+ * Returns true if the peer's receive buffer has room for the message. Redirected bytes count
+ * there (bpf_tcp_ingress), and a TCP segment that finds no room is dropped, and sent again
+ * later and later. So a redirect must leave room for all that the sender may still send by
+ * TCP (its window), at the measured cost, but for no more than the whole buffer. A buffer
+ * whose size the application has not fixed may grow up to tcp_rmem (tcp_clamp_window).
  */
 static __always_inline bool has_room(const struct flow *flow, __u32 peer, const struct sending *dir,
 				     const struct tcp_sock *own, __u32 size)
@@ -109,8 +109,8 @@ static __always_inline bool has_room(const struct flow *flow, __u32 peer, const 
 }
 
 /*
- * Messages in the queue: at most those that were sent since a mark whose bytes
- * have all been read. Reads are seen in bytes, and several may take one message.
+ * Updates the upper bound of how many redirected messages are unread. Reads are seen in bytes,
+ * not in messages, so a message counts until all bytes up to a mark behind it are read.
  */
 static __always_inline void count_queued(struct sending *dir, __u64 end, __u64 read)
 {
@@ -125,10 +125,10 @@ static __always_inline void count_queued(struct sending *dir, __u64 end, __u64 r
 }
 
 /*
- * The reader has read all, and the direction takes the shortcut for the first time
- * or since it met its limit. The reader may leave as much unread as it has read
- * since the limit grew last, as on TCP (tcp_rcv_space_adjust), and twice as much as
- * the limit that it met.
+ * Raises the limit when the reader has read everything and the direction changes
+ * to the shortcut, for the first time or after a spill. The new limit is what the
+ * reader has read since the limit last grew, as on TCP (tcp_rcv_space_adjust),
+ * after a spill at least twice the old limit, and at most the budget.
  */
 static __always_inline void grow(struct sending *dir, __u64 read, const struct settings *set)
 {
@@ -151,9 +151,9 @@ static __always_inline void grow(struct sending *dir, __u64 read, const struct s
 }
 
 /*
- * The pod's charge of a direction is what was unread when the last message was
- * redirected, until all of it has been read. The high word of charge says what
- * that was, so that a message that comes meanwhile is not taken back with it.
+ * Charges the receiving pod with the direction's unread bytes as of its last redirected
+ * message, until all of these have been read. The high word of dir->charge says where
+ * they end, so that uncharge does not take back what a message after them is charged.
  */
 static __always_inline void charge(struct sending *dir, __s64 *charged, __u32 cost)
 {
@@ -163,7 +163,7 @@ static __always_inline void charge(struct sending *dir, __s64 *charged, __u32 co
 		__sync_fetch_and_add(charged, (__s64)cost - (__u32)old);
 }
 
-/* Takes back what the direction towards a receiver is charged with, if it is still the same. */
+/* Takes back a charge of the direction towards a receiver, unless that has changed since. */
 static __always_inline void uncharge(struct flow *flow, __u32 receiver, __u64 charge)
 {
 	struct sending *dir = &flow->side[(receiver ^ 1) & 1].sending;
@@ -177,7 +177,7 @@ static __always_inline void uncharge(struct flow *flow, __u32 receiver, __u64 ch
 		__sync_fetch_and_add(charged, -(__s64)(__u32)charge);
 }
 
-/* A receiver is closed: nothing is read any more. */
+/* Takes back whatever is charged: the receiver is closed, and reads no more. */
 static __always_inline void uncharge_all(struct flow *flow, __u32 receiver)
 {
 	uncharge(flow, receiver, flow->side[(receiver ^ 1) & 1].sending.charge);

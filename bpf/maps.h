@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * The maps that both objects have, the shortcut and the guards, and the ways into
- * them: the settings, and from a socket to its flow. Those of the shortcut alone are
- * in shortcut.c.
+ * Maps that both objects use, the shortcut and the guards, and
+ * the helpers that read them: the settings, and from a socket to
+ * its flow. The maps of the shortcut alone are in shortcut.c.
  */
 #ifndef PODSHUNT_MAPS_H
 #define PODSHUNT_MAPS_H
@@ -35,8 +35,8 @@ static __always_inline struct settings *get_settings(void)
 }
 
 /*
- * Flows by the client's socket cookie. track: creates, and deletes when both
- * sockets are closed. Full: the connection stays on TCP.
+ * Flows by the client's socket cookie. track: creates, and deletes once both sockets
+ * are closed. deliver, observe, guards: write. Full: the connection stays on TCP.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -45,7 +45,7 @@ struct {
 	__type(value, struct flow);
 } flows SEC(".maps");
 
-/* A socket's membership in its flow; lives and dies with the socket. */
+/* Flow and side of a socket. track: creates. All programs: read. Goes with the socket. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -53,7 +53,7 @@ struct {
 	__type(value, struct sk_flow);
 } sk_flows SEC(".maps");
 
-/* The flow of an id, or NULL: a record may be used again for another flow. */
+/* Returns the flow with an id, or NULL: the kernel may reuse its record for another flow. */
 static __always_inline struct flow *flow_by_id(__u64 id)
 {
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
@@ -62,9 +62,9 @@ static __always_inline struct flow *flow_by_id(__u64 id)
 }
 
 /*
- * The flow of a socket by its storage, or NULL. An id may be used again, too: a
- * client's socket that connects once more has the cookie of before, while the first
- * server's socket may still be open and be read.
+ * Returns the flow of a socket by its storage, or NULL. An id may come again, too:
+ * a client's socket that connects once more keeps its cookie, and so the id, while
+ * the server's socket of the first connection may still be open and be read.
  */
 static __always_inline struct flow *flow_of(const struct sk_flow *self, const void *sk)
 {
@@ -74,9 +74,9 @@ static __always_inline struct flow *flow_of(const struct sk_flow *self, const vo
 }
 
 /*
- * What is known of server ports. All programs: write. track: reads. The agent
- * deletes on command, and what is of pods that are gone. Full: the least recently
- * used goes, and is learned again.
+ * What is known of server ports. All programs: write. track: reads. The
+ * agent deletes entries on `forget`, and those of pods that no longer take
+ * part. Full: the least recently used entry goes, and is learned again.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -86,8 +86,8 @@ struct {
 } learned SEC(".maps");
 
 /*
- * Shares of enrolled pods by netns cookie. Agent: creates and deletes with the
- * pod, and corrects what is lost when a program's callbacks are. Programs: write.
+ * Entries that a pod uses in flows and learned, by netns cookie. Agent: creates and
+ * deletes with the pod, and corrects the counts if callbacks were lost. Programs: write.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
-/* Observe: what the application has read. */
+/* Observe: counts what applications read, since only that tells what is still unread. */
 #ifndef PODSHUNT_OBSERVE_H
 #define PODSHUNT_OBSERVE_H
 
@@ -15,7 +15,7 @@
 #include "maps.h"
 #include "unsupported.h"
 
-/* A recv has found nothing. */
+/* A recv found nothing to read. Right after one that was not filled, that proves a drain. */
 static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 {
 	struct receiving *reader;
@@ -56,11 +56,11 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 		mark_unsupported_flags(flow, side, flags & ~RECV_SUPPORTED);
 	if (!(flags & MSG_DONTWAIT))
 		reader->blocking_reader = (__u32)bpf_get_current_pid_tgid();
-	/* None of these takes bytes from the stream, but MSG_OOB does with redirected ones. */
+	/* These take no bytes of the stream. MSG_OOB takes one urgent byte, or redirected bytes. */
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE) || (flags & MSG_OOB && bytes == 1))
 		return;
 	reader->unfilled = unfilled;
-	/* Several threads may read one socket at once, and a guard may mark it unsupported. */
+	/* Atomic: threads may read one socket at once, and a guard may mark it unsupported. */
 	read = __sync_fetch_and_add(&reader->read_bytes, bytes) + bytes;
 	if (reader->reads < ~0U)
 		reader->reads++;
@@ -72,13 +72,13 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 		uncharge(flow, side, charge);
 }
 
-/* Kernels from 6.3 on; needs no trampoline. Fires for every socket of the node that receives. */
+/* From Linux 6.3 on; needs no trampoline. Runs for every recv on any socket of the node. */
 SEC("tp_btf/sock_recv_length")
 int observe_tracepoint(__u64 *ctx)
 {
 	int bytes = ctx[1];
 
-	/* How much was asked for is not told here. */
+	/* The tracepoint does not tell the buffer's size, so every recv counts as not filled. */
 	if (bytes > 0)
 		observe_read((struct sock *)ctx[0], bytes, true, ctx[2]);
 	else if (bytes == -EAGAIN)
@@ -86,11 +86,11 @@ int observe_tracepoint(__u64 *ctx)
 	return 0;
 }
 
-/* Where the kernel allows trampolines. Fires for sockets that sit in a sockmap only. */
+/* For kernels that allow trampolines. Runs for sockets in a sockmap only. */
 SEC("fexit/tcp_bpf_recvmsg")
 int observe_fexit(__u64 *ctx)
 {
-	/* The number of arguments has changed over time, so the result is asked for (5.17). */
+	/* The result's place in ctx differs between kernels, so ask for it (5.17). */
 	__u64 ret = 0;
 
 	if (bpf_get_func_ret(ctx, &ret))

@@ -4,9 +4,9 @@
 #define PODSHUNT_OUTCOME_H
 
 /*
- * What became of a message (each run of deliver) or of a connection (the
- * decisions of track). Every decision is counted once, under one of these.
- * agent/datapath/outcome.go has the names; a test walks to OUTCOME_MAX.
+ * What became of a message (one for each run of deliver), of a connection or of
+ * a socket (decisions of track). Each is counted once, under one of these.
+ * agent/datapath/outcome.go has their codes; a test walks to OUTCOME_MAX.
  */
 enum outcome {
 	/* Messages, in bytes and number. The first is the shortcut, all others went by TCP. */
@@ -15,7 +15,7 @@ enum outcome {
 	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
-	OUTCOME_EVICTED, /* either socket is evicted, or about to be (flow.h, struct sending) */
+	OUTCOME_EVICTED, /* either socket is evicted, or about to be: see lifetime.h */
 	OUTCOME_STALE, /* the agent has not vouched for the policy for too long */
 	OUTCOME_NOT_ALLOWED, /* policy */
 	OUTCOME_SHUT_DOWN, /* the sender has shut down writing: TCP returns the error */
@@ -23,13 +23,13 @@ enum outcome {
 	OUTCOME_ZEROCOPY, /* the sender has SO_ZEROCOPY: only TCP sends completions */
 	OUTCOME_LOWAT, /* the receiver has SO_RCVLOWAT above 1 */
 	OUTCOME_NOT_SEEN, /* the receiver has not been seen to read by recv */
-	OUTCOME_UNSUPPORTED, /* either end was seen to use a call that is not served: enum unsupported */
+	OUTCOME_UNSUPPORTED, /* either end was seen to use a call that does not work on the shortcut: see unsupported.h */
 	OUTCOME_TRIAL, /* the receiver has not yet proved by TCP that it takes such messages by recv */
 	OUTCOME_EDGE, /* the receiver waits for an edge of epoll, and may do so after a recv that was not filled */
 	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
-	OUTCOME_BUDGET, /* spill: the receiver has left too much unread */
+	OUTCOME_BUDGET, /* spill: the receiver has left too much unread, see limits.h */
 	OUTCOME_RECEIVE_BUFFER, /* spill: TCP's bytes would find no room in the receive buffer */
 	OUTCOME_POD_BUDGET, /* spill: all receivers of the pod together have left too much unread */
 	OUTCOME_MEMORY, /* the node's TCP uses more memory than the first value of tcp_mem */
@@ -38,21 +38,21 @@ enum outcome {
 	OUTCOME_PAIRED, /* both sockets have joined */
 	OUTCOME_POLICY_REFUSED,
 	OUTCOME_PAIRING_STALE, /* as OUTCOME_STALE */
-	OUTCOME_UNSUPPORTED_PORT, /* the server port is known for what is not served, or for an MPTCP listener */
-	OUTCOME_SHARE, /* one of the pods has its share of flows */
+	OUTCOME_UNSUPPORTED_PORT, /* the server port is marked unsupported */
+	OUTCOME_SHARE, /* one of the pods has used up its share of flows */
 	OUTCOME_KERNEL_SOCKET, /* either end is a socket of the kernel's own, such as AF_SMC's */
 	OUTCOME_MPTCP,
-	OUTCOME_BLOCKING_CLIENT, /* reads of the client's socket may sleep */
+	OUTCOME_BLOCKING_CLIENT, /* the client's socket is blocking */
 	OUTCOME_BLOCKING_SERVER, /* the listener is in blocking mode, and may accept into it */
 	OUTCOME_CLIENT_ULP, /* the client's socket has an upper layer protocol already */
 	OUTCOME_SYNS_FULL,
-	OUTCOME_SYN_LOST, /* dropped or replaced before the handshake ended, or none was left (SYN cookies) */
+	OUTCOME_SYN_LOST, /* the entry was dropped or replaced before the handshake ended, or never written (SYN cookies) */
 	OUTCOME_PENDING_FULL,
 	OUTCOME_FLOWS_FULL,
 	OUTCOME_SOCKETS_FULL,
 	OUTCOME_SOCKET_BUSY, /* another product's sk_msg program holds the socket */
 	OUTCOME_NO_MEMORY, /* socket storage or psock could not be allocated */
-	OUTCOME_UNMATCHED, /* a client announced itself, but the sequence numbers differ */
+	OUTCOME_UNMATCHED, /* a client was to be paired, but no pending entry has these sequence numbers */
 	OUTCOME_CLIENT_CLOSED, /* the client's socket closed before the server's joined */
 	OUTCOME_REUSED, /* a socket is evicted because it connects or listens once more */
 	OUTCOME_SOCKET_EVICTED, /* a socket is taken out of the SOCKHASH and goes on as a plain one */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
-/* Pairing: two sockets of a handshake become a flow. */
+/* Pairing: the two sockets of a handshake find each other and become a flow. */
 #ifndef PODSHUNT_PAIRING_H
 #define PODSHUNT_PAIRING_H
 
@@ -22,10 +22,10 @@
 
 #define TCP_SYN_RECV 3
 
-/* What a new flow starts from: the record is too large for the stack. */
+/* The initial value of a flow, which is too large for the stack. */
 static const struct flow blank;
 
-/* The result of bpf_sock_hash_update as an outcome. */
+/* Turns the error of bpf_sock_hash_update into an outcome. */
 static __always_inline enum outcome join_failure(int err)
 {
 	switch (err) {
@@ -39,8 +39,8 @@ static __always_inline enum outcome join_failure(int err)
 }
 
 /*
- * Puts a socket where deliver will find it. The socket storage comes first, so
- * that no message meets a socket of the SOCKHASH without it.
+ * Puts a socket into the SOCKHASH. Its storage comes first: deliver may run as
+ * soon as the socket is in the SOCKHASH, and finds the flow by the storage.
  */
 static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 flow,
 					 __u32 side, __u64 cookie)
@@ -60,7 +60,7 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 	return OUTCOME_PAIRED;
 }
 
-/* Before the SYN-ACK is sent: leave an entry for the client. ctx->sk is NULL here. */
+/* Leaves an entry for the client, before the SYN-ACK is sent. ctx->sk is NULL here. */
 static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 {
 	struct syn syn = {};
@@ -111,9 +111,9 @@ static __always_inline void start_direction(struct flow *flow, __u32 from, __u32
 }
 
 /*
- * A socket that the kernel has made for itself belongs to whoever did: AF_SMC
- * takes sk_user_data for its own after accept, and the SOCKHASH's entry with it
- * (WARN, and an endless loop in newer trees).
+ * Returns true for a socket that a part of the kernel has made for itself. AF_SMC,
+ * for example, writes sk_user_data of such a socket after accept, where the
+ * SOCKHASH keeps its own pointer (WARN, and an endless loop in newer kernels).
  */
 static __always_inline bool kernel_socket(const struct sock *sk)
 {
@@ -138,7 +138,7 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_NO_MEMORY;
 	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
 		return OUTCOME_PAIRING_STALE;
-	/* Before the policy: a change that comes in between is then asked for once more. */
+	/* Read before the policy: if that changes in between, deliver looks it up once more. */
 	generation = *(volatile __u32 *)&set->generation;
 	look_up_policy(netns, syn->server_netns, syn->server_port, &policy);
 	if (policy.verdict == VERDICT_REFUSE)
@@ -173,7 +173,7 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	flow = bpf_map_lookup_elem(&flows, &value.flow);
 	if (!flow)
 		return OUTCOME_FLOWS_FULL;
-	/* Nobody else knows the record before the socket joins. */
+	/* No other program sees the record before the socket joins. */
 	flow->cookie[SIDE_CLIENT] = value.flow;
 	flow->sock[SIDE_CLIENT] = (__u64)tp;
 	flow->netns[SIDE_CLIENT] = netns;
@@ -195,7 +195,7 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 	if (outcome != OUTCOME_PAIRED)
 		goto forget;
 	fill_pending_key(&key, flow->client_seq, flow->server_seq, client->addr, client->port);
-	/* Two connections with the same numbers cannot be told apart: neither is paired. */
+	/* Connections with equal numbers cannot be told apart: the second is refused. */
 	if (bpf_map_update_elem(&pending, &key, &value, BPF_NOEXIST)) {
 		outcome = OUTCOME_PENDING_FULL;
 		remove_socket(sk, value.flow);
@@ -207,7 +207,7 @@ forget:
 	return outcome;
 }
 
-/* The client's handshake is done. No entry in syns: the peer is no enrolled pod of this node. */
+/* The client's handshake is done. No entry in syns: its peer is no enrolled pod of this node. */
 static __always_inline void on_active(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
@@ -222,7 +222,7 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	syn = bpf_map_lookup_elem(&syns, &key);
 	if (!syn)
 		return;
-	/* The map may give the entry to another client at any moment. */
+	/* A copy, since the map may give the entry to another client at any moment. */
 	copy = *(volatile struct syn *)syn;
 	outcome = pair_client(ctx, netns, &key, &copy);
 	if (outcome == OUTCOME_PAIRED) {
@@ -235,12 +235,12 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 }
 
 /*
- * The TCP socket of an MPTCP listener is one of the kernel's own, and what it
- * accepts from a plain client inherits that. Kernels without fbade4bd08ba take such
- * a socket, once in a SOCKHASH, for an MPTCP one when it is accepted. This sees the
- * child where it is made (inet_csk_clone_lock): accept may run before
- * pair_server, and makes it the program's own before it waits for the child's
- * lock (mptcp_stream_accept).
+ * Marks the ports of MPTCP listeners. Hazard: kernels without fbade4bd08ba
+ * corrupt memory when a plain TCP connection to such a listener is accepted while
+ * its socket is in a SOCKHASH. The listener's TCP socket is a kernel socket, and
+ * so is its child at first. accept may run before pair_server, and clears that
+ * mark of the child before it waits for the child's lock (mptcp_stream_accept).
+ * So this looks at the child where it is made (inet_csk_clone_lock).
  */
 SEC("tp_btf/inet_sock_set_state")
 int keep_mptcp_out(__u64 *ctx)
@@ -257,9 +257,9 @@ int keep_mptcp_out(__u64 *ctx)
 }
 
 /*
- * Tells a child of an MPTCP listener that has become plain TCP
- * (mptcp_subflow_tcp_fallback gives it back what a plain socket has) from one that
- * has another owner in the kernel. The client is a plain one.
+ * Returns true if the server's socket belongs to a part of the kernel. A child of an
+ * MPTCP listener that has fallen back to plain TCP does not: it has the sk_data_ready of
+ * a plain socket again (mptcp_subflow_tcp_fallback), which the client's socket shows.
  */
 static __always_inline bool owned(const struct tcp_sock *tp, const struct flow *flow)
 {
@@ -295,10 +295,10 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	state = id << FLOW_STATE_BITS | FLOW_CLIENT_JOINED;
 	if (!flow || flow->state != state)
 		return OUTCOME_CLIENT_CLOSED;
-	/* The client was let in for the pod and port of its entry in syns. */
+	/* The policy was asked for the pod and port of the client's entry in syns. */
 	if (flow->netns[SIDE_SERVER] != netns || flow->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
-	/* Found since then, perhaps by keep_mptcp_out of this very connection. */
+	/* May have become so since, perhaps by keep_mptcp_out for this very connection. */
 	if (is_unsupported(flow->netns[SIDE_CLIENT], netns, flow->server_port))
 		return OUTCOME_UNSUPPORTED_PORT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -306,7 +306,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_NO_MEMORY;
 	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
 		return OUTCOME_MPTCP;
-	/* keep_mptcp_out is not run on a CPU that it was interrupted on. */
+	/* Again, since the kernel skips keep_mptcp_out while it runs on this CPU already. */
 	if (set->no_mptcp_listeners && kernel_socket(&tp->inet_conn.icsk_inet.sk)) {
 		remember(flow, SIDE_SERVER, UNSUPPORTED_MPTCP_LISTENER);
 		return OUTCOME_UNSUPPORTED_PORT;
@@ -321,7 +321,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	    same_address(flow->orig_dst_addr, flow->server_addr)) {
 		struct policy policy = {};
 
-		/* The pod itself has redirected the port. The client's deliver does not look at these yet. */
+		/* The pod itself has redirected the port. deliver does not read these yet. */
 		flow->port_in_doubt = true;
 		ask_policy(flow, &policy);
 		set_verdict(&flow->side[SIDE_CLIENT].sending, &policy);
@@ -330,7 +330,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	outcome = join(ctx, sk, id, SIDE_SERVER, cookie);
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;
-	/* From here on deliver may redirect, unless the client's socket was closed meanwhile. */
+	/* From here on deliver may redirect, unless the client's socket has closed meanwhile. */
 	if (__sync_val_compare_and_swap(&flow->state, state, state | FLOW_SERVER_JOINED) != state) {
 		remove_socket(sk, cookie);
 		return OUTCOME_CLIENT_CLOSED;
@@ -338,7 +338,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	return OUTCOME_PAIRED;
 }
 
-/* A server's socket that is not paired: on_ack sees its mode when the server has accepted it. */
+/* Watches a server's socket that is not paired: on_ack notes its mode once it is accepted. */
 static __always_inline void watch(struct bpf_sock_ops *ctx)
 {
 	struct sk_flow self = { .side = SIDE_SERVER };
@@ -349,7 +349,7 @@ static __always_inline void watch(struct bpf_sock_ops *ctx)
 					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
-/* The server's handshake is done, before any data of the client is looked at. */
+/* The server's handshake is done; no data of the client has been processed yet. */
 static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
@@ -367,7 +367,7 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 		return;
 	}
 	claimed = syn->claimed;
-	/* Another server's SYN from the same client port has replaced ours. */
+	/* Not if a SYN from the same client port to another server has replaced the entry. */
 	if (syn->server_netns == netns)
 		bpf_map_delete_elem(&syns, &key);
 	if (claimed == CLAIM_PAIR)

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 
 /*
- * The object of the shortcut: its maps, and by rooms its programs. deliver decides
- * about each message (deliver.h), observe counts what is read (observe.h), and track
- * makes flows of handshakes (pairing.h) and ends them (lifetime.h).
+ * The object of the shortcut: its maps and its programs. deliver decides
+ * about each message (deliver.h), observe counts what is read (observe.h),
+ * and track makes flows of handshakes (pairing.h) and ends them (lifetime.h).
  */
 
 #include <stdbool.h>
@@ -38,9 +38,9 @@ struct {
 } policies SEC(".maps");
 
 /*
- * What all receivers of a pod have left unread, in bytes as for struct sending's
- * limit, by netns cookie. Agent: creates and deletes with the pod. deliver adds,
- * observe and track subtract. No entry: TCP.
+ * What all receivers of a pod have left unread, in bytes and MESSAGE_COST
+ * for each message, by netns cookie. Agent: creates and deletes with the
+ * pod. deliver: adds. observe, track: subtract. No entry: TCP.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -50,9 +50,9 @@ struct {
 } charges SEC(".maps");
 
 /*
- * A SYN reached a listener of an enrolled pod. track: writes, reads, deletes
- * at the end of the handshake; the agent sweeps what never ended. Full: the
- * oldest goes, and its connection stays on TCP.
+ * SYNs that reached a listener of an enrolled pod. track: writes, reads, and
+ * deletes at the end of the handshake; the agent sweeps those of handshakes
+ * that never ended. Full: the oldest goes, and its connection stays on TCP.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -61,7 +61,7 @@ struct {
 	__type(value, struct syn);
 } syns SEC(".maps");
 
-/* A client that found its entry in syns waits for the server's socket. As syns. */
+/* Clients that found their entry in syns and wait for the server's socket. Otherwise as syns. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, PENDING_MAX);
@@ -69,7 +69,7 @@ struct {
 	__type(value, struct pending);
 } pending SEC(".maps");
 
-/* Both sockets of every flow by socket cookie. The kernel deletes on close. Full: TCP. */
+/* Sockets of flows, by cookie. track: adds, evicts. The kernel deletes on close. Full: TCP. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, 2 * FLOWS_MAX);
@@ -77,7 +77,7 @@ struct {
 	__type(value, __u64);
 } sockets SEC(".maps");
 
-/* Every decision, by enum outcome. */
+/* Counters of every decision, by enum outcome. All programs: write. Agent: reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, OUTCOME_MAX);
@@ -121,12 +121,12 @@ static __always_inline bool enrolled(__u64 netns)
 	return bpf_map_lookup_elem(&pods, &netns) != NULL;
 }
 
-/* The rooms use what is above. */
+/* These use the maps and helpers above. */
 #include "deliver.h"
 #include "observe.h"
 #include "pairing.h"
 
-/* Returns 1 from every path: 0 would be taken for an error of all programs on the cgroup. */
+/* Returns 1 on every path: the kernel takes 0 for an error of all programs on the cgroup. */
 SEC("sockops")
 int track(struct bpf_sock_ops *ctx)
 {

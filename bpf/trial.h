@@ -24,16 +24,16 @@
 
 #define EPOLLET (1U << 31) /* include/uapi/linux/eventpoll.h */
 
-/* How many of those who wait for a socket are looked at. */
+/* How many waiters of a socket are looked at; with more, it counts as edge-triggered. */
 #define WAITERS_MAX 4
 
 /*
- * A program may use splice, FIONREAD and the like on a connection that it has only
- * read by recv so far: HAProxy splices the first body that is large enough, nginx
- * asks FIONREAD after a recv that has filled its buffer. Nothing can help it once
- * redirected bytes are unread. So whatever is larger than all that it has taken by
- * recv goes by TCP first, where such calls are served and seen. A burst is what is
- * sent without an answer: to a reader, ten messages in a row are one large one.
+ * Returns true if the message has to go by TCP for the trial. Hazard: a program that has only used
+ * recv so far may use splice or FIONREAD next, and nothing can help it while redirected bytes are
+ * unread. For example, HAProxy splices the first body that is large enough, and nginx calls
+ * FIONREAD after a recv that filled its buffer. Rule: a burst that is larger than all that the
+ * receiver has taken by recv goes by TCP, where such calls work and are seen. A burst is all that
+ * is sent until the receiver answers: ten messages in a row look like a large one to the reader.
  */
 static __always_inline bool on_trial(struct sending *dir, const struct receiving *answers,
 				     const struct receiving *reader, const struct settings *set,
@@ -66,13 +66,13 @@ static __always_inline bool on_trial(struct sending *dir, const struct receiving
 }
 
 /*
- * TCP bytes behind redirected ones that are unread, as after a spill, are a
- * second message to epoll, but one edge with the first if nobody has waited in
- * between. A recv then returns the redirected bytes alone. A program that takes a
- * recv that was not filled for the last one, as epoll(7) lets it, and waits for the
- * next edge, waits for ever: nginx, tokio, netty's own epoll. One that was seen to
- * call recv once more, and to find nothing, always comes to the TCP bytes (Go,
- * envoy); so does one that waits for levels.
+ * Returns true if somebody waits for edges (EPOLLET) of the peer's socket, or
+ * may. Hazard: TCP bytes that arrive behind unread redirected ones, as after
+ * a spill, make one edge with them, but the next recv returns the redirected
+ * bytes alone. A program that takes a recv that was not filled for the last
+ * one, as epoll(7) allows, then waits for the next edge for ever: nginx,
+ * tokio, netty's own epoll. Programs that call recv until it finds nothing
+ * (Go, envoy), or wait for levels, always get to the TCP bytes.
  */
 static __always_inline bool edge_triggered(const struct flow *flow, __u32 peer)
 {
@@ -95,7 +95,7 @@ static __always_inline bool edge_triggered(const struct flow *flow, __u32 peer)
 		if (next == head)
 			return false;
 		entry = (void *)next - bpf_core_field_offset(struct wait_queue_entry, entry);
-		/* Threads that sleep, and poll, have something here; epoll has not. */
+		/* private is set for a thread that sleeps in recv or poll, and NULL for epoll. */
 		if (bpf_core_read(&private, sizeof(private), &entry->private))
 			return true;
 		waiter = (void *)entry - bpf_core_field_offset(struct eppoll_entry, wait);
@@ -109,7 +109,7 @@ static __always_inline bool edge_triggered(const struct flow *flow, __u32 peer)
 	return true;
 }
 
-/* What the receiver of a direction has proved shortens the trial of later connections to the port. */
+/* Notes for the port what the receiver has proved, to shorten the trial of later connections. */
 static __always_inline void learn(const struct flow *flow, __u32 own, const struct settings *set)
 {
 	const struct sending *dir = &flow->side[own & 1].sending;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * Unsupported: calls and options that the kernel does not serve on a socket of the
- * SOCKHASH as on a plain one. The direction that they are about goes on by TCP, and the
- * server port is remembered, so that new connections are not paired: all of them if
- * the server did it, those of the client's pod if that did.
+ * Unsupported: calls and options, such as splice, that do not work on a socket in the
+ * SOCKHASH as on a plain one. The direction that uses one stays on TCP, and its server port
+ * is marked unsupported: new connections to it are not paired. These are all connections if
+ * the server's side made the call, and those of the client's pod if the client's side did.
  */
 #ifndef PODSHUNT_UNSUPPORTED_H
 #define PODSHUNT_UNSUPPORTED_H
@@ -16,9 +16,9 @@
 #include "maps.h"
 
 /*
- * Flags of recv that redirected data is served with as TCP data is: MSG_PEEK,
- * MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, MSG_CMSG_CLOEXEC,
- * MSG_CMSG_COMPAT. A receiver seen with any other stays on TCP.
+ * Flags of recv that work with redirected data as with TCP data:
+ * MSG_PEEK, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, MSG_CMSG_CLOEXEC,
+ * MSG_CMSG_COMPAT. A receiver that uses any other stays on TCP.
  */
 #define MSG_OOB 0x1
 #define MSG_PEEK 0x2
@@ -35,7 +35,7 @@ static __always_inline bool is_unsupported(__u64 client, __u64 server, __u32 por
 	return (of_server && of_server->reasons) || (of_client && of_client->reasons);
 }
 
-/* Keeps the connections to come from being paired: all to the port, or with a client its own. */
+/* Marks a server port unsupported, for all clients, or for one pod if client is not 0. */
 static __always_inline void remember_port(__u64 client, __u64 server, __u32 port,
 					  enum unsupported reason)
 {
@@ -51,7 +51,7 @@ static __always_inline void remember_port(__u64 client, __u64 server, __u32 port
 		known->since_ns = bpf_ktime_get_ns();
 }
 
-/* The same for what a side of a flow did. */
+/* Marks the server port of a flow unsupported, for a call of one side. */
 static __always_inline void remember(struct flow *flow, __u32 side, enum unsupported reason)
 {
 	side &= 1;
@@ -62,7 +62,7 @@ static __always_inline void remember(struct flow *flow, __u32 side, enum unsuppo
 		      flow->server_port, reason);
 }
 
-/* Puts the direction towards a receiver on TCP for the life of the connection, for what the doer did. */
+/* Keeps the direction towards a receiver on TCP for good. doer is the side that made the call. */
 static __always_inline void mark_unsupported(struct flow *flow, __u32 receiver, __u32 doer,
 					     enum unsupported reason)
 {
@@ -70,7 +70,7 @@ static __always_inline void mark_unsupported(struct flow *flow, __u32 receiver, 
 	remember(flow, doer, reason);
 }
 
-/* Flags of a recv that are not served. */
+/* Marks what a recv with unsupported flags makes unsupported. */
 static __always_inline void mark_unsupported_flags(struct flow *flow, __u32 side, __u32 flags)
 {
 	flow->side[side & 1].receiving.unsupported_flags |= flags;
