@@ -19,10 +19,10 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// askTimeout bounds a question that the agent answers from what it has.
+// askTimeout bounds requests that the agent answers without waiting for anything.
 const askTimeout = 10 * time.Second
 
-// errNoAgent says that nobody listens.
+// errNoAgent says that nobody listens on the agent's socket.
 var errNoAgent = statusError{errors.New("no agent"), exitNoAgent}
 
 // socketIn returns the path of the agent's socket.
@@ -51,8 +51,8 @@ func writeJSON(w io.Writer, v any) error {
 	return encoder.Encode(v)
 }
 
-// ask sends a request without a body to the agent with a run directory, and
-// decodes its answer. It returns errNoAgent if there is none.
+// ask sends a request without a body to the agent of a run directory, and decodes
+// its answer. It returns errNoAgent if nobody listens on its socket.
 func ask(ctx context.Context, runDir, method, path string, timeout time.Duration, answer any) error {
 	socket := socketIn(runDir)
 	// Without this a path that is too long looks as if no agent ran there.
@@ -92,7 +92,7 @@ func ask(ctx context.Context, runDir, method, path string, timeout time.Duration
 	return nil
 }
 
-// unanswered explains why there is no answer of an agent that is there.
+// unanswered explains why an agent that listens has not answered.
 func unanswered(what, socket string, timeout time.Duration, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return statusError{fmt.Errorf("the agent at %s has not answered after %v: its log may say why", socket, timeout), exitTimedOut}

@@ -20,11 +20,12 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// config is what the flags of run say.
+// config has the values of run's flags.
 type config struct {
 	runDir   string
 	podsFile string
-	// nodeName, kubeconfig, sandboxed and defaultNamespaces are for the cluster as the source of pods.
+	// nodeName, kubeconfig, sandboxed and defaultNamespaces apply if the cluster says which pods take
+	// part.
 	nodeName          string
 	kubeconfig        string
 	sandboxed         patterns
@@ -33,9 +34,9 @@ type config struct {
 	kernelFlags
 	logFormat string
 	logLevel  string
-	// metricsAddress is where metrics are served, healthAddress where probes are
-	// answered; empty: nowhere. They are two, so that nobody who asks for metrics
-	// keeps a probe waiting.
+	// metricsAddress serves metrics, healthAddress answers probes; empty serves
+	// nothing. They must differ, so that nobody who asks for metrics keeps a
+	// probe waiting.
 	metricsAddress string
 	healthAddress  string
 	policyLease    time.Duration
@@ -56,17 +57,17 @@ func defaults() config {
 	}
 }
 
-// register makes the flags of run.
+// register adds the flags of run.
 func (c *config) register(cmd *cobra.Command) {
 	flags, d := cmd.Flags(), &c.datapath
 	runDirVar(cmd, &c.runDir)
 	flags.StringVar(&c.nodeName, "node-name", c.nodeName,
-		"`name` of this node in the cluster whose API server says what the pods ask for; this or --pods-file is required")
+		"`name` of this node in the cluster, whose API server says which pods take part; this or --pods-file is required")
 	fileVar(cmd, &c.kubeconfig, "kubeconfig", "kubeconfig `file` for the API server (default the service account of the agent's pod)")
-	flags.Var(&c.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own, separated by commas")
+	flags.Var(&c.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own and so stay on TCP, separated by commas")
 	flags.Var(&c.defaultNamespaces, "default-namespaces",
-		"label `selector` of namespaces whose pods are opted in unless an annotation of theirs or of the namespace says otherwise (default none)")
-	fileVar(cmd, &c.podsFile, "pods-file", "YAML `file` with the annotations of the pods of a machine without a cluster")
+		"label `selector` of namespaces whose pods are opted in, unless an annotation of the pod or the namespace says otherwise (default none)")
+	fileVar(cmd, &c.podsFile, "pods-file", "YAML `file` with the annotations of pods, for a machine without a cluster")
 	dirVar(cmd, &c.proc, "proc", "`directory` where the procfs of the node is mounted")
 	c.kernelFlags.register(cmd)
 	choiceVar(cmd, &c.logFormat, "log-format", "", "`form` of the log: auto, text or json; auto is text on a terminal", "auto", "text", "json")
@@ -77,27 +78,28 @@ func (c *config) register(cmd *cobra.Command) {
 		"TCP `address` such as 127.0.0.1:19470 for /healthz and /readyz, another one than for metrics (default none)")
 	dirVar(cmd, &d.PinDir, "pin-dir", "`directory` of a bpffs for the kernel objects")
 	flags.BoolVar(&d.MountBPFFS, "mount-bpffs", d.MountBPFFS,
-		"mount a bpffs for the pin directory where there is none, on /sys/fs/bpf or an empty directory below it; in a container it would end with it")
-	dirVar(cmd, &d.Cgroup, "cgroup", "cgroup2 `directory` whose processes are seen (default the cgroup2 mount)")
+		"mount a bpffs for the pin directory if there is none, on /sys/fs/bpf or an empty directory below it; in a container the mount would end with the container")
+	dirVar(cmd, &d.Cgroup, "cgroup", "cgroup2 `directory`: connections of the processes below it can be paired (default the cgroup2 mount)")
 	flags.Uint32Var(&d.Budget, "budget", d.Budget,
-		"`bytes` the receiver of one direction may leave unread before its sender is put on TCP; each message counts 1024 more")
-	flags.Uint64Var(&d.PodBudget, "pod-budget", d.PodBudget, "the same for all receivers of a pod together, in `bytes`")
+		"`bytes` that the receiver of one direction may leave unread; more goes by TCP; each message counts 1024 more")
+	flags.Uint64Var(&d.PodBudget, "pod-budget", d.PodBudget, "`bytes` that all receivers of a pod together may leave unread, see --budget")
 	flags.DurationVar(&d.RefreshInterval, "refresh-interval", d.RefreshInterval,
-		"how long a direction may do without TCP, so that conntrack and the like do not forget its connection; 0 is for ever")
+		"send one message by TCP when a direction has sent none that way for so long, so that conntrack and the like do not forget the connection; 0 is never")
 	flags.DurationVar(&c.policyLease, "policy-lease", c.policyLease,
-		"how long the policy in the kernel is trusted after the agent could last vouch for it; then all goes by TCP; 0 is for ever")
-	flags.Uint32Var(&d.TrialReads, "trial-reads", d.TrialReads, "`number` of recv calls that a receiver has to make before anything is redirected to it")
+		"how long the policy in the kernel is trusted after the agent last confirmed it; then all goes by TCP; 0 is for ever")
+	flags.Uint32Var(&d.TrialReads, "trial-reads", d.TrialReads, "`number` of recv calls that a receiver must make on TCP before anything is sent to it by the shortcut")
 	flags.Uint32Var(&d.TrialDrains, "trial-drains", d.TrialDrains,
-		"`number` of recv calls that find nothing, after one that was not filled, before anything is redirected to a receiver that waits for edges of epoll")
+		"`number` of times that a receiver with edge-triggered epoll must read until nothing is left, before anything is sent to it by the shortcut")
 	flags.Uint32Var(&d.TrialBytes, "trial-bytes", d.TrialBytes,
-		"`bytes` that a receiver has to take by recv of bursts above 4 KiB before such are redirected to it; 0 also lets bursts grow")
-	flags.Uint32Var(&d.MaxPolicies, "max-policies", d.MaxPolicies, "`size` of the policy map; the maps of pods follow from it")
-	flags.Uint32Var(&d.MaxFlows, "max-flows", d.MaxFlows, "`size` of the map of connections; those of sockets and of unfinished handshakes follow from it")
-	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, to keep the plugin's entry in (default none)")
+		"`bytes` of bursts above 4 KiB that a receiver must read with recv on TCP before such bursts are sent to it by the shortcut; 0 allows bursts of any size")
+	flags.Uint32Var(&d.MaxPolicies, "max-policies", d.MaxPolicies, "`entries` of the kernel map of policies; the sizes of the maps of pods follow from it")
+	flags.Uint32Var(&d.MaxFlows, "max-flows", d.MaxFlows, "`entries` of the kernel map of paired connections; the sizes of the maps of sockets and of unfinished handshakes follow from it")
+	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, which the plugin's entry is kept in (default none)")
 	dirVar(cmd, &c.cni.BinDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
 }
 
-// complete adds what follows from the flags, and checks all. It touches nothing.
+// complete derives the remaining settings from the flags, and checks all of them. It
+// changes nothing on the node.
 func (c *config) complete() error {
 	self, err := os.Executable()
 	if err != nil {
@@ -143,7 +145,7 @@ func (c config) validate() error {
 
 func newLogger(w io.Writer, cfg config) *slog.Logger {
 	var level slog.Level
-	_ = level.UnmarshalText([]byte(cfg.logLevel)) // those that the flag accepts are levels
+	_ = level.UnmarshalText([]byte(cfg.logLevel)) // the flag accepts levels only
 	options := &slog.HandlerOptions{Level: level}
 	if cfg.logFormat == "text" || cfg.logFormat == "auto" && isTerminal(w) {
 		return slog.New(slog.NewTextHandler(w, options))

@@ -18,25 +18,26 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// guardsHelp is for the commands that take kernelFlags.
-const guardsHelp = `Guards see a call before it is served, on kernels that allow trampolines. They
-are used where the kernel has the hazard; --disable-guards leaves some out:
-  fionread  a socket that uses FIONREAD stays on TCP, where the kernel does not
-            count redirected bytes
-  flags     MSG_WAITALL and MSG_OOB are seen before they are served
-  splice    splice from a shortcut socket fails with EINVAL; every read and write
-            of a file on the node passes this guard
-  ulp       TCP_ULP (kTLS) on a shortcut socket fails with ENOENT`
+// guardsHelp explains guards in the help of commands that have kernelFlags.
+const guardsHelp = `Guards are kernel programs that see a call which does not work on the shortcut
+before the kernel serves it. A guard is used if this kernel has its hazard and
+can run it. --disable-guards leaves some out:
+  fionread  a connection whose reader calls FIONREAD stays on TCP
+  flags     a connection that uses MSG_WAITALL or MSG_OOB stays on TCP
+  splice    splice fails with EINVAL, so that programs read and write instead;
+            this guard runs for every read and write of a file on the node
+  ulp       TCP_ULP (kTLS) fails with ENOENT, so that programs encrypt themselves`
 
 func newDoctorCommand() *cobra.Command {
 	f := defaults().kernelFlags
 	var output string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Show how this kernel serves the shortcut, and whether pods would take part",
-		Long: `Measures on connections of its own how this kernel serves shortcut sockets. It
-needs root but no agent, and changes nothing on the node. It ends with status 0
-if pods would take part with these flags, with 4 if this kernel keeps them out.
+		Short: "Test this kernel, and show whether pods would take part on it",
+		Long: `Tests, on connections of its own, what this kernel does differently on the shortcut
+than on TCP (hazards). It needs root but no agent, and changes nothing on the node.
+The exit status is 0 if pods would take part with these flags, and 4 if this kernel
+keeps them on TCP.
 
 ` + guardsHelp,
 		Example: `  podshunt-agent doctor
@@ -46,7 +47,8 @@ if pods would take part with these flags, with 4 if this kernel keeps them out.
 			if err := f.validate(); err != nil {
 				return usageError(err)
 			}
-			// Without it every kernel looks like one that lacks all.
+			// To other users, every kernel looks as if it lacked
+			// everything.
 			if os.Geteuid() != 0 {
 				return errors.New("doctor loads programs into the kernel to try it: run it as root")
 			}
@@ -69,7 +71,7 @@ if pods would take part with these flags, with 4 if this kernel keeps them out.
 	return cmd
 }
 
-// kernelFlags say what a kernel must be like.
+// kernelFlags say which kernels pods may take part on, and which guards may be used.
 type kernelFlags struct {
 	hazards        string // refuse or accept
 	disabledGuards []string
@@ -77,10 +79,10 @@ type kernelFlags struct {
 
 func (f *kernelFlags) register(cmd *cobra.Command) {
 	choiceVar(cmd, &f.hazards, "kernel-hazards", "",
-		"`word` on a kernel that serves shortcut sockets differently from TCP: refuse or accept; with accept the programs break that \"podshunt-agent doctor\" names",
+		"`action` on kernels where programs break on the shortcut: refuse keeps all pods on TCP; accept lets them take part, and the programs that \"podshunt-agent doctor\" names break",
 		"refuse", "accept")
 	names := datapath.GuardNames()
-	cmd.Flags().StringSliceVar(&f.disabledGuards, "disable-guards", nil, "`guards` that are not used, separated by commas: "+strings.Join(names, ", "))
+	cmd.Flags().StringSliceVar(&f.disabledGuards, "disable-guards", nil, "`guards` to leave out, separated by commas: "+strings.Join(names, ", "))
 	completeWords(cmd, "disable-guards", names)
 }
 
@@ -94,7 +96,7 @@ func (f *kernelFlags) validate() error {
 	return nil
 }
 
-// kernelReport measures this kernel. Nothing of the node is touched.
+// kernelReport measures this kernel. It changes nothing on the node.
 func (f *kernelFlags) kernelReport() api.KernelReport {
 	e := api.KernelReport{
 		TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindKernelReport},
@@ -128,12 +130,12 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(uname.Release[:])
 }
 
-// present tells whether a hazard was found.
+// present reports whether a hazard was found.
 func present(hazards []api.Hazard, name string) bool {
 	return slices.ContainsFunc(hazards, func(h api.Hazard) bool { return h.Name == name && h.Present })
 }
 
-// guardsIn returns the guards that work and that this kernel needs.
+// guardsIn returns the guards that this kernel needs and that work on it.
 func guardsIn(hazards []api.Hazard) []string {
 	var guards []string
 	for _, h := range hazards {
@@ -144,8 +146,8 @@ func guardsIn(hazards []api.Hazard) []string {
 	return guards
 }
 
-// refuseHazards returns why no pod may take part on this kernel, or "". It says who
-// would notice, so that nobody accepts a hazard without knowing that.
+// refuseHazards returns why no pod may take part on this kernel, or "". It names the
+// programs that would break, so that nobody accepts a hazard without knowing them.
 func refuseHazards(hazards []api.Hazard) string {
 	var names, consequences []string
 	for _, h := range hazards {
@@ -164,7 +166,7 @@ func refuseHazards(hazards []api.Hazard) string {
 		strings.Join(names, ", "), strings.Join(consequences, "; "))
 }
 
-// refusal says why no pod would take part.
+// refusal returns the error of doctor if no pod would take part.
 func refusal(e api.KernelReport) error {
 	verb := "would"
 	if e.Reason == api.KernelLacksFeatures {

@@ -15,26 +15,26 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// runDirVar adds the flag that tells where the agent of the node is.
+// runDirVar adds --run-dir, by which commands find the agent of the node.
 func runDirVar(cmd *cobra.Command, value *string) {
 	*value = api.RunDir
 	dirVar(cmd, value, "run-dir", "`directory` of the agent's socket, lock and attachments")
 }
 
-// outputVar adds the flag for people or programs.
+// outputVar adds --output: a table for people, or JSON for programs.
 func outputVar(cmd *cobra.Command, value *string) {
 	*value = "text"
 	choiceVar(cmd, value, "output", "o", "`form` of what is printed: text or json", "text", "json")
 }
 
 // dirVar adds a flag that a shell completes with directories. Its default is the
-// present value.
+// value it points to.
 func dirVar(cmd *cobra.Command, value *string, name, usage string) {
 	cmd.Flags().StringVar(value, name, *value, usage)
 	_ = cmd.MarkFlagDirname(name) // it fails for a flag that is not there
 }
 
-// fileVar is the same for files.
+// fileVar adds a flag that a shell completes with files.
 func fileVar(cmd *cobra.Command, value *string, name, usage string) {
 	cmd.Flags().StringVar(value, name, *value, usage)
 	_ = cmd.MarkFlagFilename(name) // it fails for a flag that is not there
@@ -46,9 +46,9 @@ func choiceVar(cmd *cobra.Command, value *string, name, shorthand, usage string,
 	completeWords(cmd, name, accepted)
 }
 
-// completeWords lets a shell complete a flag.
+// completeWords lets a shell complete a flag with some words.
 func completeWords(cmd *cobra.Command, name string, words []string) {
-	// It fails for a flag that is not there, or that has words already.
+	// This fails for a flag that does not exist, or that has words already.
 	_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
 }
 
@@ -72,7 +72,7 @@ func (c *choice) Set(text string) error {
 	return nil
 }
 
-// patterns is a flag with patterns as of path.Match.
+// patterns is a flag that lists patterns as path.Match takes them.
 type patterns []string
 
 var _ pflag.Value = (*patterns)(nil)
@@ -103,7 +103,7 @@ func noArgs(_ *cobra.Command, args []string) error {
 	return nil
 }
 
-// flagError says what is accepted instead of a wrong flag.
+// flagError returns the error for a wrong flag, which says what is accepted.
 func flagError(cmd *cobra.Command, err error) error {
 	if !cmd.HasParent() && cmd.Flags().NArg() > 0 {
 		return commandError(cmd, cmd.Flags().Args()) // its flags cannot be known
@@ -139,7 +139,7 @@ func acceptedFlags(flags *pflag.FlagSet) []string {
 	return names
 }
 
-// accepted says what a flag accepts, if the error of its library does not.
+// accepted adds to an error what a flag accepts, if the flag's library has not.
 func accepted(flag *pflag.Flag, err error) error {
 	switch flag.Value.Type() {
 	case "bool":
@@ -154,7 +154,8 @@ func accepted(flag *pflag.Flag, err error) error {
 	return err
 }
 
-// commandError says what is accepted instead of no command, or of an unknown one.
+// commandError returns the error for a missing or unknown command, which lists the
+// commands.
 func commandError(root *cobra.Command, args []string) error {
 	var names []string
 	for _, c := range root.Commands() {

@@ -17,10 +17,13 @@ func newFlowsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "flows",
 		Short: "Show the TCP connections of the pods that take part",
-		Long: `Shows the open TCP connections of the pods of this node that take part. A
-connection that is paired has a line for each direction: the way of its latest
-message, bytes by the shortcut and by TCP, and the last reason for TCP. One that
-is not paired has one line that says why.`,
+		Long: `Shows the open TCP connections of the pods of this node that take part.
+
+A connection that can use the shortcut ("paired") has a line for each direction:
+how its latest message went, bytes by the shortcut and by TCP, and why the last
+message that went by TCP did. Any other connection has one line that says why it
+stays on TCP. "via" is the address that the client connected to, if it is not the
+server's own, as with a Service.`,
 		Example: `  podshunt-agent flows
   podshunt-agent flows --pod=default/web --port=8080
   podshunt-agent flows --output=json`,

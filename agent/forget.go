@@ -18,10 +18,14 @@ func newForgetCommand() *cobra.Command {
 	var req api.Selector
 	cmd := &cobra.Command{
 		Use:   "forget [NAMESPACE/NAME [PORT]]",
-		Short: "Pair connections again that were found not to fit",
-		Long: `Forgets what connections to server ports have used that the shortcut does not
-serve: those of one port of a pod, those of a pod, or all. New connections to
-these ports are paired again. "podshunt-agent status" lists them as NOT PAIRED.`,
+		Short: "Let connections to unsupported server ports be paired again",
+		Long: `A server port is unsupported once a connection to it has used a call that does
+not work on the shortcut, such as splice: new connections to it stay on TCP.
+"podshunt-agent status" lists such ports under NOT PAIRED.
+
+This forgets one port of a pod, all ports of a pod, or all ports of the node, so
+that new connections to them can be paired again. Use it after a change of the
+program. A port whose program makes such a call again is unsupported again.`,
 		Example: `  podshunt-agent forget
   podshunt-agent forget default/web
   podshunt-agent forget default/web 8080`,
@@ -63,7 +67,7 @@ func parseForget(args []string) (api.Selector, error) {
 	return req, nil
 }
 
-// checkPod accepts a namespace and a name.
+// checkPod returns an error unless pod is NAMESPACE/NAME.
 func checkPod(pod string) error {
 	if namespace, name, ok := strings.Cut(pod, "/"); !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return fmt.Errorf("pod %q: accepted is namespace/name", pod)

@@ -405,8 +405,8 @@ func TestForget(t *testing.T) {
 	}
 	again := mustConnect(t, client, web, l)
 	again.mustPing(t)
-	wantDiff(t, "reason", "a connection to this server port used SO_ZEROCOPY, which the shortcut does not serve: "+
-		"`podshunt-agent forget` pairs new ones again", again.flow(t, a).Message)
+	wantDiff(t, "reason", "an earlier connection to this server port used SO_ZEROCOPY, which does not work on the shortcut: "+
+		"`podshunt-agent forget` lets new ones be paired again", again.flow(t, a).Message)
 
 	forget := func(args ...string) (string, error) {
 		var out bytes.Buffer

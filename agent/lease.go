@@ -19,7 +19,7 @@ import (
 type lease struct {
 	datapath leased
 	length   time.Duration // 0: trusted for ever
-	// vouch returns why the policy must not be relied on.
+	// vouch returns an error if the policy must not be relied on.
 	vouch func(now time.Time) error
 	log   *slog.Logger
 
@@ -27,7 +27,7 @@ type lease struct {
 	err error // of the last try
 }
 
-// leased is the part of a Datapath that a lease is of.
+// leased is the part of a Datapath that a lease uses.
 type leased interface {
 	SetLease(time.Duration) error
 	Lease() (time.Time, error)
@@ -53,8 +53,8 @@ func (l *lease) run(ctx context.Context) error {
 	}
 }
 
-// begin leaves alone what the agent before has left of its lease, so that agents
-// which start over and over do not make an old policy trusted for ever.
+// begin does not extend what is left of the former agent's lease: otherwise agents
+// that restart over and over would keep an old policy trusted for ever.
 func (l *lease) begin() error {
 	until, err := l.datapath.Lease()
 	if err == nil && until.IsZero() != (l.length == 0) {
@@ -82,7 +82,7 @@ func (l *lease) renew(now time.Time) {
 	l.err = err
 }
 
-// state is for the status; nil if the policy is trusted for ever.
+// state returns the lease for the status, or nil if the policy is trusted for ever.
 func (l *lease) state() *api.Lease {
 	until, err := l.datapath.Lease()
 	if err != nil || until.IsZero() {

@@ -13,11 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errLocked says that another process owns the pins.
+// errLocked says that another agent uses the run directory.
 var errLocked = errors.New("another podshunt-agent is running")
 
-// lockRunDir makes this process the one that owns the pins, until the returned
-// file is closed or the process ends. It returns errLocked if there is another.
+// lockRunDir makes this process the only agent with the run directory, until the
+// returned file is closed or the process ends. It returns errLocked if another one
+// has it.
 func lockRunDir(dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err

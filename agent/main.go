@@ -29,7 +29,7 @@ const (
 	exitTimedOut = 5
 )
 
-// statusError is an error with another exit status than exitError.
+// statusError is an error that ends the process with another status than exitError.
 type statusError struct {
 	error
 	status int
@@ -37,7 +37,7 @@ type statusError struct {
 
 func (e statusError) Unwrap() error { return e.error }
 
-// usageError marks an error, if there is one, as one of whoever called the command.
+// usageError gives an error the exit status of wrong usage; nil stays nil.
 func usageError(err error) error {
 	if err == nil {
 		return nil
@@ -67,7 +67,7 @@ func exitStatus(err error) int {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root := newRootCommand()
-	root.SetArgs(append([]string{}, args...)) // nil would stand for os.Args
+	root.SetArgs(append([]string{}, args...)) // nil would mean os.Args
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	begun := false
@@ -84,15 +84,15 @@ func newRootCommand() *cobra.Command {
 		Use:   "podshunt-agent",
 		Short: "Let TCP between opted-in pods of one node skip the TCP/IP stack",
 		Long: `podshunt-agent lets TCP between opted-in pods of one node skip the TCP/IP stack.
-"run" is the agent; the other commands ask the agent of this node, or work on the
-node themselves where none runs.
+"run" is the agent; the other commands ask the agent of this node, or do the work
+themselves if none runs.
 
 Exit statuses:
   0  done
   1  error; also: done on some nodes only
   2  wrong command, flag or argument: nothing was done
   3  no agent: nobody listens on its socket
-  4  refused: "doctor" on a kernel that keeps pods on TCP
+  4  refused: "doctor", on a kernel that keeps pods on TCP
   5  timed out: the agent has not answered, or connections have not read, in time`,
 		Example: `  podshunt-agent doctor
   podshunt-agent run --node-name=worker-1
@@ -100,7 +100,7 @@ Exit statuses:
 		Version:       version,
 		SilenceErrors: true, // main prints them
 		SilenceUsage:  true,
-		Args:          cobra.ArbitraryArgs, // what is no command comes to RunE
+		Args:          cobra.ArbitraryArgs, // unknown commands get to RunE
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return usageError(commandError(cmd, args))
 		},

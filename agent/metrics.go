@@ -15,8 +15,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// newMetrics returns the metrics of an agent. fixed is the part of its status
-// that does not change.
+// newMetrics returns the metrics of an agent. fixed has the parts of its status that
+// do not change.
 func newMetrics(d *datapath.Datapath, fixed api.Status, snapshot func() pods.Snapshot, unloaded func() bool, lease func() *api.Lease) *prometheus.Registry {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
@@ -28,8 +28,8 @@ func newMetrics(d *datapath.Datapath, fixed api.Status, snapshot func() pods.Sna
 	return registry
 }
 
-// statusCollector gives what `podshunt-agent status` shows to Prometheus, but
-// for what the datapath counts.
+// statusCollector exports what `podshunt-agent status` shows to Prometheus, except
+// the counters, which datapath.NewCollector exports.
 type statusCollector struct {
 	fixed    api.Status
 	snapshot func() pods.Snapshot
@@ -45,13 +45,13 @@ func newStatusCollector(fixed api.Status, snapshot func() pods.Snapshot, unloade
 	}
 	return &statusCollector{
 		fixed: fixed, snapshot: snapshot, unloaded: unloaded, lease: lease,
-		info:        desc("build_info", "Always 1: what runs here.", "version", "go_version", "kernel", "observer"),
-		pods:        desc("pods", "Pods of this node that the agent knows, by what becomes of their connections.", "state"),
-		hazard:      desc("kernel_hazard", "Whether this kernel was found to serve shortcut sockets differently from TCP.", "hazard", "fatal"),
+		info:        desc("build_info", "Always 1; the labels say what runs here.", "version", "go_version", "kernel", "observer"),
+		pods:        desc("pods", "Pods of this node that the agent knows, by state.", "state"),
+		hazard:      desc("kernel_hazard", "Whether this kernel has the hazard: it does something differently on the shortcut than on TCP.", "hazard", "fatal"),
 		accepted:    desc("kernel_hazards_accepted", "Whether fatal hazards are accepted (--kernel-hazards=accept)."),
-		sourceError: desc("source_error", "Whether what pods ask for cannot be read at present: the last good content stays in force."),
-		policyError: desc("policy_error", "Whether the policy map of the kernel is not complete: what is missing stays on TCP."),
-		leaseLeft:   desc("policy_lease_seconds", "How long the policy in the kernel is still trusted; below 0 all connections go by TCP. None if it is trusted for ever."),
+		sourceError: desc("source_error", "Whether the source of what pods ask for cannot be read: the last known state stays in force."),
+		policyError: desc("policy_error", "Whether the kernel's map of policies is incomplete: what is missing stays on TCP."),
+		leaseLeft:   desc("policy_lease_seconds", "For how many seconds the policy in the kernel is still trusted; below 0 all connections go by TCP. Absent if it is trusted for ever."),
 		isUnloaded:  desc("unloaded", "Whether podshunt was unloaded: nothing is shortcut until the agent is started again."),
 	}
 }
@@ -110,13 +110,13 @@ func number(b bool) float64 {
 	return 0
 }
 
-// measured are attachments whose requests are timed.
+// measured wraps server.Attachments and measures how long requests take.
 type measured struct {
 	server.Attachments
 	seconds *prometheus.HistogramVec
 }
 
-// measure times the requests that the plugin makes of attachments.
+// measure makes a histogram of how long the plugin's requests take.
 func measure(attachments server.Attachments, registry prometheus.Registerer) measured {
 	m := measured{attachments, prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "podshunt_plugin_request_duration_seconds",

@@ -11,16 +11,17 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 )
 
-// newMountCommand is for an init container: the agent itself has no business in
-// the node's mount namespace.
+// newMountCommand makes a command for an init container, so that the agent itself
+// need not enter the node's mount namespace.
 func newMountCommand() *cobra.Command {
 	pinDir, namespace := defaults().datapath.PinDir, "/proc/1/ns/mnt"
 	cmd := &cobra.Command{
 		Use:   "mount-bpffs",
-		Short: "Mount the file system that keeps the kernel objects, where there is none",
-		Long: `Mounts a bpffs on the parent of the pin directory, in the mount namespace of the
-node, if there is none: on /sys/fs/bpf, or on an empty directory below it. The
-chart runs it before the agent, whose own mounts would end with its container.`,
+		Short: "Mount the file system for the kernel objects, if there is none",
+		Long: `The kernel objects live in a file system of type bpf (a bpffs). If the parent of the
+pin directory is in none, this mounts one there, in the mount namespace of the node:
+on /sys/fs/bpf, or on an empty directory below it. The chart runs this before the
+agent, whose own mounts would end with its container.`,
 		Example: `  podshunt-agent mount-bpffs
   podshunt-agent mount-bpffs --pin-dir=/sys/fs/bpf/podshunt`,
 		Args: noArgs,

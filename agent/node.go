@@ -29,13 +29,14 @@ type node struct {
 	datapath   *datapath.Datapath
 	installer  *cniconf.Installer // nil if the plugin is not to be installed
 	log        *slog.Logger
-	// attachmentsDir and proc are where a force finds network namespaces.
+	// attachmentsDir and proc are where an unload with force looks for network
+	// namespaces.
 	attachmentsDir, proc string
-	// fixed is the part of the status that does not change.
+	// fixed has the parts of the status that do not change.
 	fixed    api.Status
 	lease    *lease
 	unloaded atomic.Bool
-	listing  sync.Mutex // held while sockets are listed: one asker at a time
+	listing  sync.Mutex // held by Flows: its requests wait for each other
 }
 
 var _ server.Node = (*node)(nil)
@@ -101,8 +102,8 @@ func (n *node) Forget(req api.Selector) (api.ForgetResult, error) {
 	return api.ForgetResult{Forgotten: forgotten}, err
 }
 
-// Flows returns the paired connections, and those of opted-in pods that are not
-// paired with the reason, as far as they are chosen.
+// Flows returns the chosen connections of pods that want to take part, paired or
+// not.
 func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, error) {
 	n.listing.Lock()
 	defer n.listing.Unlock()
@@ -112,7 +113,7 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 		return nil, err
 	}
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
-	// Asked before and after, because connections come and go while sockets are listed.
+	// Read before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
 		return nil, err
@@ -155,9 +156,9 @@ func (n *node) sockets(ctx context.Context, all []pods.Pod) ([]explain.Socket, e
 	return slices.Concat(found...), err
 }
 
-// Unload takes everything out of the kernel. The agent does nothing any more
-// after it, whether it succeeds or not. With force, connections that have not
-// read in time are reset.
+// Unload takes everything out of the kernel. The agent does nothing more after it,
+// even if it fails. With force, connections that have not read before ctx ends are
+// reset.
 func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error) {
 	n.unloaded.Store(true)
 	n.reconciler.Stop("podshunt was unloaded: restart the agent to take part again")
@@ -166,8 +167,8 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
 }
 
-// Uninstall takes the plugin out of the CNI configuration first, so that no new
-// pod asks for an agent that does nothing any more, and unloads.
+// Uninstall takes the plugin out of the CNI configuration, and then unloads. In this
+// order, no new pod asks an agent that does nothing more.
 func (n *node) Uninstall(ctx context.Context, force bool) (api.UnloadResult, error) {
 	var remarks []string
 	if n.installer != nil {
@@ -181,8 +182,8 @@ func (n *node) Uninstall(ctx context.Context, force bool) (api.UnloadResult, err
 	return result, err
 }
 
-// ready returns why the kernel objects are not there. That no pod may take part
-// is no such reason: the agent does all that it should.
+// ready returns an error if the kernel objects are not loaded. It returns nil if no
+// pod may take part: the agent still does all that it should.
 func (n *node) ready() error {
 	if n.unloaded.Load() {
 		return errors.New("unloaded: nothing is shortcut until the agent is started again")

@@ -20,11 +20,11 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// resetTimeout bounds what --force does after the timeout: resetting takes
-// moments, and so does the end of an unload that waits for nobody.
+// resetTimeout bounds what --force does after the timeout: to reset connections and
+// to complete the unload, both of which take moments.
 const resetTimeout = 30 * time.Second
 
-// unloader is an unload and what it needs to reset connections.
+// unloader runs an unload, and has what it needs to reset connections.
 type unloader struct {
 	datapath       *datapath.Datapath
 	view           *explain.View
@@ -33,8 +33,8 @@ type unloader struct {
 	proc           string
 }
 
-// run unloads. With force it resets the connections that do not read what was
-// redirected before ctx ends, and goes on.
+// run unloads. With force, it resets connections that have not read their redirected
+// bytes when ctx ends, and then completes the unload.
 func (u unloader) run(ctx context.Context) (api.UnloadResult, error) {
 	waiting, err := u.datapath.Unload(ctx)
 	result := api.UnloadResult{Waiting: u.view.Paired(waiting)}
@@ -60,9 +60,9 @@ func (u unloader) run(ctx context.Context) (api.UnloadResult, error) {
 	return result, err
 }
 
-// reset resets the sockets of flows that have redirected bytes to read. It
-// returns the flows of those that it has reset, the flows that have come to an
-// end by themselves, and why there are others.
+// reset resets the sockets of flows that have redirected bytes to read. It returns
+// the flows that it has reset, those that have ended by themselves, and an error if
+// there are others.
 func (u unloader) reset(flows []datapath.Flow) (reset, over []datapath.Flow, err error) {
 	sockets := map[uint64]map[uint64]bool{} // by netns: those to reset
 	want := func(netns, cookie uint64, redirected bool) {
@@ -102,8 +102,8 @@ func (u unloader) reset(flows []datapath.Flow) (reset, over []datapath.Flow, err
 	return reset, over, errors.Join(errs...)
 }
 
-// netnsPaths finds network namespaces by their cookies: those of the pods that
-// the agent knows, of attachments that it left, and of processes.
+// netnsPaths finds network namespaces by their cookies, among the pods that the
+// agent knows, the attachments, and the processes of the node.
 func (u unloader) netnsPaths(wanted map[uint64]map[uint64]bool) map[uint64]string {
 	found := map[uint64]string{}
 	try := func(path string) {
@@ -145,8 +145,9 @@ func (u unloader) netnsPaths(wanted map[uint64]map[uint64]bool) map[uint64]strin
 	return found
 }
 
-// resetSockets resets the TCP sockets with these cookies in the network namespace
-// at path, and notes them in done. Those that are not there have been closed.
+// resetSockets resets the TCP sockets with the wanted cookies in the network
+// namespace at path, and notes them in done. It ignores sockets that are gone: they
+// have been closed.
 func resetSockets(path string, wanted, done map[uint64]bool) error {
 	conn, err := diag.Open(path)
 	if err != nil {
@@ -176,8 +177,8 @@ func resetSockets(path string, wanted, done map[uint64]bool) error {
 	return nil
 }
 
-// listAll lists the sockets in any state. A list that was interrupted may lack some,
-// and is asked for again.
+// listAll lists the sockets in any state. It asks again if the kernel interrupted a
+// list, which may then lack some.
 func listAll(conn *diag.Conn) (found []diag.Socket, err error) {
 	for range 10 {
 		found, err = conn.List(diag.All)

@@ -225,7 +225,7 @@ func testForce(t *testing.T, family string, running bool) {
 	}
 	want := `^reset, as they had not read what was sent by the shortcut after 300ms:\nCLIENT [^\n]*\n[^\n]*` +
 		regexp.QuoteMeta(bad.client.LocalAddr().String()) + ` [^\n]*\n[^\n]*\n` +
-		`unloaded: nothing of podshunt is left in the kernel but what [12] sockets of closed connections need to read what is theirs: it goes when their programs close them\n$`
+		`unloaded: nothing of podshunt is left in the kernel except what [12] sockets of ended connections need to read their last bytes: it goes when their programs close them\n$`
 	if !regexp.MustCompile(want).MatchString(out) {
 		t.Errorf("got\n%s\nwant\n%s", out, want)
 	}

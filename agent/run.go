@@ -27,9 +27,10 @@ import (
 )
 
 const (
-	// sweepInterval is how often what handshakes have left is looked through.
+	// sweepInterval is the time between two sweeps of the datapath.
 	sweepInterval = 30 * time.Second
-	// handshakeAge is when one has surely ended: a SYN is retried for longer, but writes its entry again.
+	// handshakeAge is the age at which a sweep deletes the entries of a handshake. A client may retry its
+	// SYN for longer, but each SYN writes a new entry.
 	handshakeAge = time.Minute
 )
 
@@ -37,14 +38,15 @@ func newRunCommand() *cobra.Command {
 	cfg := defaults()
 	cmd := &cobra.Command{
 		Use:   "run",
-		Short: "Be the agent of this node",
-		Long: `Runs the agent of this node, as root, until it is told to end by SIGTERM or SIGINT.
-Connections go on when it has ended, and the next one takes them over;
-"podshunt-agent unload" takes them out of the kernel.
+		Short: "Run the agent of this node",
+		Long: `Runs the agent of this node, as root, until SIGTERM or SIGINT. After that,
+connections go on as they are, and the next agent takes them over. "podshunt-agent
+unload" takes podshunt out of the kernel.
 
-The cluster (--node-name) or a file (--pods-file) says which pods take part. With
---cni-conf-dir and --cni-bin-dir it puts the CNI plugin, podshunt beside this
-program, into the container runtime's configuration and keeps it there.
+Either the cluster (--node-name) or a file (--pods-file) says which pods take part.
+With --cni-conf-dir and --cni-bin-dir the agent installs the CNI plugin, the program
+podshunt beside this one, in the container runtime's configuration, and keeps it
+there.
 
 ` + guardsHelp,
 		Example: `  podshunt-agent run --node-name=worker-1
@@ -62,7 +64,7 @@ program, into the container runtime's configuration and keeps it there.
 	return cmd
 }
 
-// runAgent is the agent until ctx ends.
+// runAgent runs the agent until ctx ends.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	lock, err := lockRunDir(cfg.runDir)
 	if err != nil {
@@ -109,7 +111,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	reconciler.Sync()
 	n := newNode(reconciler, d, cfg, kernelReport, log)
 	n.lease = &lease{datapath: d, length: cfg.policyLease, log: log, vouch: func(now time.Time) error {
-		// An agent that hangs vouches for nothing.
+		// An agent that hangs must not vouch for the policy.
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
 	if cfg.cni.ConfDir != "" {
@@ -144,7 +146,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		}
 		l, err := net.Listen("tcp", port.address)
 		if err != nil {
-			// What is served already ends with the group.
+			// Stop what the group serves already.
 			stop()
 			return errors.Join(fmt.Errorf("listen for --%s: %w", port.flag, err), listener.Close(), group.Wait())
 		}
@@ -163,11 +165,11 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	return err
 }
 
-// source is a pods.Source with what main has to do for it.
+// source is a pods.Source with the functions that main needs of it.
 type source struct {
 	pods.Source
 	run    func(context.Context) error
-	report func([]pods.Pod) // nil if nobody is told
+	report func([]pods.Pod) // sends Events; nil without a cluster
 	vouch  func(now time.Time) error
 }
 
@@ -192,7 +194,7 @@ func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 	return source{cluster, cluster.Run, cluster.Report, cluster.Vouch}, nil
 }
 
-// sweep deletes what handshakes that never ended have left, until ctx ends.
+// sweep calls d.Sweep now and then, until ctx ends.
 func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
 	ticker := time.NewTicker(sweepInterval)
 	defer ticker.Stop()
@@ -208,8 +210,8 @@ func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
 	}
 }
 
-// hostNetns returns the cookies of the network namespaces that are no pod's:
-// the agent's own and that of the node.
+// hostNetns returns the cookies of network namespaces that belong to no pod: the
+// agent's own, and the node's.
 func hostNetns(proc string, log *slog.Logger) ([]uint64, error) {
 	node := filepath.Join(proc, "1/ns/net")
 	paths := []string{"/proc/self/ns/net"}

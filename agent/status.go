@@ -20,11 +20,11 @@ func newStatusCommand() *cobra.Command {
 	var runDir, output string
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show what takes part on this node and what does not, and why",
-		Long: `Shows what the agent of this node knows: the kernel and its hazards, the CNI
-configuration, each pod with its state and why it is on TCP, server ports whose
-new connections are not paired, how full the kernel maps are, and a counter for
-every decision of the kernel programs.`,
+		Short: "Show the state of this node: kernel, pods, and why pods stay on TCP",
+		Long: `Shows the state of the agent of this node: the kernel and its hazards (what it
+does differently on the shortcut), the CNI configuration, each pod and why it
+stays on TCP, unsupported server ports (NOT PAIRED), how full the kernel maps are,
+and how often the kernel programs have decided what.`,
 		Example: `  podshunt-agent status
   podshunt-agent status --output=json`,
 		Args: noArgs,

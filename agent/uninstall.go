@@ -19,9 +19,9 @@ import (
 )
 
 const (
-	// uninstallsAtOnce bounds how many nodes are asked at a time.
+	// uninstallsAtOnce bounds the nodes that are uninstalled at a time.
 	uninstallsAtOnce = 16
-	// execTimeout is what an exec may take besides the unload itself.
+	// execTimeout bounds what an exec takes besides the unload itself.
 	execTimeout = 30 * time.Second
 )
 
@@ -29,13 +29,15 @@ func newUninstallCommand() *cobra.Command {
 	f := uninstallFlags{exec: kube.Exec{Parallel: uninstallsAtOnce}}
 	cmd := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Take the plugin out of the CNI configuration, then unload; on all nodes if told so",
+		Short: "Take the plugin out of the CNI configuration, then unload; with --all-nodes everywhere",
 		Long: `Takes podshunt's entry out of the container runtime's CNI configuration, which is
-then byte for byte what it was, and does what "podshunt-agent unload" does.
+then byte for byte as before, and does what "podshunt-agent unload" does. The
+plugin's binary stays, since a runtime may still call it for running pods.
 
-Where an agent runs it is asked, and knows the directories of the runtime; where
-none runs, name them. With --all-nodes it is done in all pods of the agent, by
-way of the API server; this is how the chart uninstalls.`,
+If an agent runs, it does the work, and knows the runtime's directories. If none
+runs, name them with --cni-conf-dir and --cni-bin-dir. With --all-nodes the command
+runs in all pods of the agent, through the API server; this is how the chart
+uninstalls.`,
 		Example: `  podshunt-agent uninstall
   podshunt-agent uninstall --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin
   podshunt-agent uninstall --all-nodes --namespace=podshunt --selector=app.kubernetes.io/name=podshunt`,
@@ -57,7 +59,7 @@ way of the API server; this is how the chart uninstalls.`,
 	return cmd
 }
 
-// uninstallFlags is what the flags of uninstall say.
+// uninstallFlags has the values of uninstall's flags.
 type uninstallFlags struct {
 	unloadFlags
 	confDir, binDir string
@@ -70,7 +72,7 @@ func (f *uninstallFlags) register(cmd *cobra.Command) {
 	dirVar(cmd, &f.confDir, "cni-conf-dir", "`directory` of the runtime's network configurations, if no agent runs")
 	dirVar(cmd, &f.binDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, if no agent runs")
 	flags := cmd.Flags()
-	flags.BoolVar(&f.allNodes, "all-nodes", false, "do it in all pods of the agent, by way of the API server")
+	flags.BoolVar(&f.allNodes, "all-nodes", false, "do it in all pods of the agent, through the API server")
 	fileVar(cmd, &f.exec.Kubeconfig, "kubeconfig", "`file` that says where the API server is (default the service account of this pod)")
 	flags.StringVar(&f.exec.Namespace, "namespace", "", "namespace of the agent's pods, with --all-nodes")
 	flags.StringVar(&f.exec.Selector, "selector", "", "labels of the agent's pods, with --all-nodes")
@@ -87,7 +89,8 @@ func (f *uninstallFlags) check() error {
 	return f.unloadFlags.check()
 }
 
-// restoreCNI is for a node without an agent.
+// restoreCNI takes the plugin out of the CNI configuration of a node without an
+// agent.
 func (f *uninstallFlags) restoreCNI() (remarks []string, err error) {
 	if f.confDir == "" {
 		return nil, nil
@@ -95,7 +98,7 @@ func (f *uninstallFlags) restoreCNI() (remarks []string, err error) {
 	return cniconf.Uninstall(f.confDir, f.binDir, f.log)
 }
 
-// command is what is run in the agent's pods.
+// command returns the command to run in the agents' pods.
 func (f *uninstallFlags) command() []string {
 	return []string{
 		"podshunt-agent", "uninstall", "--run-dir=" + f.runDir, "--pin-dir=" + f.pinDir,
@@ -103,7 +106,7 @@ func (f *uninstallFlags) command() []string {
 	}
 }
 
-// uninstallAll prints what happened on each node.
+// uninstallAll uninstalls on all nodes, and prints what happened on each.
 func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecResult)) error, stdout io.Writer) error {
 	nodes, failed := 0, 0
 	err := run(ctx, func(r kube.ExecResult) {

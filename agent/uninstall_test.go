@@ -80,7 +80,7 @@ func TestUninstall(t *testing.T) {
 	if err := os.WriteFile(multus, []byte(`{"type": "multus", "name": "m", "delegates": [{"plugins": [{"type": "podshunt"}]}]}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	note := fmt.Sprintf("note: %s names podshunt still: if that is its plugin, pods do not start by it once %s is deleted; "+
+	note := fmt.Sprintf("note: %s still names podshunt: if it means the plugin, no pod starts with this file once %s is deleted; "+
 		"let the program that wrote it write it again, or take podshunt out of it, before you delete that binary\n", multus, filepath.Join(binDir, "podshunt"))
 	address, health := mustFreeAddress(t), mustFreeAddress(t)
 	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,

@@ -27,13 +27,13 @@ func newUnloadCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "unload",
 		Short: "Take everything out of this node's kernel without losing a byte",
-		Long: `Takes podshunt out of this node's kernel. Connections go on by TCP. What was sent
-by the shortcut is left to be read first; if that takes longer than --timeout,
-nothing is deleted, the connections that have not read are listed, and new data
-goes by TCP until the agent is started again.
+		Long: `Takes podshunt out of this node's kernel. Connections go on by TCP. First it waits
+until all that was sent by the shortcut has been read. If that takes longer than
+--timeout, it deletes nothing, and lists the connections that have not read; their
+new data goes by TCP until the agent is started again.
 
-Where an agent runs it is asked, and does nothing any more until it is started
-again. Where none runs, what it has left is taken out.`,
+If an agent runs, it does the work, and then nothing more until it is started
+again. If none runs, this command takes out what the last agent has left.`,
 		Example: `  podshunt-agent unload
   podshunt-agent unload --timeout=2m
   podshunt-agent unload --force`,
@@ -50,7 +50,7 @@ again. Where none runs, what it has left is taken out.`,
 	return cmd
 }
 
-// unloadFlags is what unload and uninstall have in common.
+// unloadFlags has the flags that unload and uninstall have in common.
 type unloadFlags struct {
 	runDir, pinDir string
 	timeout        time.Duration
@@ -62,7 +62,7 @@ func (f *unloadFlags) register(cmd *cobra.Command) {
 	runDirVar(cmd, &f.runDir)
 	f.pinDir = defaults().datapath.PinDir
 	dirVar(cmd, &f.pinDir, "pin-dir", "`directory` of the kernel objects, if no agent runs")
-	cmd.Flags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long connections may take to read what was sent by the shortcut")
+	cmd.Flags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long to wait until connections have read what was sent by the shortcut")
 	cmd.Flags().BoolVar(&f.force, "force", false, "reset the connections that take longer, and only these")
 }
 
@@ -73,8 +73,8 @@ func (f *unloadFlags) check() error {
 	return nil
 }
 
-// run asks the agent. Where none runs, it calls first, if given, for what precedes an
-// unload and the remarks on that, and takes the pins out itself.
+// run asks the agent to unload. If none runs, it calls first, unless that is nil, and
+// takes the pins out itself. first returns remarks for the result.
 func (f *unloadFlags) run(ctx context.Context, path string, first func() (remarks []string, err error), stdout io.Writer) error {
 	var result api.UnloadResult
 	query := url.Values{"timeout": {f.timeout.String()}, "force": {strconv.FormatBool(f.force)}}
@@ -125,7 +125,7 @@ func (f *unloadFlags) report(stdout io.Writer, result api.UnloadResult) error {
 	if result.Done {
 		text := "unloaded: nothing of podshunt is left in the kernel"
 		if result.Left > 0 {
-			text += fmt.Sprintf(" but what %d sockets of closed connections need to read what is theirs: it goes when their programs close them", result.Left)
+			text += fmt.Sprintf(" except what %d sockets of ended connections need to read their last bytes: it goes when their programs close them", result.Left)
 		}
 		_, err := fmt.Fprintln(stdout, text)
 		return err
@@ -144,7 +144,7 @@ func (f *unloadFlags) report(stdout io.Writer, result api.UnloadResult) error {
 	return statusError{errors.New(text), exitTimedOut}
 }
 
-// unloadPins unloads what an agent that does not run any more has left.
+// unloadPins unloads what an agent that has ended has left.
 func (f *unloadFlags) unloadPins(ctx context.Context) (api.UnloadResult, error) {
 	d, err := datapath.OpenPins(f.pinDir, f.log)
 	if err != nil {

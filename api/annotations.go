@@ -22,18 +22,19 @@ const (
 	// AnnotationPorts limits which of the pod's own server ports may be
 	// shortcut: ports and ranges, "6379,8000-8010". Without it, all may.
 	AnnotationPorts = AnnotationPrefix + "ports"
-	// AnnotationExcludePorts takes server ports out again, in the same form.
+	// AnnotationExcludePorts keeps server ports on TCP, in the same form. It
+	// wins over AnnotationPorts.
 	AnnotationExcludePorts = AnnotationPrefix + "exclude-ports"
 	// AnnotationPausedUntil keeps the pod's connections on TCP until a time in
 	// RFC 3339 form.
 	AnnotationPausedUntil = AnnotationPrefix + "paused-until"
 )
 
-// MaxPortRanges is how many ports and ranges an annotation may list. Each takes
-// entries of a map that all pods of the node share, for each client.
+// MaxPortRanges limits the ports and ranges that an annotation may list. Each takes
+// entries, for each client, of a map that all pods of the node share.
 const MaxPortRanges = 64
 
-// PortRange is a range of TCP ports, both ends included; First <= Last, First >= 1.
+// PortRange is a range of TCP ports, both ends included: 1 <= First <= Last.
 type PortRange struct {
 	First, Last uint16
 }
@@ -46,8 +47,8 @@ func (r PortRange) String() string {
 	return fmt.Sprintf("%d-%d", r.First, r.Last)
 }
 
-// Settings is what the annotations of a pod ask for. The zero value is a pod
-// that was not opted in.
+// Settings holds what the annotations of a pod ask for. The zero value is not opted
+// in.
 type Settings struct {
 	Enabled bool
 	// Ports are the server ports that may be shortcut; empty means all.
@@ -114,14 +115,14 @@ func ParseAnnotations(annotations map[string]string) (Settings, error) {
 	return s, nil
 }
 
-// maxFaults is how many faults are reported.
+// maxFaults bounds the faults that are reported.
 const maxFaults = 8
 
-// mostOfValue is how many bytes of a value are repeated.
+// mostOfValue bounds the bytes of a value that an error repeats.
 const mostOfValue = 200
 
-// Shorten cuts what somebody has written, of any length, to what a log, an Event or
-// a table has room for.
+// Shorten cuts a text of a user's, which may be of any length, to at most so many
+// bytes for a log, an Event or a table.
 func Shorten(text string, most int) string {
 	if len(text) <= most {
 		return text

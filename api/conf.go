@@ -15,19 +15,21 @@ import (
 	"time"
 )
 
-// AttachmentsDir is where an attachment waits for an agent that did not answer
-// the plugin: one file per attachment, named by AttachmentID.FileName, that
-// holds an Attachment as JSON.
+// AttachmentsDir has one file per attachment, named by AttachmentID.FileName, which
+// holds an Attachment as JSON. The agent writes it, or the plugin if no agent
+// answers.
 const AttachmentsDir = RunDir + "/attachments"
 
-// PluginConf is what podshunt's own keys in its section of a CNI conflist say.
+// PluginConf has the values of podshunt's own keys in its section of a CNI conflist.
 // Every key is optional.
 type PluginConf struct {
 	// AgentSocket (key "agentSocket") is the agent's unix socket.
 	AgentSocket string
-	// AgentTimeout (key "agentTimeout") is how long a pod may wait for the agent.
+	// AgentTimeout (key "agentTimeout") bounds how long a pod waits for the
+	// agent.
 	AgentTimeout time.Duration
-	// AttachmentsDir (key "attachmentsDir") must be the one that the agent reads.
+	// AttachmentsDir (key "attachmentsDir") must be the directory that the agent
+	// reads.
 	AttachmentsDir string
 }
 
@@ -112,9 +114,8 @@ func parseTimeout(value json.RawMessage) (time.Duration, error) {
 	return timeout, nil
 }
 
-// FileName returns the name of the attachment's file. It is the same for equal
-// IDs only, and free of what a container ID or a network name could smuggle
-// into a path.
+// FileName returns the name of the attachment's file. Different IDs have different
+// names, and no container ID or network name can make it a path elsewhere.
 func (id AttachmentID) FileName() string {
 	sum := sha256.Sum256([]byte(id.Network + "\x00" + id.ContainerID + "\x00" + id.IfName))
 	return hex.EncodeToString(sum[:16]) + ".json"

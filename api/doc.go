@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package api is what podshunt's programs agree on: the annotations that opt a
-// pod in, the messages on the agent's unix socket, the plugin's section of a
-// CNI conflist, and the default paths. It imports nothing else of podshunt and
-// does no I/O.
+// Package api has what podshunt's programs agree on: the annotations that opt a pod
+// in, the messages on the agent's unix socket, the plugin's section of a CNI
+// conflist, and the default paths. It imports nothing else of podshunt and does no
+// I/O.
 package api
 
 import (
@@ -23,9 +23,8 @@ const (
 	PinDir = "/sys/fs/bpf/podshunt"
 )
 
-// maxSocketPath is how long the path of the agent's socket may be, for everybody
-// who names it: sockaddr_un holds 107 bytes and a NUL, and the agent needs four of
-// them while it makes the socket.
+// maxSocketPath limits the path of the agent's socket, in bytes: sockaddr_un holds
+// 107 and a NUL, and the agent needs four more while it makes the socket.
 const maxSocketPath = 103
 
 // CheckSocket returns an error if a path is too long for the agent's socket. The
@@ -40,6 +39,6 @@ func CheckSocket(path string) error {
 // PluginType is the value of "type" in a conflist that names our plugin.
 const PluginType = "podshunt"
 
-// PluginTimeout is how long the plugin waits for the agent before it lets the
-// pod start without it.
+// PluginTimeout bounds how long the plugin waits for the agent before it lets the
+// pod start without.
 const PluginTimeout = 200 * time.Millisecond

@@ -21,7 +21,8 @@ const (
 	PathStatus = "/v1/status"
 	// PathFlows: GET a FlowList. The query parameters are as for PathForget.
 	PathFlows = "/v1/flows"
-	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are those of a Selector.
+	// PathForget: POST; answer: ForgetResult. The query parameters "pod" and "port" are the fields of a
+	// Selector.
 	PathForget = "/v1/forget"
 	// PathUnload: POST; answer: UnloadResult. The query parameter "timeout" is a Go
 	// duration; with "force" as "true", connections that take longer are reset.
@@ -30,8 +31,8 @@ const (
 	PathUninstall = "/v1/uninstall"
 )
 
-// Version is the apiVersion of all that the commands print as JSON. While it stays, no
-// field, state or reason goes or changes its meaning; some may come.
+// Version is the apiVersion of all JSON that the commands print. While it stays, no
+// field, state or reason is removed or changes its meaning; new ones may be added.
 const Version = "podshunt.io/v1"
 
 // TypeMeta says what a JSON document is.
@@ -68,7 +69,7 @@ type PodRef struct {
 // String returns namespace/name.
 func (p PodRef) String() string { return p.Namespace + "/" + p.Name }
 
-// AttachmentID is what the CNI specification calls an attachment: one
+// AttachmentID identifies an attachment, as the CNI specification calls it: one
 // interface of one container (a pod sandbox) on one network.
 type AttachmentID struct {
 	Network     string `json:"network"`
@@ -76,7 +77,7 @@ type AttachmentID struct {
 	IfName      string `json:"ifName"`
 }
 
-// Attachment is what a CNI ADD tells of a pod sandbox.
+// Attachment has what a CNI ADD says about a pod sandbox.
 type Attachment struct {
 	AttachmentID
 	// Netns is the path of the pod's network namespace, as the runtime gave it.
@@ -87,9 +88,9 @@ type Attachment struct {
 
 // Admission answers an ADD. The pod starts in either case.
 type Admission struct {
-	// Enrolled tells whether the pod takes part from its first connection on.
+	// Enrolled is true if the pod takes part from its first connection on.
 	Enrolled bool `json:"enrolled"`
-	// Message says why it does not.
+	// Message says why the pod does not take part.
 	Message string `json:"message,omitempty"`
 }
 
@@ -108,23 +109,26 @@ type Status struct {
 	Kernel string `json:"kernel"`
 	// Unloaded is set after an unload: nothing is shortcut until the agent starts again.
 	Unloaded bool `json:"unloaded,omitempty"`
-	// Observer is how reads of applications are seen: "fexit" or "tracepoint".
+	// Observer is the program that counts what applications read: "fexit" or
+	// "tracepoint".
 	Observer string   `json:"observer"`
 	Cgroup   string   `json:"cgroup"`
 	PinDir   string   `json:"pinDir"`
 	Hazards  []Hazard `json:"hazards"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
 	HazardsAccepted bool `json:"hazardsAccepted"`
-	// Guards are those attached at present; there are none while no pod takes part.
+	// Guards names the attached guards; none are while no pod takes part and no
+	// flow is left.
 	Guards []string    `json:"guards,omitempty"`
 	Pods   []PodStatus `json:"pods"`
 	// UnsupportedPorts are the server ports whose new connections are not paired.
 	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
-	// SourceError is why the source of pod annotations cannot be read at present; the last good content stays in force.
+	// SourceError says why the source of pod annotations cannot be read; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
-	// PolicyError is why the kernel's policy map is not complete; what is missing stays on TCP.
+	// PolicyError says why the kernel's policy map is not complete; what is missing stays on
+	// TCP.
 	PolicyError string `json:"policyError,omitempty"`
-	// Lease is until when the policy is trusted; nil is for ever.
+	// Lease says until when the policy is trusted; nil means for ever.
 	Lease *Lease `json:"lease,omitempty"`
 	// CNI is the state of the plugin's installation; nil if the agent was told not to install it.
 	CNI  *CNIStatus `json:"cni,omitempty"`
@@ -133,23 +137,23 @@ type Status struct {
 	Outcomes []Outcome `json:"outcomes"`
 }
 
-// Lease is how long the policy in the kernel is trusted. After that all connections
-// go by TCP.
+// Lease says how long the policy in the kernel is trusted. After that all
+// connections go by TCP.
 type Lease struct {
 	Until time.Time `json:"until"`
-	// Error is why it is not renewed at present.
+	// Error says why it is not renewed at present.
 	Error string `json:"error,omitempty"`
 }
 
-// CNIStatus tells whether the runtime runs the plugin for new pods.
+// CNIStatus says whether the runtime runs the plugin for new pods.
 type CNIStatus struct {
 	// Conflist is the file of the runtime that has the plugin's entry, "" if there is none.
 	Conflist string `json:"conflist,omitempty"`
 	// Installed is true if the entry is in the network that the runtime uses, and the binary in place.
 	Installed bool `json:"installed"`
-	// Error is what is not as wanted. The agent goes on trying.
+	// Error says what is wrong. The agent goes on trying.
 	Error string `json:"error,omitempty"`
-	// Since is when all of the above became so.
+	// Since is the time since when all of the above has been so.
 	Since time.Time `json:"since"`
 }
 
@@ -158,9 +162,9 @@ type CNIStatus struct {
 type Hazard struct {
 	Name    string `json:"name"`
 	Present bool   `json:"present"`
-	// Detail is what was observed, or why the test could not be run.
+	// Detail says what was observed, or why the test could not be run.
 	Detail string `json:"detail"`
-	// Consequence is who notices it, and Action what podshunt does about it.
+	// Consequence says who notices it, and Action what podshunt does about it.
 	Consequence string `json:"consequence"`
 	Action      string `json:"action"`
 	// Guard names the guard that makes it harmless on this kernel, if one does.
@@ -169,22 +173,22 @@ type Hazard struct {
 	Fatal bool `json:"fatal"`
 }
 
-// KernelReport is what a kernel was found to be like.
+// KernelReport has what was measured of a kernel.
 type KernelReport struct {
 	TypeMeta
 	Version string `json:"version"`
 	Kernel  string `json:"kernel"`
-	// Hazards is empty if the kernel lacks what measuring them needs.
+	// Hazards is empty if the kernel lacks what the tests for them need.
 	Hazards []Hazard `json:"hazards,omitempty"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
 	HazardsAccepted bool `json:"hazardsAccepted"`
-	// TakesPart reports whether pods would take part. Reason and Message say why they would not.
+	// TakesPart reports whether pods would take part. If not, Reason and Message say why.
 	TakesPart bool         `json:"takesPart"`
 	Reason    KernelReason `json:"reason,omitempty"`
 	Message   string       `json:"message,omitempty"`
 }
 
-// KernelReason is why no pod takes part on a kernel.
+// KernelReason says why no pod takes part on a kernel.
 type KernelReason string
 
 // The reasons. With the first the agent does not run.
@@ -193,19 +197,19 @@ const (
 	KernelFatalHazards  KernelReason = "fatal_hazards"
 )
 
-// KernelReasons returns all of them.
+// KernelReasons lists all reasons.
 func KernelReasons() []KernelReason { return []KernelReason{KernelLacksFeatures, KernelFatalHazards} }
 
-// UnsupportedPort is a server port of a pod with a connection that used what the shortcut
-// does not serve.
+// UnsupportedPort is a server port of a pod to which new connections are not paired,
+// because one has used a call or option that does not work on the shortcut.
 type UnsupportedPort struct {
 	// Pod is the zero PodRef for a pod that has gone.
 	Pod PodRef `json:"pod"`
-	// Client is the pod whose connections alone are concerned, as it was the one that
-	// used it; nil if it was the server.
+	// Client is the pod that used the call, whose own connections alone are not
+	// paired; nil if the server used it, and nobody's are.
 	Client *PodRef `json:"client,omitempty"`
 	Port   uint16  `json:"port"`
-	// Reasons are codes of what was used: "splice", for example.
+	// Reasons has the codes of what was used: "splice", for example.
 	Reasons []string  `json:"reasons"`
 	Since   time.Time `json:"since"`
 }
@@ -214,7 +218,8 @@ type UnsupportedPort struct {
 type Selector struct {
 	// Pod is namespace/name, at either end; empty means all pods.
 	Pod string
-	// Port is a server port, for a flow also that which its client has connected to; 0 means all.
+	// Port is a server port, and for a flow also the port that its client connected to; 0 means
+	// all.
 	Port uint16
 }
 
@@ -223,7 +228,7 @@ func (s Selector) Query() string {
 	return url.Values{"pod": {s.Pod}, "port": {strconv.Itoa(int(s.Port))}}.Encode()
 }
 
-// ParseSelector reads what Query has written; what is missing is zero.
+// ParseSelector parses what Query returns; missing parameters are zero.
 func ParseSelector(query url.Values) (Selector, error) {
 	s := Selector{Pod: query.Get("pod")}
 	if text := query.Get("port"); text != "" {
@@ -236,13 +241,13 @@ func ParseSelector(query url.Values) (Selector, error) {
 	return s, nil
 }
 
-// Chooses returns true for the flows that are chosen.
+// Chooses reports whether the selector chooses a flow.
 func (s Selector) Chooses(f Flow) bool {
 	return (s.Pod == "" || f.Client.Pod.String() == s.Pod || f.Server.Pod.String() == s.Pod) &&
 		(s.Port == 0 || f.Server.Address.Port() == s.Port || f.OrigDst.Port() == s.Port)
 }
 
-// ForgetResult tells how many unsupported ports were forgotten.
+// ForgetResult says how many unsupported ports were forgotten.
 type ForgetResult struct {
 	Forgotten int `json:"forgotten"`
 }
@@ -258,19 +263,19 @@ type PodStatus struct {
 	State       PodState `json:"state"`
 	// Enrolled is true in the states PodEnrolled and PodHeld.
 	Enrolled bool `json:"enrolled"`
-	// Reason is why it has that state; empty for PodEnrolled. Message says it to people;
-	// nothing goes by it.
+	// Reason is the code that says why it has that state; empty for PodEnrolled. Message
+	// says it to people; no code depends on it.
 	Reason  PodReason `json:"reason,omitempty"`
 	Message string    `json:"message,omitempty"`
 }
 
-// PodState says what has become of a pod.
+// PodState says whether a pod takes part.
 type PodState string
 
 // The states of a pod.
 const (
-	// PodOut stays on TCP, and does not ask for more: it has not opted in or has
-	// finished, or podshunt was unloaded.
+	// PodOut stays on TCP, and does not ask to take part: it has not opted in or
+	// has finished. After an unload, all pods have this state.
 	PodOut PodState = "out"
 	// PodRefused asks to take part and cannot.
 	PodRefused PodState = "refused"
@@ -290,11 +295,11 @@ func PodStates() []PodState {
 	return []PodState{PodOut, PodRefused, PodWaiting, PodWanted, PodEnrolled, PodHeld}
 }
 
-// PodReason is why a pod has its state. That of a PodRefused, in another spelling, is
-// the reason of its Event: InvalidAnnotation.
+// PodReason says why a pod has its state. A pod that is PodRefused has an Event with
+// the same reason in another spelling: InvalidAnnotation for invalid_annotation.
 type PodReason string
 
-// The reasons, by the state that they lead to.
+// The reasons, grouped by the state that they lead to.
 const (
 	// PodOut.
 	PodNotOptedIn PodReason = "not_opted_in"
@@ -331,14 +336,14 @@ func PodReasons() []PodReason {
 	}
 }
 
-// MapUsage is how full a kernel map is.
+// MapUsage says how full a kernel map is.
 type MapUsage struct {
 	Name    string `json:"name"`
 	Entries int    `json:"entries"`
 	Max     int    `json:"max"`
 }
 
-// What an Outcome counts.
+// Kinds of Outcomes: what they count.
 const (
 	OutcomeMessage    = "message"
 	OutcomeConnection = "connection"
@@ -347,12 +352,14 @@ const (
 
 // Outcome is one counter of the kernel programs.
 type Outcome struct {
-	// Kind is what is counted: OutcomeMessage, OutcomeConnection or OutcomeSocket.
+	// Kind says what is counted: OutcomeMessage, OutcomeConnection or
+	// OutcomeSocket.
 	Kind string `json:"kind"`
-	// Code is the label of the metric, and the reason of a flow's direction.
+	// Code is the label of the metric; the codes of messages are the reasons of
+	// a flow's directions, too.
 	Code  string `json:"code"`
 	Count uint64 `json:"count"`
-	// Bytes are those of the messages.
+	// Bytes counts the bytes of messages; 0 for other kinds.
 	Bytes uint64 `json:"bytes,omitempty"`
 }
 
@@ -364,8 +371,8 @@ func (o Outcome) String() string { return o.Kind + "_" + o.Code }
 type Flow struct {
 	Client FlowEnd `json:"client"`
 	Server FlowEnd `json:"server"`
-	// OrigDst is where the client connected to; it differs from the server's
-	// own address when a Service or another NAT lies between.
+	// OrigDst is the address that the client connected to. It differs from the
+	// server's own address if a Service or another NAT lies between.
 	OrigDst netip.AddrPort `json:"originalDestination"`
 	// Paired is false for a connection that podshunt left alone; Reason then says why, as
 	// for a Direction.
@@ -373,7 +380,7 @@ type Flow struct {
 	Reason  string   `json:"reason,omitempty"`
 	Details []string `json:"details,omitempty"`
 	Message string   `json:"message,omitempty"`
-	// Since is when the connection was paired.
+	// Since is the time when the connection was paired.
 	Since time.Time `json:"since,omitzero"`
 	// ToServer and ToClient are the two directions of a paired connection.
 	ToServer *Direction `json:"toServer,omitempty"`
@@ -388,37 +395,40 @@ type FlowEnd struct {
 
 // Direction is the state of one direction of a paired connection.
 type Direction struct {
-	// Shortcut tells how the last message went.
+	// Shortcut is true if the last message went by the shortcut.
 	Shortcut bool `json:"shortcut"`
-	// Reason is the code of why the last message that went by TCP did so, and Details are
-	// those of what is behind it: "not_allowed" and "client_paused", for example. Message
-	// says both to people; nothing goes by it.
+	// Reason is the code that says why the last message that went by TCP did, and Details
+	// has codes that say more: "not_allowed" and "client_paused", for example. Message
+	// says both to people; no code depends on it.
 	Reason  string   `json:"reason,omitempty"`
 	Details []string `json:"details,omitempty"`
 	Message string   `json:"message,omitempty"`
 	// ShortcutBytes and TCPBytes count what the sender wrote.
 	ShortcutBytes uint64 `json:"shortcutBytes"`
 	TCPBytes      uint64 `json:"tcpBytes"`
-	// UnreadBytes is what the receiver has not been seen to read yet.
+	// UnreadBytes counts the bytes that the receiver has not been seen to read
+	// yet.
 	UnreadBytes uint64 `json:"unreadBytes"`
 	// Switches counts changes from TCP to the shortcut.
 	Switches uint32 `json:"switches"`
 }
 
-// UnloadResult tells how an unload ended.
+// UnloadResult says how an unload ended.
 type UnloadResult struct {
-	// Done is true when nothing is left in the kernel but what Left needs.
+	// Done is true if nothing is left in the kernel but what the sockets of Left
+	// need.
 	Done bool `json:"done"`
 	// Waiting lists connections whose receiver still has redirected data to
 	// read; nothing is deleted while there are any.
 	Waiting []Flow `json:"waiting,omitempty"`
-	// Reset lists the connections that a force has reset.
+	// Reset lists the connections that were reset, with force.
 	Reset []Flow `json:"reset,omitempty"`
-	// ResetError is why it has not reset those that are waited for.
+	// ResetError says why the connections in Waiting were not reset, with force.
 	ResetError string `json:"resetError,omitempty"`
-	// Left counts sockets of closed connections that have something to read yet, or
-	// may have: what that takes goes from the kernel when their programs close them.
+	// Left counts sockets of ended connections that have, or may have, something to
+	// read. What they need leaves the kernel when their programs close them.
 	Left int `json:"left,omitempty"`
-	// Remarks is what an uninstall leaves for a person to look at, such as files of others that name the plugin still.
+	// Remarks lists what an uninstall leaves for a person to look at, such as files of others that still name the
+	// plugin.
 	Remarks []string `json:"remarks,omitempty"`
 }

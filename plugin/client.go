@@ -14,16 +14,16 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// maxAnswer is far above what the agent answers to a plugin.
+// maxAnswer bounds an answer in bytes, far above what the agent sends.
 const maxAnswer = 64 << 10
 
 // tell sends message to the agent. One deadline covers everything, from the
 // connect to the last byte of the answer. It returns nil only if the agent took
 // the message; answer is filled in unless it is nil.
 //
-// A pod waits for every start of this program, and the initialisation of
-// net/http with its cryptography would add a third to what it costs. The request
-// is in HTTP/1.0, whose answer is the plain bytes until the connection ends.
+// It does without net/http: pods wait for every start of this program, and to
+// initialise net/http with its cryptography would make it a third slower. The
+// request is HTTP/1.0, whose answer is the plain bytes until the connection ends.
 func tell(conf api.PluginConf, method, path string, message, answer any) error {
 	body, err := json.Marshal(message)
 	if err != nil {

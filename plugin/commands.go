@@ -30,7 +30,7 @@ func add(args *skel.CmdArgs, stdout io.Writer) error {
 	return nil
 }
 
-// check announces the attachment again, for an agent that has missed its ADD.
+// check announces the attachment again, in case the agent has missed its ADD.
 func check(args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
@@ -47,13 +47,14 @@ func check(args *skel.CmdArgs) error {
 func del(args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
-		// A runtime undoes a failed ADD with the same section, from the last plugin
-		// to the first: an error would keep the others from giving back what they hold.
+		// Not an error: a runtime undoes a failed ADD with the same section, from the
+		// last plugin to the first, and an error would keep the other plugins from
+		// releasing what they hold.
 		return nil
 	}
 	id := conf.attachmentID(args)
-	// An agent that cannot be told finds out when the network namespace is
-	// gone; an error would only make the runtime keep a dead pod.
+	// If no agent answers, it finds out when the network namespace is gone; an
+	// error would only make the runtime keep a dead pod.
 	_ = tell(conf.own, "DELETE", api.PathAttachments, id, nil)
 	_ = os.Remove(filepath.Join(conf.own.AttachmentsDir, id.FileName()))
 	return nil
@@ -87,15 +88,15 @@ func gc(args *skel.CmdArgs) error {
 	return nil
 }
 
-// status only judges our configuration. CNI asks whether an ADD can be served,
-// and an ADD can without the agent.
+// status checks only our configuration. CNI asks whether an ADD can be served, and
+// an ADD needs no agent.
 func status(args *skel.CmdArgs) error {
 	_, err := parseConfig(args.StdinData)
 	return err
 }
 
-// announce tells the agent of an attachment, or leaves it where an agent that
-// comes back looks. If that fails as well the pod stays on TCP.
+// announce sends an attachment to the agent, or, if no agent answers, writes it to a
+// file for the next agent. If that fails as well, the pod stays on TCP.
 func announce(conf api.PluginConf, attachment api.Attachment) {
 	var admission api.Admission // Whatever does not answer with one is not our agent.
 	if tell(conf, "PUT", api.PathAttachments, attachment, &admission) != nil {
@@ -103,7 +104,8 @@ func announce(conf api.PluginConf, attachment api.Attachment) {
 	}
 }
 
-// leave writes the attachment's file in one step: a reader finds all of it or nothing.
+// leave publishes the attachment's file by a rename, so that a reader finds all of it
+// or nothing.
 func leave(dir string, attachment api.Attachment) error {
 	content, err := json.Marshal(attachment)
 	if err != nil {

@@ -225,7 +225,7 @@ func TestAgentState(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
 		start func(testing.TB, *node)
-		// answers tells whether the agent takes an attachment.
+		// answers reports whether the agent takes an attachment.
 		answers bool
 		// atLeast is how long a verb has to wait.
 		atLeast time.Duration

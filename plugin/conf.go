@@ -26,7 +26,7 @@ type config struct {
 func parseConfig(stdin []byte) (*config, error) {
 	conf := &config{}
 	decoder := json.NewDecoder(bytes.NewReader(stdin))
-	// prevResult is decoded into a map; a float64 would change large numbers in it.
+	// prevResult is decoded into a map, where a float64 would change large numbers.
 	decoder.UseNumber()
 	if err := decoder.Decode(&conf.PluginConf); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "decode network configuration", err.Error())
@@ -38,14 +38,14 @@ func parseConfig(stdin []byte) (*config, error) {
 	return conf, nil
 }
 
-// prevResult returns the result of the plugins before us, as an ADD prints it
-// and decoded.
+// prevResult returns the result of the plugins before us, both as the bytes that an
+// ADD prints and decoded.
 func (c *config) prevResult() ([]byte, *types100.Result, error) {
 	if c.RawPrevResult == nil {
 		return nil, nil, types.NewError(types.ErrInvalidNetworkConfig, "no prevResult: plugin "+api.PluginType+" only runs chained",
 			fmt.Sprintf(`accepted is {"type": %q} in "plugins" of a .conflist, after the plugin that makes the interface`, api.PluginType))
 	}
-	// A result without a version is in the configuration's.
+	// A result without a version has the configuration's.
 	if version, _ := c.RawPrevResult["cniVersion"].(string); version == "" {
 		c.RawPrevResult["cniVersion"] = c.CNIVersion
 	}
@@ -56,9 +56,9 @@ func (c *config) prevResult() ([]byte, *types100.Result, error) {
 	return printed, result, nil
 }
 
-// convertResult returns a result as JSON in the given version, and in the
-// library's newest. JSON that has the version already stays as it is: the
-// library's types drop the keys that they do not know.
+// convertResult returns a result as JSON in the given version, and decoded in the
+// library's newest. A result that has the version already stays as it is, since the
+// library's types drop keys that they do not know.
 func convertResult(raw map[string]any, version string) ([]byte, *types100.Result, error) {
 	printed, err := json.Marshal(raw)
 	if err != nil {
@@ -95,8 +95,8 @@ func (c *config) attachment(args *skel.CmdArgs, result *types100.Result) api.Att
 	return attachment
 }
 
-// podRef reads CNI_ARGS by hand: types.LoadArgs refuses values that contain
-// "=", and nothing that a runtime adds there may keep a pod from starting.
+// podRef parses CNI_ARGS itself: types.LoadArgs refuses values that contain "=", and
+// nothing that a runtime adds there may keep a pod from starting.
 func podRef(args *skel.CmdArgs) api.PodRef {
 	pod := api.PodRef{Name: args.ContainerID}
 	for pair := range strings.SplitSeq(args.Args, ";") {

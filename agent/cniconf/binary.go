@@ -16,23 +16,24 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// versionTimeout bounds how long the plugin may take to say what it supports.
+// versionTimeout bounds how long the plugin may take to print its CNI versions.
 const versionTimeout = 10 * time.Second
 
 // binary keeps a copy of the plugin where the runtime looks for it.
 type binary struct {
 	source, path string
-	// installed and wanted are the two files as they were when they were last found equal.
+	// installed and wanted describe the two files as they were when last found equal.
 	installed, wanted os.FileInfo
-	// versions are the CNI versions that the copy has last said to support.
+	// versions are the CNI versions that the copy supports, by its own last
+	// answer.
 	versions []string
 }
 
-// reconcile makes the copy what the source is. Whoever runs the copy gets the whole
-// old or the whole new one. It is asked for its versions before it gets its name:
-// one that cannot run on this node (a mount with noexec, another architecture)
-// never gets it. If it returns an error, versions are those of an older copy that
-// is there and runs, or none.
+// reconcile makes the copy equal to the source. Whoever runs the copy gets the whole
+// old one or the whole new one. The new copy is asked for its versions before it
+// gets its name: one that cannot run on this node, because of a mount with noexec or
+// another architecture, never gets it. After an error, versions has the versions of
+// an older copy that is there and runs, or none.
 func (b *binary) reconcile() error {
 	err := b.install()
 	if err != nil {
@@ -66,7 +67,8 @@ func same(a, b os.FileInfo) bool {
 	return a != nil && b != nil && os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime()) && a.Mode() == b.Mode()
 }
 
-// write makes the content the copy's, unless it is, and asks for its versions.
+// write writes the content to the copy, unless it is there already, and asks for its
+// versions.
 func (b *binary) write(content []byte) error {
 	present, err := os.ReadFile(b.path)
 	if info, statErr := os.Stat(b.path); err == nil && statErr == nil && bytes.Equal(present, content) && info.Mode().Perm()&0o111 == 0o111 {
@@ -82,7 +84,7 @@ func (b *binary) write(content []byte) error {
 	if err == nil {
 		err = f.Chmod(0o755)
 	}
-	// Closed first: a file that is open for writing cannot be executed.
+	// Close it first: a file that is open for writing cannot be executed.
 	err = finish(f, err)
 	if err == nil {
 		b.versions, err = versions(temp)

@@ -26,8 +26,8 @@ const (
 	// madeEnding takes the place of the extension in the name of a list that is made
 	// of a lone configuration: it sorts before any extension, so that runtimes use it.
 	madeEnding = "-" + api.PluginType + listExtension
-	// keptExtension was added by earlier versions to the name of a lone
-	// configuration, for which 10-x.conflist stood then.
+	// keptExtension ends the name that earlier versions gave a lone
+	// configuration, which they replaced by 10-x.conflist.
 	keptExtension = "." + api.PluginType
 	// tempExtension is added to the name of a file that is being written.
 	tempExtension = keptExtension + "-new"
@@ -37,24 +37,25 @@ const (
 type file struct {
 	path string
 	data []byte
-	// err is why a runtime does not accept it.
+	// err says why a runtime does not accept the file.
 	err error
 }
 
 func (f file) isList() bool { return filepath.Ext(f.path) == listExtension }
 
-// isMade tells whether the file is a list that is made of a lone configuration,
-// whatever has become of it.
+// isMade reports whether the file, by its name, is a list that was made of a lone
+// configuration, whether that is still there or not.
 func (f file) isMade() bool {
 	return strings.HasSuffix(f.path, madeEnding) && bytes.Contains(f.data, []byte(`"`+madeOfKey+`"`))
 }
 
-// madePath returns where the list goes that is made of the lone configuration at path.
+// madePath returns the path of the list that is made of the lone configuration at
+// path.
 func madePath(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) + madeEnding }
 
 // readDir returns the files that a runtime looks at, in its order.
 func readDir(dir string) ([]file, error) {
-	// For libcni a directory that is not there is an empty one.
+	// libcni would take a directory that is not there for an empty one.
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
 	}
@@ -79,11 +80,11 @@ func readDir(dir string) ([]file, error) {
 }
 
 // Uninstall takes podshunt out of every list of the configuration directory, and
-// deletes the lists that are made of lone configurations. A file that nobody
-// else has changed is to the byte what it was, with its mode and owner; of one
-// that was changed only our entry goes. It works while a runtime uses the
-// directory, and completes what an earlier call could not; a directory that is
-// not there has nothing to take out.
+// deletes the lists that are made of lone configurations. A file that nobody else
+// has changed is to the byte what it was, with its mode and owner; of one that was
+// changed only our entry goes. It works while a runtime uses the directory, and
+// completes what an earlier call could not. It succeeds if the directory is not
+// there.
 //
 // The plugin's binary stays in its directory on purpose. Runtimes name it after
 // the entry is gone: CRI-O deletes a pod's network by the list that its ADD was
@@ -93,10 +94,10 @@ func readDir(dir string) ([]file, error) {
 // may be deleted when the node has no pod left that was started with the entry,
 // for example after it was drained.
 //
-// It returns what is left for a person to look at, also with an error: every file
-// below the configuration directory that names podshunt still. That are copies
-// which others have made of our entry (multus has the whole list in its own
-// configuration); the files are theirs, and stay as they are.
+// It returns remarks for a person to look at, also with an error: one for every file
+// below the configuration directory that still names podshunt. Such a file is a copy
+// that another program has made of our entry; multus, for example, copies the whole
+// list into its own configuration. It stays as it is.
 func Uninstall(confDir, binDir string, log *slog.Logger) (remarks []string, err error) {
 	err = uninstall(confDir, binDir, log)
 	remarks, lookErr := mentions(confDir, filepath.Join(binDir, api.PluginType))
@@ -118,7 +119,8 @@ func uninstall(confDir, binDir string, log *slog.Logger) error {
 	for _, f := range files {
 		switch {
 		case f.isMade() && f.err == nil && len(chained(f.data)) > 0 && madeOfSomething(f):
-			// What others have put into it would go with it.
+			// Not deleted: what others have put into it would go with
+			// it.
 			errs = append(errs, cut(f, log))
 		case f.isMade(), f.isList() && holdsOurs(f.data):
 			errs = append(errs, takeOut([]file{f}, "", log))
@@ -127,21 +129,21 @@ func uninstall(confDir, binDir string, log *slog.Logger) error {
 		}
 	}
 	if errors.Join(errs...) == nil {
-		// What is left belongs to lists that others have deleted or rewritten.
+		// Left over from lists that others have deleted or rewritten.
 		errs = append(errs, sweep(confDir, keptExtension), sweep(confDir, tempExtension), sweep(binDir, tempExtension))
 	}
 	return errors.Join(errs...)
 }
 
-// mentions returns a remark on every file in or below a directory that names
-// podshunt, and says what it has to do with the plugin's binary.
+// mentions returns a remark for every file in or below a directory that names
+// podshunt, with what to do about it before the plugin's binary is deleted.
 func mentions(dir, binary string) ([]string, error) {
 	var remarks []string
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return ignoreMissing(err)
 		}
-		info, err := os.Stat(path) // a link may lead to the file
+		info, err := os.Stat(path) // follows a link to the file
 		if err != nil || !info.Mode().IsRegular() {
 			return ignoreMissing(err)
 		}
@@ -152,13 +154,13 @@ func mentions(dir, binary string) ([]string, error) {
 		case file{path: path, data: data}.isMade():
 			remarks = append(remarks, path+" stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it")
 		case bytes.Contains(data, []byte(api.PluginType)):
-			remarks = append(remarks, fmt.Sprintf("%s names %s still: if that is its plugin, pods do not start by it once %s is deleted; "+
+			remarks = append(remarks, fmt.Sprintf("%s still names %s: if it means the plugin, no pod starts with this file once %s is deleted; "+
 				"let the program that wrote it write it again, or take %[2]s out of it, before you delete that binary", path, api.PluginType, binary))
 		}
 		return nil
 	})
 	if err = ignoreMissing(err); err != nil {
-		err = fmt.Errorf("look for files that name %s still: %w", api.PluginType, err)
+		err = fmt.Errorf("look for files that still name %s: %w", api.PluginType, err)
 	}
 	return remarks, err
 }
@@ -175,7 +177,7 @@ func readSome(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, mostOfConf))
 }
 
-// ignoreMissing is for what goes while it is looked at.
+// ignoreMissing drops errors about files that go while they are looked at.
 func ignoreMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -183,8 +185,8 @@ func ignoreMissing(err error) error {
 	return err
 }
 
-// takeOut takes every list away that is made of a lone configuration, and our
-// entry out of every other, but for the one at except.
+// takeOut deletes every list that is made of a lone configuration, and takes our
+// entry out of every other list. It leaves the one at except.
 func takeOut(files []file, except string, log *slog.Logger) error {
 	var errs []error
 	for _, f := range files {
@@ -216,7 +218,8 @@ func cut(list file, log *slog.Logger) error {
 	return nil
 }
 
-// madeOfSomething tells whether the configuration that a list is made of is still there.
+// madeOfSomething reports whether the configuration that a list is made of is still
+// there.
 func madeOfSomething(list file) bool {
 	base := strings.TrimSuffix(list.path, madeEnding)
 	for _, extension := range loneExtensions() {
@@ -229,8 +232,8 @@ func madeOfSomething(list file) bool {
 
 func loneExtensions() []string { return []string{".conf", ".json"} }
 
-// readRestored is readDir after the lone configurations have been put back that
-// earlier versions renamed.
+// readRestored puts back the lone configurations that earlier versions renamed, and
+// then does what readDir does.
 func readRestored(dir string, log *slog.Logger) ([]file, error) {
 	files, err := readDir(dir)
 	if err != nil {
@@ -253,8 +256,8 @@ func readRestored(dir string, log *slog.Logger) ([]file, error) {
 	return readDir(dir)
 }
 
-// restore puts a lone configuration back in whose place an earlier version has put
-// a list, and deletes that. A list that was changed since stays: it is somebody's.
+// restore puts back a lone configuration that an earlier version has replaced by a
+// list, and deletes the list. A list that somebody has changed since stays.
 func restore(list file) (bool, error) {
 	if !list.isList() || list.isMade() || !holdsOurs(list.data) {
 		return false, nil
@@ -263,7 +266,7 @@ func restore(list file) (bool, error) {
 	for _, extension := range loneExtensions() {
 		path := base + extension
 		kept := path + keptExtension
-		// Without what is kept, a crash came before the configuration was renamed.
+		// If there is no renamed configuration, a crash came before the rename.
 		if !standsFor(list, kept) && !standsFor(list, path) {
 			continue
 		}
@@ -279,19 +282,19 @@ func restore(list file) (bool, error) {
 	return false, nil
 }
 
-// standsFor tells whether a list is one that was made of the lone configuration at
-// path, and of nothing else.
+// standsFor reports whether a list was made of the lone configuration at path, and
+// of nothing else.
 func standsFor(list file, path string) bool {
 	conf, err := os.ReadFile(path)
 	return err == nil && wraps(list.data, conf) && len(chained(list.data)) == 0
 }
 
-// replace writes data to a file that still is what was read.
+// replace writes data to a file, unless that has changed since it was read.
 func replace(f file, data []byte) error {
 	if err := unchanged(f); err != nil {
 		return err
 	}
-	// The file may be reached by a symbolic link, which stays.
+	// f.path may be a symbolic link, which stays.
 	path, err := filepath.EvalSymlinks(f.path)
 	if err != nil {
 		return err
@@ -299,8 +302,9 @@ func replace(f file, data []byte) error {
 	return write(path, data, path)
 }
 
-// unchanged makes the time in which a change by its owner gets lost as short as
-// it can be without a lock. A file that is not there yet has no data.
+// unchanged returns an error if the file has changed since it was read. Call it
+// right before the write: what its owner writes in between is lost, since there is
+// no lock that owners know. A file that was not there has nil data.
 func unchanged(f file) error {
 	now, err := os.ReadFile(f.path)
 	if f.data == nil && errors.Is(err, fs.ErrNotExist) {
@@ -365,7 +369,7 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// sweep deletes the files of a directory whose names end with the extension.
+// sweep deletes all files of a directory whose names end with the extension.
 func sweep(dir, extension string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {

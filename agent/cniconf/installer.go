@@ -35,32 +35,36 @@ import (
 )
 
 const (
-	// pollInterval is how soon a change is seen that no event tells of: the
-	// directory was made or mounted, or the node is out of inotify watches.
+	// pollInterval bounds how late a change is seen that causes no event: a
+	// directory that is made or mounted, or any change when the node is out of
+	// inotify watches.
 	pollInterval = 500 * time.Millisecond
-	// maxWrites is how often a configuration is changed within writeWindow.
-	// Another program that undoes each change would do so for ever, and make
-	// the runtime load its configuration each time.
+	// maxWrites limits how often one configuration is changed within
+	// writeWindow. Another program might undo each change for ever, and the
+	// runtime load its configuration each time.
 	maxWrites   = 5
 	writeWindow = time.Minute
-	// thinMultus is the "type" of multus without a daemon; with one it is multus-shim.
+	// thinMultus is the "type" of multus in its thin form; that of the form with a
+	// daemon is multus-shim.
 	thinMultus = "multus"
 )
 
 // errNoNetwork says that there is nothing to put the entry into yet.
 var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
 
-// Config says what an Installer puts where. Every field is required but NodeRoot.
+// Config says what an Installer installs where. Every field but NodeRoot is
+// required.
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
-	// NodeRoot is where the node's root directory is seen, such as /proc/1/root. Empty:
-	// nowhere, and it goes unnoticed if the node puts another directory in the place
-	// of one that is mounted here.
+	// NodeRoot is a path that leads to the node's root directory, such as /proc/1/root.
+	// If it is empty, the Installer does not notice that the node has replaced a
+	// directory which is mounted here.
 	NodeRoot string
 	// Plugin is the path of the binary to install.
 	Plugin string
-	// Section is what the plugin is told. Its paths are those of the node.
+	// Section is written into the plugin's entry. Its paths are as the node sees
+	// them.
 	Section api.PluginConf
 	Log     *slog.Logger
 }
@@ -93,13 +97,13 @@ func New(cfg Config) *Installer {
 	return ins
 }
 
-// State returns what is installed, as of the last look.
+// State returns what was installed at the last look.
 func (ins *Installer) State() api.CNIStatus { return *ins.state.Load() }
 
 // Run keeps the plugin installed until ctx ends, and leaves it installed then.
-// What goes wrong with files is in State and in the log, and tried again. It returns
-// an error if one of the directories is not the node's any more: whoever started
-// the container has to do so again, for the directory that the node has now.
+// Errors with files are in State and in the log, and Run tries again. It returns an
+// error if the node has replaced one of the directories: only a new start of the
+// container mounts the directory that the node has now.
 func (ins *Installer) Run(ctx context.Context) error {
 	cfg := watch.Config{
 		Dirs:     func() []string { return []string{ins.cfg.ConfDir, ins.cfg.BinDir} },
@@ -114,7 +118,7 @@ func (ins *Installer) Run(ctx context.Context) error {
 }
 
 // Reconcile looks at everything once and changes what is not as wanted, unless
-// Uninstall was called. State tells how that went.
+// Uninstall was called. State has the result.
 func (ins *Installer) Reconcile() { _ = ins.look() }
 
 func (ins *Installer) look() error {
@@ -128,15 +132,15 @@ func (ins *Installer) look() error {
 	return err
 }
 
-// Uninstall stops keeping, for the life of the Installer, and takes everything out
-// but the binary; see the function Uninstall, also for the remarks. After an error
-// it may be called again.
+// Uninstall ends the work of the Installer for good, and takes out everything but
+// the binary; see the function Uninstall, also for the remarks. After an error it
+// may be called again.
 func (ins *Installer) Uninstall() (remarks []string, err error) {
 	ins.mu.Lock()
 	defer ins.mu.Unlock()
 	ins.stopped = true
 	if err := errors.Join(ins.confPlace.check(), ins.binPlace.check()); err != nil {
-		// It would be taken out of where no runtime looks.
+		// No runtime looks at the directory that this process sees.
 		err = fmt.Errorf("uninstall: %w", err)
 		ins.setState("", err)
 		return nil, err
@@ -150,7 +154,7 @@ func (ins *Installer) Uninstall() (remarks []string, err error) {
 	return remarks, nil
 }
 
-// setState publishes what has changed, and logs it.
+// setState publishes the state, and logs it if it has changed.
 func (ins *Installer) setState(path string, err error) {
 	now := api.CNIStatus{Conflist: path, Installed: path != ""}
 	if err != nil {
@@ -173,8 +177,8 @@ func (ins *Installer) setState(path string, err error) {
 	}
 }
 
-// install returns the list with our entry that the runtime uses, or "". With
-// an error, something is not as wanted.
+// install installs everything. It returns the list with our entry that the runtime
+// uses, or "", also with an error.
 func (ins *Installer) install() (string, error) {
 	if err := ins.confPlace.check(); err != nil {
 		return "", err
@@ -187,7 +191,7 @@ func (ins *Installer) install() (string, error) {
 		return "", err
 	}
 	if err := ins.binPlace.check(); err != nil {
-		// The node's directory does not have the binary: no pod would start before the agent is back.
+		// The node's directory lacks the binary: with the entry, no pod would start.
 		return "", errors.Join(err, takeOut(files, "", ins.cfg.Log))
 	}
 	var made, theirs []file
@@ -198,8 +202,8 @@ func (ins *Installer) install() (string, error) {
 			theirs = append(theirs, f)
 		}
 	}
-	// CRI-O passes over files that are not valid; containerd takes no network
-	// at all if one comes before those that it needs.
+	// CRI-O passes over files that are not valid; containerd takes no network at
+	// all if one comes before the valid ones.
 	var errs []error
 	first := slices.IndexFunc(theirs, func(f file) bool {
 		if f.err != nil {
@@ -207,7 +211,8 @@ func (ins *Installer) install() (string, error) {
 		}
 		return f.err == nil
 	})
-	// A list of ours goes with what it is made of: its owner has taken the network away.
+	// A list of ours goes if its lone configuration is gone: the owner has taken the
+	// network away.
 	wanted := ""
 	if first >= 0 && !theirs[first].isList() {
 		wanted = madePath(theirs[first].path)
@@ -218,7 +223,7 @@ func (ins *Installer) install() (string, error) {
 		return "", errors.Join(append(errs, errNoNetwork)...)
 	}
 	path, err := ins.join(theirs[first], files)
-	// Whatever else has an entry: it is of no use there, and without this one it keeps pods from starting.
+	// Any other entry is of no use, and would keep pods from starting if this one cannot be installed.
 	return path, errors.Join(append(errs, err, takeOut(files, path, ins.cfg.Log))...)
 }
 
@@ -234,7 +239,8 @@ func (ins *Installer) join(f file, files []file) (string, error) {
 		if ins.binary.versions == nil {
 			return "", err // an entry without a binary would keep every pod from starting
 		}
-		// The older plugin may not know the section: what is there stays.
+		// The older plugin may not know the keys of the section: what is
+		// there stays.
 		return present(f, files), err
 	}
 	if err := ins.checkVersions(f); err != nil {
@@ -255,8 +261,8 @@ func (ins *Installer) join(f file, files []file) (string, error) {
 	return list.path, nil
 }
 
-// present returns the list by which a runtime runs our entry in the network in f,
-// as that is now, or "".
+// present returns the list from which a runtime runs our entry in the network in f
+// at present, or "".
 func present(f file, files []file) string {
 	if f.isList() {
 		if inPlace(f.data) {
@@ -273,15 +279,15 @@ func present(f file, files []file) string {
 }
 
 // checkBinDir returns an error unless the directory of plugins has the plugin that
-// makes the interface of the network in f: then it is one that the runtime
-// searches. Others do not count: many nodes have a portmap in a directory that
+// makes the interface of the network in f, which proves that the runtime searches
+// it. Other plugins prove nothing: many nodes have a portmap in a directory that
 // their runtime does not search.
 func (ins *Installer) checkBinDir(f file) error {
 	plugin := firstPlugin(f)
 	if plugin == "" {
 		return nil // put says what is wrong with the list
 	}
-	// A link may lead to where only the node sees something.
+	// Lstat, as a link may lead to a path that only the node has.
 	info, err := os.Lstat(filepath.Join(ins.cfg.BinDir, plugin))
 	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
 		return nil
@@ -290,8 +296,8 @@ func (ins *Installer) checkBinDir(f file) error {
 		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
 }
 
-// put makes of a list what change makes of it. It counts as a change of the file
-// at as.path.
+// put applies change to a list and writes the result. It counts as a change of the
+// file at as.path.
 func (ins *Installer) put(list, as file, change func(list, section []byte) ([]byte, error)) error {
 	changed, err := change(list.data, ins.section)
 	if err != nil || bytes.Equal(changed, list.data) {
@@ -313,10 +319,10 @@ func (ins *Installer) put(list, as file, change func(list, section []byte) ([]by
 	return nil
 }
 
-// beside returns the list that goes beside a lone configuration, without data if it
-// is not there yet, or an error if there may be none. The configuration stays as it
-// is: its owner rewrites and deletes it as ever. Runtimes use the list, as its name
-// comes first; CRI-O passes over the second of two files with one network's name.
+// beside returns the list that goes beside a lone configuration, with nil data if it
+// is not there yet, or an error if there must be none. The configuration stays as it
+// is, so that its owner can rewrite and delete it. Runtimes use the list, as its
+// name comes first; CRI-O ignores the second of two files with one network's name.
 func (ins *Installer) beside(lone file, files []file) (file, error) {
 	list := file{path: madePath(lone.path)}
 	for _, f := range files {
@@ -344,8 +350,8 @@ func (ins *Installer) beside(lone file, files []file) (file, error) {
 }
 
 // checkVersions returns an error if a runtime could call the plugin with a CNI
-// version that it does not support, which would keep every pod from starting.
-// Which of several versions a runtime chooses depends on its own.
+// version that it does not support: then no pod would start. Of several versions in
+// a configuration, each runtime may choose another.
 func (ins *Installer) checkVersions(f file) error {
 	var keys map[string]any
 	if err := json.Unmarshal(f.data, &keys); err != nil {
@@ -364,7 +370,7 @@ func (ins *Installer) checkVersions(f file) error {
 	return nil
 }
 
-// admit returns an error if a file has been changed too often of late.
+// admit returns an error if a file has been changed too often within writeWindow.
 func (ins *Installer) admit(path string) error {
 	now := time.Now()
 	recent := slices.DeleteFunc(ins.writes[path], func(at time.Time) bool { return now.Sub(at) >= ins.window })

@@ -635,7 +635,7 @@ func TestUninstallNamesCopies(t *testing.T) {
 		for _, remark := range remarks {
 			path, what, _ := strings.Cut(remark, " ")
 			named = append(named, strings.TrimPrefix(path, ins.cfg.ConfDir+"/"))
-			want := "names podshunt still: if that is its plugin, pods do not start by it once " + ins.binary.path + " is deleted"
+			want := "still names podshunt: if it means the plugin, no pod starts with this file once " + ins.binary.path + " is deleted"
 			if strings.HasSuffix(path, madeEnding) {
 				want = "stays, because others have put plugins into it: move these to the configuration that it is made of, and delete it"
 			}

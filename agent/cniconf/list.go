@@ -15,27 +15,28 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// madeOfKey is a key of lists by Wrap, for people and to know them by: its value is
-// the name of the configuration's file. Runtimes pass over keys that they do not know.
+// madeOfKey marks a list by Wrap: its value is the file name of the configuration that
+// the list was made of. Runtimes ignore keys that they do not know.
 const madeOfKey = "podshunt.io/made-of"
 
-// errAlone says that a list holds no plugin but ours: without it the list would
-// be empty, which no runtime accepts, and with it there is nothing to chain to.
+// errAlone says that a list has no plugin but ours. Without ours it would be empty,
+// which no runtime accepts; with it there is nothing to chain to.
 var errAlone = errors.New(`no plugin besides ` + api.PluginType + ` in "plugins"`)
 
 // entry is an element of "plugins", at list[start:end].
 type entry struct {
-	// after is where the bytes between the delimiter before the entry and the entry start.
+	// after is the offset behind the delimiter before the entry, where its white space
+	// starts.
 	after, start, end int
 	ours              bool
 }
 
 // Insert returns the configuration list with the section as one of its plugins,
-// behind the one that makes the interface, and no other entry of ours. An entry
-// that is behind that already keeps its place, as others may want to be the last,
-// too; a new one goes to the end. All other bytes stay as they are; if the section
-// is there already, however it is formatted, all of them do. The error says why
-// libcni does not accept the list, or errAlone.
+// behind the one that makes the interface, and with no other entry of ours. An entry
+// that is in place already keeps it, as others may want to be the last, too; a new
+// one goes to the end. All other bytes stay as they are. If the section is there
+// already, in whatever format, nothing changes. It returns errAlone, or an error
+// that says why libcni does not accept the list.
 func Insert(list, section []byte) ([]byte, error) {
 	entries, err := parse(list)
 	if err != nil {
@@ -56,8 +57,8 @@ func Insert(list, section []byte) ([]byte, error) {
 		return nil, err
 	}
 	last := entries[len(entries)-1]
-	// What separates the last entry from its delimiter separates ours: a line
-	// break and an indentation, or nothing.
+	// The new entry gets the white space before the last one: a line break and
+	// an indentation, or none.
 	inserted := slices.Concat([]byte(","), rest[last.after:last.start], section)
 	return checked(list, slices.Insert(bytes.Clone(rest), last.end, inserted...))
 }
@@ -66,8 +67,8 @@ func isOurEntry(e entry) bool { return e.ours }
 
 func isOther(e entry) bool { return !e.ours }
 
-// Remove returns the configuration list without the entries of ours. It undoes
-// Insert to the byte. Errors are those of Insert.
+// Remove returns the configuration list without our entries. It undoes Insert to the
+// byte, and returns the same errors.
 func Remove(list []byte) ([]byte, error) {
 	entries, err := parse(list)
 	if err != nil {
@@ -86,7 +87,7 @@ func Remove(list []byte) ([]byte, error) {
 		return nil, errAlone
 	}
 	rest := bytes.Clone(list)
-	// From the end, so that the offsets before it stay right.
+	// From the end, so that earlier offsets stay right.
 	for i := len(entries) - 1; i >= 0; i-- {
 		if !entries[i].ours {
 			continue
@@ -101,16 +102,16 @@ func Remove(list []byte) ([]byte, error) {
 	return checked(list, rest)
 }
 
-// Wrap returns the configuration list that the lone network configuration in the
-// file called name stands for, with the section added. Values, their order and
-// their notation are those of the configuration; its white space is not kept.
+// Wrap makes a configuration list of the lone network configuration in the file
+// called name, and adds the section. It keeps the configuration's values, their
+// order and their notation, but not its white space.
 func Wrap(conf, section []byte, name string) ([]byte, error) {
 	return wrap(conf, section, name, nil)
 }
 
-// Rewrap returns what a list by Wrap has to become after its configuration or the
-// section has changed. Plugins that others have put into it stay, and so do all of
-// its bytes if nothing has changed, however they are formatted.
+// Rewrap updates a list by Wrap after its configuration or the section has changed.
+// It keeps plugins that others have put into the list. If nothing has changed, it
+// returns the list byte for byte.
 func Rewrap(list, conf, section []byte, name string) ([]byte, error) {
 	if wraps(list, conf) {
 		return Insert(list, section)
@@ -154,8 +155,8 @@ func chained(list []byte) []byte {
 	return rest[entries[0].end:entries[len(entries)-1].end]
 }
 
-// wraps tells whether a list, apart from entries of ours and from plugins behind
-// the first, is the network that a runtime makes of the lone configuration.
+// wraps reports whether a list is the network that a runtime makes of the lone
+// configuration, apart from our entries and from plugins behind the first.
 func wraps(list, conf []byte) bool {
 	parsed, err := libcni.NetworkPluginConfFromBytes(conf)
 	if err != nil {
@@ -170,20 +171,21 @@ func wraps(list, conf []byte) bool {
 	return sameNetwork(want, got) && len(first) > 0 && slices.EqualFunc(others(want), first[:1], bytes.Equal)
 }
 
-// holdsOurs tells whether an entry of ours is in the list.
+// holdsOurs reports whether an entry of ours is in the list.
 func holdsOurs(list []byte) bool {
 	entries, err := parse(list)
 	return err == nil && slices.ContainsFunc(entries, isOurEntry)
 }
 
-// inPlace tells whether an entry of ours is behind the plugin that makes the interface.
+// inPlace reports whether an entry of ours is behind the plugin that makes the
+// interface.
 func inPlace(list []byte) bool {
 	entries, err := parse(list)
 	return err == nil && !entries[0].ours && slices.ContainsFunc(entries, isOurEntry)
 }
 
 // firstPlugin returns the type of the plugin that makes the interface in a valid
-// file: the first that is not ours, "" where there is none.
+// file: the first that is not ours, or "" if there is none.
 func firstPlugin(f file) string {
 	if !f.isList() {
 		conf, err := libcni.NetworkPluginConfFromBytes(f.data)
@@ -267,8 +269,8 @@ func isOurs(plugin []byte) bool {
 	return json.Unmarshal(plugin, &keys) == nil && keys["type"] == api.PluginType
 }
 
-// checked returns the list unless libcni takes it for another network than
-// before, entries of ours apart. No such list is ever written.
+// checked returns the list, or an error if libcni takes it for another network than
+// before, our entries apart. Such a list must never be written.
 func checked(before, list []byte) ([]byte, error) {
 	want, err1 := libcni.ConfListFromBytes(before)
 	got, err2 := libcni.ConfListFromBytes(list)

@@ -10,9 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errReplaced says that a directory was deleted, or put aside, and made again on the
-// node. The mount of a container still has the former one: nothing that is done
-// there reaches the runtime. Only a new start of the container mounts the new one.
+// errReplaced says that the node has deleted or renamed a directory and made it
+// again. The container's mount still shows the old directory, so nothing that is
+// written there reaches the runtime. Only a new start of the container mounts the
+// new one.
 var errReplaced = errors.New("the node has another directory there now, and this container still has the former one")
 
 // errDeleted says that a directory was deleted on the node. It may be made again.
@@ -21,22 +22,23 @@ var errDeleted = errors.New("the node has deleted it")
 // place is one of the runtime's directories, as this process and the node see it.
 type place struct {
 	path string
-	// root is where this process sees the root directory of the node, or "".
+	// root is a path that leads to the node's root directory, or "".
 	root string
-	// shared is set once both have had the same directory at the path. Where they never
-	// have, the node's path is another one, and says nothing.
+	// shared is set once both have had the same directory at the path. If they never
+	// have, the directory is elsewhere on the node, and cannot be compared.
 	shared bool
 }
 
-// check returns errReplaced or errDeleted if what this process sees is not the
-// node's any more. That nothing is there at all is for others to report.
+// check returns errReplaced or errDeleted if this process no longer sees the node's
+// directory. It returns nil if this process sees none: others report that.
 func (p *place) check() error {
 	ours, err := identify(p.path)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
 	node, nodeErr := p.onNode()
-	// Again, as a process without a mount of its own sees a new directory at once.
+	// Compare again: without a mount of its own, this process sees a new directory
+	// at once.
 	if again, err := identify(p.path); err != nil || again != ours {
 		return nil //nolint:nilerr // the next look finds it at rest
 	}
@@ -51,7 +53,7 @@ func (p *place) check() error {
 	return nil
 }
 
-// identity is what tells directories apart.
+// identity tells directories apart.
 type identity struct{ dev, ino, nlink uint64 }
 
 func identify(path string) (identity, error) {
@@ -66,8 +68,8 @@ func identityOf(st *unix.Stat_t) identity {
 	return identity{dev: uint64(st.Dev), ino: st.Ino, nlink: uint64(st.Nlink)} //nolint:unconvert // narrower on some architectures
 }
 
-// onNode finds the directory on the node. Links on the way are the node's: one that
-// begins with a slash begins at its root.
+// onNode finds the directory on the node. It follows links as the node does: one
+// that begins with a slash starts at the node's root.
 func (p *place) onNode() (identity, error) {
 	if p.root == "" {
 		return identity{}, errors.New("the node's root directory is not known")

@@ -23,8 +23,8 @@ const (
 	pinNoMPTCP = "link_keep_mptcp_out"
 )
 
-// openLink opens a pinned link, or returns nil where there is none, and tells
-// whether it runs the same program as prog.
+// openLink opens a pinned link, or returns nil if there is none. same is true if the
+// link runs the same program as prog.
 func openLink(path string, prog *ebpf.Program) (l link.Link, same bool, err error) {
 	l, err = link.LoadPinnedLink(path, nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -104,7 +104,8 @@ func (d *Datapath) attachTrack(dir string) error {
 	return d.keep(path, l)
 }
 
-// attachedTo tells whether a link is on this very cgroup; a cgroup's id is its inode number.
+// attachedTo reports whether a link is on this very cgroup; a cgroup's id is its inode
+// number.
 func attachedTo(l link.Link, cgroup string) (bool, error) {
 	info, err := l.Info()
 	if err != nil {
@@ -150,10 +151,10 @@ func (d *Datapath) attachDeliver(dir string) error {
 	return nil
 }
 
-// attachObserver attaches one of the two observers and detaches the other. A
-// link of this kind cannot be updated: the old one goes first, since a read
-// that is counted by none only keeps its flow on TCP, while one that is
-// counted twice would hide a read that is not finished.
+// attachObserver attaches one of the two observers and detaches the other. A link of
+// this kind cannot be updated. If the new one came first, both would count a read
+// for a moment, which would hide another read that is not finished. So the old one
+// goes first: a read that nobody counts only keeps its flow on TCP.
 func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) error {
 	for _, kind := range []string{ObserverFexit, ObserverTracepoint} {
 		path := filepath.Join(dir, pinObserve+kind)
@@ -180,9 +181,9 @@ func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) erro
 	return d.keep(filepath.Join(dir, pinObserve+observer), l)
 }
 
-// attachKeepMPTCPOut attaches the program that marks the ports of MPTCP
-// listeners where they are to be kept out, and detaches it elsewhere. One of
-// another build stays until ours is attached: a port that both mark is no harm.
+// attachKeepMPTCPOut attaches the program that marks the ports of MPTCP listeners if
+// they are to be kept out, and detaches it otherwise. One of another build is
+// detached only after ours is attached, since it does no harm if both mark a port.
 func (d *Datapath) attachKeepMPTCPOut(dir string) error {
 	prog := d.objects.Programs[bpf.ShortcutProgKeepMptcpOut]
 	path := filepath.Join(dir, pinNoMPTCP)

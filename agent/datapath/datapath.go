@@ -1,12 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package datapath is the sole owner of podshunt's kernel objects: it loads the
-// programs, attaches and pins them, says which pods take part and what is
-// allowed between them, reads what became of it, and takes everything out
-// again without losing a byte.
-//
-// Objects live under one directory of a bpffs. They outlive the process: flows
-// and new pairings go on while no agent runs, and the next Open takes them over.
 package datapath
 
 import (
@@ -31,62 +24,65 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Observers: how reads of applications are seen.
+// Observers: the two programs that can count what applications read.
 const (
 	ObserverAuto       = "auto"
 	ObserverFexit      = "fexit"
 	ObserverTracepoint = "tracepoint"
 )
 
-// Config says where the kernel objects live and how large they are. Sizes take
-// effect when the objects are created: pins that are taken over keep theirs.
+// Config says where the kernel objects live, how large they are and how they behave.
+// Sizes (the fields whose names begin with Max) take effect when the objects are
+// created: pins that are taken over keep theirs. DefaultConfig has the defaults; a
+// zero value means something only where its field says so.
 type Config struct {
-	// Cgroup is a directory of a cgroup2; connections of the processes below it
-	// are seen. Empty means the root of the first cgroup2 mount.
+	// Cgroup is a directory of a cgroup2: the programs see connections of the
+	// processes below it. Empty means the root of the first cgroup2 mount.
 	Cgroup string
 	// PinDir is a directory in a bpffs.
 	PinDir string
-	// MountBPFFS mounts a bpffs on the parent of PinDir where there is none, if that is
-	// /sys/fs/bpf or an empty directory below it. In a container that mount, and all
-	// pins with it, would end with the container.
+	// MountBPFFS lets Open mount a bpffs on the parent of PinDir if there is none, and
+	// if that is /sys/fs/bpf or an empty directory below it. In a container that mount,
+	// and all pins with it, would end with the container.
 	MountBPFFS bool
-	// Budget is how many bytes the receiver of one direction may leave unread, each
-	// message counting 1024 more, before the direction spills to TCP. A direction
-	// begins with 128 KiB, or with what its receiver has read by TCP, and grows with
-	// what it reads.
+	// Budget limits, in bytes, what the receiver of one direction may leave unread
+	// before the direction spills to TCP. Each message counts 1024 bytes more. A
+	// direction begins with 128 KiB, or with what its receiver has read by TCP, and
+	// grows with what the receiver reads, up to this.
 	Budget uint32
-	// PodBudget is the same for all receivers of a pod together.
+	// PodBudget limits the same for all receivers of a pod together.
 	PodBudget uint64
-	// RefreshInterval is how long a direction may do without TCP before one message
-	// goes that way, so that conntrack and the like see that the connection is in
-	// use; 0 is for ever.
+	// RefreshInterval sends one message of a direction by TCP when none has gone
+	// that way for so long, so that conntrack and the like see that the connection
+	// is in use. 0 never does.
 	RefreshInterval time.Duration
-	// TrialReads and TrialBytes are what a receiver has to take by recv from TCP
-	// before anything is redirected to it: so many recv calls, and for bursts above
-	// 4 KiB so many bytes of such. A burst that is larger than any before goes by TCP
-	// in any case, up to 64 KiB; with 0 bytes it does not.
+	// TrialReads and TrialBytes set what a receiver must take by recv from TCP before
+	// anything is redirected to it: so many recv calls, and before bursts above 4 KiB
+	// are, so many bytes of such bursts. A burst that is larger than any before also
+	// goes by TCP, up to 64 KiB, unless TrialBytes is 0.
 	TrialReads, TrialBytes uint32
-	// TrialDrains is how often a receiver that waits for edges of epoll has to be seen
-	// to call recv once more after one that was not filled, and to find nothing.
+	// TrialDrains sets how often a receiver that waits for edges of epoll must be seen
+	// to call recv after one that did not fill its buffer, and to find nothing.
 	TrialDrains uint32
-	// MaxPolicies and MaxFlows are the sizes of the policy map and of the map of flows.
+	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
+	// of flows.
 	MaxPolicies, MaxFlows uint32
-	// MaxPods, MaxHandshakes and MaxSockets are the sizes of the maps of pods, of
-	// unfinished handshakes and of sockets. 0 means what follows from the sizes above:
-	// a pod for 128 policies and half a handshake for each flow, at least 1024 of both,
-	// and two sockets for each flow.
+	// MaxPods, MaxHandshakes and MaxSockets set the sizes of the maps of pods, of
+	// unfinished handshakes and of sockets. 0 derives them from the sizes above: one
+	// pod for 128 policies and one handshake for two flows, at least 1024 of each, and
+	// two sockets for each flow.
 	MaxPods, MaxHandshakes, MaxSockets uint32
-	// AllowBlocking lets sockets take part whose reads may sleep in the kernel. Such a
-	// read returns EAGAIN when it is woken by a signal or a reset (hazard
-	// "blocking-recv"); without it, only sockets in non-blocking mode take part.
+	// AllowBlocking lets blocking sockets take part, although a recv that sleeps can
+	// then return EAGAIN, such as after a signal or a reset (hazard "blocking-recv").
+	// Without it, only sockets in non-blocking mode take part.
 	AllowBlocking bool
-	// Observer is one of the constants above.
+	// Observer is ObserverAuto, ObserverFexit or ObserverTracepoint.
 	Observer string
-	// Guards are the names of those that are attached while a pod takes part. A
-	// guard that the kernel refuses makes Enrol fail.
+	// Guards names the guards to attach while a pod takes part or a flow is
+	// left. A guard that the kernel refuses makes Enrol fail.
 	Guards []string
-	// NoMPTCPListeners keeps sockets out that an MPTCP listener has accepted. Where
-	// the kernel would be harmed by them, Open does that in any case.
+	// NoMPTCPListeners keeps out sockets that an MPTCP listener has accepted. Open
+	// does so in any case on kernels that they would harm.
 	NoMPTCPListeners bool
 }
 
@@ -109,7 +105,7 @@ func DefaultConfig() Config {
 	}
 }
 
-// Validate returns an error that says what is accepted.
+// Validate returns an error that says which values are accepted.
 func (c Config) Validate() error {
 	switch c.Observer {
 	case ObserverAuto, ObserverFexit, ObserverTracepoint:
@@ -142,8 +138,8 @@ func (c Config) Validate() error {
 	return nil
 }
 
-// Datapath is the open set of kernel objects. Its methods may be called from
-// several goroutines.
+// Datapath is the open set of kernel objects. Its methods may be called from several
+// goroutines, except Close, which must be the last call.
 type Datapath struct {
 	cfg      Config
 	log      *slog.Logger
@@ -156,12 +152,12 @@ type Datapath struct {
 
 	mu     sync.Mutex          // guards what follows, and writes to the policy map
 	policy map[podPair][]entry // what the policy map has, once it was read
-	// generationDue is set while the policy map may differ from what the generation
-	// in force stands for.
+	// generationDue is set from a change of the policy map until the generation is
+	// raised, which makes the programs look it up again.
 	generationDue bool
 	drift         map[uint64]bpf.ShortcutShare // of shares, as the last sweep found it
 	guards        map[string]*guard            // attached, by name
-	givenUp       map[uint64]bool              // flows that Unload does not wait for
+	givenUp       map[uint64]bool              // ids of flows that Unload does not wait for
 	renamed       bool                         // the pins have suffixOld
 	unloaded      bool                         // the removal has begun: nothing can be changed or asked
 	gone          bool                         // and it is complete
@@ -169,18 +165,23 @@ type Datapath struct {
 }
 
 var (
-	// ErrOtherBuild is returned by Open for pinned maps that another build has
-	// laid out differently.
+	// ErrOtherBuild is returned by Open if another build has pinned maps with
+	// another layout.
 	ErrOtherBuild = errors.New("the pins are of another build: run that build's `podshunt-agent unload` first")
 	// ErrInUse is returned by Open and OpenPins while another process owns the pins.
 	ErrInUse = errors.New("another process owns the pins: is an agent running?")
-	// ErrUnloaded is returned by every change after Unload.
+	// ErrUnloaded is returned, once an unload has begun to delete, by Enrol,
+	// SetPolicy, UpdatePolicy, Forget, SetLease and Lease. Release and Sweep
+	// then have nothing to do and succeed, and what lists something returns
+	// nothing.
 	ErrUnloaded = errors.New("unloaded: restart the agent to load again")
 )
 
-// Open loads the programs and attaches them, or takes over what an earlier
-// process has pinned; programs of another build are then replaced by those of
-// this one.
+// Open loads and attaches the programs, or takes over what an earlier process has
+// pinned; programs of another build are then replaced. It returns ErrInUse while
+// another process owns the pins, and ErrOtherBuild if the pinned maps have another
+// layout: in both cases the pins stay as they are. The caller has to Close what Open
+// returns.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -250,7 +251,8 @@ func (c Config) prepareBPFFS() error {
 	return err
 }
 
-// create makes everything anew, pinned in fresh, and publishes it by a rename.
+// create makes all objects, pins them in the directory fresh, and publishes it by a
+// rename.
 func (d *Datapath) create(fresh string) error {
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
@@ -291,8 +293,8 @@ func (d *Datapath) create(fresh string) error {
 	return d.at("published")
 }
 
-// takeOver goes on with the pinned maps. Sockets keep the program they joined
-// with; what changes for them is what the maps say.
+// takeOver goes on with the pinned maps. Sockets keep the sk_msg program that they
+// joined with, which reads the new settings from the maps.
 func (d *Datapath) takeOver() error {
 	if err := d.ownPins(d.cfg.PinDir); err != nil {
 		return err
@@ -320,15 +322,15 @@ func (d *Datapath) takeOver() error {
 	if err := d.attach(d.cfg.PinDir); err != nil {
 		return err
 	}
-	// The process before may have been killed between a change of the policy map and
-	// the raise that makes it known.
+	// The process before may have been killed after it changed the policy map, and
+	// before it raised the generation.
 	d.generationDue = true
 	return d.raiseGeneration()
 }
 
-// OpenPins opens what an earlier process has pinned in dir, or has left of it,
-// without attaching anything, to look at it or to unload it. It returns
-// fs.ErrNotExist where there is nothing.
+// OpenPins opens what an earlier process has pinned in dir, complete or not, to look
+// at it or to unload it. It attaches nothing. It returns fs.ErrNotExist if there are
+// no pins, and ErrInUse while another process owns them.
 func OpenPins(dir string, log *slog.Logger) (*Datapath, error) { return openPins(dir, log, nil) }
 
 func openPins(dir string, log *slog.Logger, step func(string) error) (*Datapath, error) {
@@ -346,7 +348,7 @@ func (d *Datapath) openPins() error {
 	if err := d.own(); err != nil {
 		return err
 	}
-	// Unload does not need more than these; without one of them it does what it can.
+	// Unload needs no other maps than these; if one is missing it does what it can.
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return err
@@ -367,8 +369,8 @@ func (d *Datapath) openPins() error {
 	return err
 }
 
-// openMaps opens the pinned maps, and gives the specs their sizes. With errNoMap
-// it returns those that are there.
+// openMaps opens the pinned maps, and gives the specs their sizes. If it returns
+// errNoMap, it also returns the maps that are there.
 func openMaps(dir string, specs map[string]*ebpf.MapSpec) (map[string]*ebpf.Map, error) {
 	pinned := map[string]*ebpf.Map{}
 	var missing error
@@ -404,7 +406,8 @@ func (c Config) sizes() map[string]uint32 {
 		bpf.ShortcutMapSockets:  cmp.Or(c.MaxSockets, 2*c.MaxFlows),
 		bpf.ShortcutMapSyns:     handshakes,
 		bpf.ShortcutMapPending:  handshakes,
-		// Those of a pod that has gone stay until its last flow has.
+		// The entry of a pod that has gone stays until its last flow has
+		// ended: hence twice.
 		bpf.ShortcutMapCharges: 2 * pods,
 		bpf.ShortcutMapShares:  2 * pods,
 	}
@@ -461,8 +464,9 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 	return objects, nil
 }
 
-// attach sets the controls and attaches the rest. Pairing comes last, so that
-// no connection is paired before its messages are judged and its reads seen.
+// attach writes the settings and attaches the programs but the observer, which load
+// has attached. track comes last: a connection that it pairs needs deliver to decide
+// and the observer to count.
 func (d *Datapath) attach(dir string) error {
 	if err := d.setControl(func(s *bpf.ShortcutSettings) {
 		s.Redirect = 1
@@ -491,7 +495,7 @@ func (d *Datapath) attach(dir string) error {
 
 func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.NoMPTCPListeners || mptcpUnsafe() }
 
-// half is the most that one pod may have of a map that connections fill.
+// half returns how many entries one pod may have in a map that connections fill.
 func half(entries uint32) uint32 { return max(1, entries/2) }
 
 func number(yes bool) uint32 {
@@ -514,9 +518,9 @@ func (d *Datapath) setControl(change func(*bpf.ShortcutSettings)) error {
 	return nil
 }
 
-// SetLease says for how long from now on the policy may be trusted: after that
-// every message goes by TCP and no connection is paired, until the next call. 0 is
-// for ever.
+// SetLease lets the programs trust the policy for so long from now on; 0 is for
+// ever. After that every message goes by TCP and no connection is paired, until the
+// next call. It returns ErrUnloaded after an unload.
 func (d *Datapath) SetLease(lease time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -531,8 +535,8 @@ func (d *Datapath) SetLease(lease time.Duration) error {
 	})
 }
 
-// Lease returns until when the policy may be trusted, by SetLease of this process or
-// of one before; the zero time is for ever.
+// Lease returns when the trust ends that SetLease has set in this process or in an
+// earlier one; the zero time means never. It returns ErrUnloaded after an unload.
 func (d *Datapath) Lease() (time.Time, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -549,7 +553,7 @@ func (d *Datapath) Lease() (time.Time, error) {
 	return time.Now().Add(time.Duration(s.LeaseNs) - monotonic()), nil
 }
 
-// Close gives up this process's hold of the objects. The pins stay: flows and
+// Close closes this process's handles of the objects. The pins stay: flows and
 // pairing go on.
 func (d *Datapath) Close() error {
 	var errs []error
@@ -568,7 +572,8 @@ func (d *Datapath) Close() error {
 	return errors.Join(append(errs, d.disown())...)
 }
 
-// Observer returns how reads are seen: ObserverFexit or ObserverTracepoint.
+// Observer returns the observer that is attached: ObserverFexit or
+// ObserverTracepoint.
 func (d *Datapath) Observer() string { return d.observer }
 
 // Cgroup returns the cgroup whose connections are seen.

@@ -16,16 +16,18 @@ import (
 )
 
 // Enrol lets the pod whose network namespace has the cookie take part: its new
-// connections are paired where the policy allows it, so the policy comes first.
-// Enrolling twice is the same as once. A cookie is never used again, so that to enrol
-// that of a namespace that is gone does nothing but take room until it is released.
+// connections are paired if the policy allows it. Write the policy first, since a
+// connection that finds no rule is never paired. Enrolling twice is the same as once.
+// To enrol a namespace that is gone does no harm, as a cookie is never used again,
+// but takes room until Release. It returns ErrUnloaded after an unload, and wraps
+// ENOSPC or E2BIG if a map is full.
 func (d *Datapath) Enrol(cookie uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
 		return ErrUnloaded
 	}
-	// What a pod has left from an earlier part stays: its connections are still there.
+	// What is there stays: the pod was enrolled before, and has connections from then.
 	for name, zero := range map[string]any{bpf.ShortcutMapCharges: int64(0), bpf.ShortcutMapShares: bpf.ShortcutShare{}} {
 		err := d.objects.Maps[name].Update(cookie, zero, ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
@@ -41,8 +43,9 @@ func (d *Datapath) Enrol(cookie uint64) error {
 	return nil
 }
 
-// Release ends a pod's part in new connections. What becomes of its paired ones
-// is for SetPolicy to say.
+// Release ends the pairing of a pod's new connections. Those that are paired go on
+// as the policy says, so take the pod's rules away first. It succeeds if the pod is
+// not enrolled, and after an unload.
 func (d *Datapath) Release(cookie uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -55,7 +58,8 @@ func (d *Datapath) Release(cookie uint64) error {
 	return d.updateGuards()
 }
 
-// Enrolled returns the cookies of the pods that take part.
+// Enrolled returns the cookies of the pods that take part, in no order; none after
+// an unload.
 func (d *Datapath) Enrolled() ([]uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -14,8 +14,8 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Flows returns the paired connections, in no order. It reads the live map, so
-// the numbers of one flow may be of slightly different moments.
+// Flows returns the paired connections, in no order; none after an unload. It reads
+// the live map, so the numbers of one flow may be of slightly different moments.
 func (d *Datapath) Flows() ([]Flow, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -57,7 +57,7 @@ const (
 	server = bpf.ShortcutSideIndexSIDE_SERVER
 )
 
-// direction describes what the socket of side from sends.
+// direction describes the direction that the socket of side from sends in.
 func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	s, r := p.Side[from].Sending, p.Side[1-from].Receiving
 	dir := Direction{
@@ -84,7 +84,7 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 		dir.TCPBytes += uint64(s.LastSize) // write_seq counts it with the next message
 	}
 	read := r.ReadBytes + uint64(s.Missed)
-	// A read may be seen before the count of what it read is.
+	// A read may be counted before the bytes that it read are.
 	if sent := dir.ShortcutBytes + dir.TCPBytes; sent > read {
 		dir.Unread = sent - read
 	}
@@ -93,7 +93,8 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	return dir
 }
 
-// address converts from v4-mapped words in network byte order.
+// address converts v4-mapped words in network byte order; port is in host byte
+// order.
 func address(words [4]uint32, port uint16) netip.AddrPort {
 	var b [16]byte
 	for i, w := range words {
@@ -102,7 +103,7 @@ func address(words [4]uint32, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(b).Unmap(), port)
 }
 
-// monotonic returns the clock of bpf_ktime_get_ns.
+// monotonic reads CLOCK_MONOTONIC, the clock of bpf_ktime_get_ns.
 func monotonic() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {

@@ -51,7 +51,7 @@ func TestPodsFull(t *testing.T) {
 	}
 }
 
-// isPaired tells whether a new connection is paired; its bytes are checked in any case.
+// isPaired reports whether a new connection is paired; its bytes are checked in any case.
 func (n *node) isPaired(tb testing.TB, from *sandbox.Pod, to *sandbox.Pod, port uint16) bool {
 	tb.Helper()
 	l := to.MustListen(tb, "tcp4", fmt.Sprintf("%s:%d", to.IPv4, port))

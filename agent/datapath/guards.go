@@ -17,18 +17,18 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Guards see a call that the kernel does not serve on a shortcut socket before
-// it is served. They need a kernel that allows trampolines.
+// Guards are programs that see a call which does not work on a shortcut socket
+// before the kernel serves it. They need a kernel that allows trampolines.
 const (
-	// GuardSplice puts a direction on TCP when its receiver uses splice, which fails
-	// with EINVAL while redirected bytes are unread. It costs every read and write of a file on the node a few nanoseconds.
+	// GuardSplice puts a direction on TCP when its receiver calls splice, and lets that call fail with EINVAL while
+	// redirected bytes are unread. It runs for every read and write of a file on the node.
 	GuardSplice = "splice"
-	// GuardULP lets TCP_ULP (kTLS) on a socket of a flow fail with ENOENT.
+	// GuardULP makes TCP_ULP (kTLS) on a socket of a flow fail with ENOENT.
 	GuardULP = "ulp"
 	// GuardFIONREAD puts a direction on TCP when its receiver calls FIONREAD.
 	GuardFIONREAD = "fionread"
 	// GuardFlags puts a direction on TCP when its receiver begins a recv with
-	// MSG_WAITALL or another flag that is not served, or its sender uses MSG_OOB.
+	// MSG_WAITALL or another unsupported flag, or when its sender uses MSG_OOB.
 	GuardFlags = "flags"
 )
 
@@ -46,14 +46,14 @@ func guardPrograms() map[string][]string {
 // GuardNames returns the names of all guards, sorted.
 func GuardNames() []string { return slices.Sorted(maps.Keys(guardPrograms())) }
 
-// guard is one that is attached.
+// guard is an attached guard.
 type guard struct {
 	pins  []string // empty if it lasts no longer than the process
 	links []link.Link
 }
 
-// AttachGuard attaches a guard that looks at the sockets of these maps, those of the
-// shortcut by name, until detach is called or the process ends.
+// AttachGuard attaches a guard until detach is called or the process ends. shared
+// has the maps of the shortcut by name, whose sockets the guard looks at.
 func AttachGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (detach func() error, err error) {
 	g, err := attachGuard(name, shared, "", cache)
 	if err != nil {
@@ -62,9 +62,9 @@ func AttachGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (de
 	return g.close, nil
 }
 
-// attachGuard attaches a guard that looks at the sockets of these maps. With a
-// directory its links are pinned there, and those that are pinned already are
-// kept if all of them run the same programs.
+// attachGuard attaches a guard that uses the maps of shared. If dir is not empty its
+// links are pinned there, and links that are pinned there already are kept if all of
+// them run the same programs.
 func attachGuard(name string, shared map[string]*ebpf.Map, dir string, cache *btf.Cache) (*guard, error) {
 	objects, err := loadGuard(name, shared, cache)
 	if err != nil {
@@ -95,8 +95,8 @@ func attachGuard(name string, shared map[string]*ebpf.Map, dir string, cache *bt
 
 func guardPin(dir, program string) string { return filepath.Join(dir, "link_guard_"+program) }
 
-// loadGuard loads the programs of one guard. What they know of tasks begins
-// anew, since nobody has cleared it while they were not attached.
+// loadGuard loads the programs of one guard, with a new map of marks: nobody has
+// cleared the marks of tasks while the guard was not attached.
 func loadGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (*ebpf.Collection, error) {
 	spec, err := bpf.LoadGuard()
 	if err != nil {
@@ -113,8 +113,8 @@ func loadGuard(name string, shared map[string]*ebpf.Map, cache *btf.Cache) (*ebp
 	return ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements, Cache: cache})
 }
 
-// openGuard takes over the pinned links of a guard. It returns nil if there are
-// none; if some are missing or run other programs, it deletes them all.
+// openGuard takes over the pinned links of a guard. If some are missing or run other
+// programs, it deletes them all and returns nil, as if there were none.
 func openGuard(name string, objects *ebpf.Collection, dir string) (*guard, error) {
 	if dir == "" {
 		return nil, nil
@@ -139,7 +139,8 @@ func openGuard(name string, objects *ebpf.Collection, dir string) (*guard, error
 	return nil, g.detach()
 }
 
-// detach detaches in reverse order, so that no mark is made that is not looked at.
+// detach detaches in reverse order, so that no program sets a mark which no other
+// reads.
 func (g *guard) detach() error {
 	var errs []error
 	for _, pin := range slices.Backward(g.pins) {
@@ -150,7 +151,7 @@ func (g *guard) detach() error {
 	return errors.Join(append(errs, g.close())...)
 }
 
-// close gives up this process's hold; pinned links stay attached.
+// close closes this process's handles; pinned links stay attached.
 func (g *guard) close() error {
 	var errs []error
 	for _, l := range slices.Backward(g.links) {
@@ -159,9 +160,9 @@ func (g *guard) close() error {
 	return errors.Join(errs...)
 }
 
-// updateGuards attaches the configured guards while a pod takes part or a flow
-// is left, and detaches them after that, with all that are not configured any
-// more. The caller holds mu.
+// updateGuards attaches the configured guards if a pod takes part or a flow is left,
+// and detaches them otherwise. It detaches guards that are not configured. The
+// caller holds mu.
 func (d *Datapath) updateGuards() error {
 	busy, err := d.anyEntries(bpf.ShortcutMapPods, bpf.ShortcutMapFlows)
 	if err != nil {
@@ -200,7 +201,7 @@ func dropGuard(name string, g *guard, dir string) error {
 	return pinned.detach()
 }
 
-// anyEntries tells whether one of the maps has an entry.
+// anyEntries reports whether one of the maps has an entry.
 func (d *Datapath) anyEntries(names ...string) (bool, error) {
 	for _, name := range names {
 		key, err := d.objects.Maps[name].NextKeyBytes(nil)
@@ -214,7 +215,7 @@ func (d *Datapath) anyEntries(names ...string) (bool, error) {
 	return false, nil
 }
 
-// Guards returns the guards that are attached, sorted.
+// Guards returns the names of the attached guards, sorted.
 func (d *Datapath) Guards() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()

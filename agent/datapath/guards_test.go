@@ -25,7 +25,7 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// hazard tells whether this kernel has a hazard.
+// hazard reports whether this kernel has a hazard.
 func hazard(tb testing.TB, name string) bool {
 	tb.Helper()
 	for _, h := range hazards.Measure(nil) {

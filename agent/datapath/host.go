@@ -44,9 +44,9 @@ func findCgroup(dir string) (string, error) {
 // bpffsPlace is the directory of sysfs that is made for a bpffs.
 const bpffsPlace = "/sys/fs/bpf"
 
-// ensureBPFFS makes dir and mounts a bpffs on it unless it is in one; it tells
-// whether it has mounted. A mount hides what is below it: it is made on bpffsPlace
-// or below, and on an empty directory, or not at all.
+// ensureBPFFS makes dir, mounts a bpffs on it unless it is in one, and reports
+// whether it has mounted. A mount hides what is in the directory, so it is made only
+// on bpffsPlace, or on an empty directory below that.
 func ensureBPFFS(dir string) (mounted bool, err error) {
 	dir = filepath.Clean(dir)
 	there, err := isBPFFS(nearest(dir))
@@ -98,10 +98,10 @@ func isBPFFS(dir string) (bool, error) {
 	return magic == unix.BPF_FS_MAGIC, nil
 }
 
-// MountBPFFS makes sure that dir is in a bpffs, as the mount namespace at the
-// given path (such as /proc/1/ns/mnt) sees it, and tells whether it has mounted
-// one. A mount made in a container's own namespace ends with the container, and
-// all pins in it.
+// MountBPFFS makes sure that dir is in a bpffs in the mount namespace at the given
+// path, such as /proc/1/ns/mnt, and reports whether it has mounted one. In a
+// container's own namespace the mount, and all pins in it, would end with the
+// container.
 func MountBPFFS(namespace, dir string) (mounted bool, err error) {
 	f, err := os.Open(namespace)
 	if err != nil {
@@ -123,8 +123,8 @@ func MountBPFFS(namespace, dir string) (mounted bool, err error) {
 	return mounted, err
 }
 
-// onLostThread runs f on a thread that ends with it, and whose namespaces f may
-// change. It is never the main thread: Go does not end that one, and /proc/self
+// onLostThread runs f on a thread that ends with f, so that f may change its
+// namespaces. It is never the main thread: Go does not end that one, and /proc/self
 // shows its namespaces.
 func onLostThread(f func()) {
 	done := make(chan struct{})

@@ -19,11 +19,12 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// ErrKernel is returned by CheckKernel for a kernel that lacks what the programs need.
+// ErrKernel is returned by CheckKernel if the kernel lacks something that the programs
+// need.
 var ErrKernel = errors.New("needed is Linux 6.1 or later with BTF")
 
-// CheckKernel tells whether this kernel can run the programs: it loads them and
-// attaches nothing. It returns ErrKernel with all that is missing.
+// CheckKernel loads the programs, and attaches nothing. If this kernel cannot run
+// them it returns ErrKernel, with everything that is missing.
 func CheckKernel() error {
 	if err := rlimit.RemoveMemlock(); err != nil { // kernels before 5.11 count maps against it
 		return fmt.Errorf("raise the limit of locked memory: %w", err)
@@ -65,10 +66,10 @@ func CheckKernel() error {
 	return fmt.Errorf("kernel %s refuses the programs: %w", release(), errors.Join(errs...))
 }
 
-// checkRecvmsg returns an error unless the flags of recv are the fourth parameter
-// of tcp_bpf_recvmsg: an observer that takes another one for them counts what is
-// peeked as read (before ec095263a965 there was nonblock). A kernel whose BTF lacks
-// the function cannot attach to it, and needs nothing of it.
+// checkRecvmsg returns an error unless the fourth parameter of tcp_bpf_recvmsg is
+// the flags of recv. Before ec095263a965 it was nonblock: an observer that took that
+// for the flags would count peeked bytes as read. A kernel whose BTF lacks the
+// function passes, since nothing can attach to it.
 func checkRecvmsg(types *btf.Spec) error {
 	const name, flags = "tcp_bpf_recvmsg", 3
 	found, err := types.AnyTypesByName(name)
@@ -97,7 +98,7 @@ func checkRecvmsg(types *btf.Spec) error {
 // loadProbe loads a program whose only call may be unknown to the kernel.
 func loadProbe(spec ebpf.ProgramSpec) error {
 	spec.License = "GPL"
-	// 0 is what all types may return; fexit may return nothing else.
+	// All types may return 0; fexit may return nothing else.
 	spec.Instructions = append(spec.Instructions, asm.Mov.Imm(asm.R0, 0), asm.Return())
 	prog, err := ebpf.NewProgram(&spec)
 	if err != nil {
@@ -136,10 +137,11 @@ type KernelVersion struct{ Major, Minor, Patch int }
 
 var upstream = regexp.MustCompile(`^(\d+)\.(\d+)(?:\.(\d+))?`)
 
-// parseKernelVersion reads it from the texts in which distributions say it:
+// parseKernelVersion finds the version in the texts where distributions put it:
 // /proc/version_signature (Ubuntu: "Ubuntu 6.8.0-40.40-generic 6.8.12"), uname's
 // version (Debian: "#1 SMP ... Debian 6.1.192-2 (date)"), and, where neither does,
-// uname's release. A kernel with fixes of its own counts as what it began from.
+// uname's release. A kernel to which a distribution has added fixes counts as the
+// version it is based on.
 func parseKernelVersion(signature, version, release string) (KernelVersion, error) {
 	text := release
 	if fields := strings.Fields(signature); len(fields) == 3 {
@@ -158,7 +160,7 @@ func parseKernelVersion(signature, version, release string) (KernelVersion, erro
 	return v, nil
 }
 
-// RunningVersion returns that of the running kernel.
+// RunningVersion returns the version of the running kernel.
 func RunningVersion() (KernelVersion, error) {
 	var uname unix.Utsname
 	if err := unix.Uname(&uname); err != nil {
@@ -168,10 +170,10 @@ func RunningVersion() (KernelVersion, error) {
 	return parseKernelVersion(string(signature), unix.ByteSliceToString(uname.Version[:]), unix.ByteSliceToString(uname.Release[:]))
 }
 
-// MPTCPUnsafe returns true if a kernel of this version takes a plain TCP socket
-// that an MPTCP listener accepts, once it is in a SOCKHASH, for an MPTCP one,
-// and corrupts its memory (CVE-2025-68227, fixed by fbade4bd08ba). It cannot be
-// measured without doing it.
+// MPTCPUnsafe reports whether a kernel of this version corrupts its memory when an
+// MPTCP listener accepts a plain TCP connection whose socket is in a SOCKHASH
+// (CVE-2025-68227, fixed by fbade4bd08ba). It goes by the version, because a
+// measurement would do the damage.
 func (v KernelVersion) MPTCPUnsafe() bool {
 	if v.Major < 5 || v.Major == 5 && v.Minor < 7 || v.Major > 6 || v.Major == 6 && v.Minor >= 18 {
 		return false
@@ -180,16 +182,16 @@ func (v KernelVersion) MPTCPUnsafe() bool {
 	return !ok || v.Patch < fixed
 }
 
-// mptcpUnsafe is the same for the running kernel; one whose version is not understood is not trusted.
+// mptcpUnsafe reports the same for the running kernel, and true if its version is unknown.
 func mptcpUnsafe() bool {
 	v, err := RunningVersion()
 	return err != nil || v.MPTCPUnsafe()
 }
 
-// RefusesTLS returns true if a kernel of this version refuses to encrypt on a socket
-// that is in a SOCKHASH ("tls: reject the combination of TLS and sockmap", for
-// CVE-2026-93824): TCP_ULP succeeds there, TLS_TX and TLS_RX fail, and programs
-// encrypt themselves. Where it is not known, it does not.
+// RefusesTLS reports whether a kernel of this version refuses kTLS on a socket in a
+// SOCKHASH ("tls: reject the combination of TLS and sockmap", for CVE-2026-93824):
+// TCP_ULP succeeds there, TLS_TX and TLS_RX fail, and programs encrypt themselves.
+// It is false for an unknown version.
 func (v KernelVersion) RefusesTLS() bool {
 	if v.Major > 7 || v.Major == 7 && v.Minor >= 3 {
 		return true

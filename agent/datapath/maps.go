@@ -13,7 +13,8 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// Maps returns how full the sized maps are. Nobody waits while it counts.
+// Maps returns how full the sized maps are; none after an unload. It does not hold
+// the lock while it counts.
 func (d *Datapath) Maps() ([]api.MapUsage, error) {
 	d.mu.Lock()
 	if d.unloaded {
@@ -37,8 +38,8 @@ func countPolicies(policy map[podPair][]entry) int {
 	return n
 }
 
-// countMaps counts the entries of maps; those of the policy map are known if they are
-// not below 0.
+// countMaps counts the entries of maps. policies is the number of entries of the
+// policy map, or below 0 if that has to be counted, too.
 func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error) {
 	var usage []api.MapUsage
 	for _, c := range []struct {
@@ -68,11 +69,11 @@ func countMaps(table map[string]*ebpf.Map, policies int) ([]api.MapUsage, error)
 	return usage, nil
 }
 
-// Sweep deletes what handshakes older than age have left that never ended, and
-// what is remembered of pods that do not take part any more. It ends the flows
-// whose sockets are gone although the programs were not told, as when another
-// program on the cgroup has switched their callbacks off. Guards go when the last
-// flow has ended. Nobody waits while it reads the maps that connections fill.
+// Sweep deletes what nothing else deletes: entries of handshakes that are older than
+// age and have never ended, what was learned of pods that no longer take part, and
+// flows whose sockets are gone without a callback, because another program on the
+// cgroup has switched callbacks off. It detaches the guards after the last flow. It
+// does not hold the lock while it reads the maps that connections fill.
 func (d *Datapath) Sweep(age time.Duration) error {
 	table, err := d.cloneMaps(bpf.ShortcutMapSyns, bpf.ShortcutMapPending, bpf.ShortcutMapFlows, bpf.ShortcutMapSockets, bpf.ShortcutMapLearned)
 	if err != nil || table == nil {
@@ -96,8 +97,8 @@ func (d *Datapath) Sweep(age time.Duration) error {
 	return errors.Join(handshakes, d.endFlows(found.ended), d.settle(found), d.updateGuards())
 }
 
-// cloneMaps returns handles of maps that may be read without the lock, or nil
-// once the removal has begun.
+// cloneMaps returns handles of maps that may be read without the lock, or nil after
+// an unload.
 func (d *Datapath) cloneMaps(names ...string) (map[string]*ebpf.Map, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -132,11 +133,11 @@ func sweep[K comparable, V any](m *ebpf.Map, stale func(K, V) bool) error {
 	return nil
 }
 
-// batch is how many entries are read with one system call. It must not be
-// smaller than the fullest bucket of a hash.
+// batch entries are read with one system call. A hash bucket that has more could not
+// be read.
 const batch = 1024
 
-// entries reads a whole map. Entries that come or go meanwhile may be missed.
+// entries reads a whole map. It may miss entries that come or go meanwhile.
 func entries[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
 	all := map[K]V{}
 	return all, eachBatch(m, func(keys []K, values []V) {
@@ -146,13 +147,14 @@ func entries[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
 	})
 }
 
-// count is the number of entries of a map, as far as entries would see them.
+// count returns the number of entries that entries would return.
 func count[K, V any](m *ebpf.Map) (n int, err error) {
 	err = eachBatch(m, func(keys []K, _ []V) { n += len(keys) })
 	return n, err
 }
 
-// eachBatch calls visit with all entries; the slices are used again.
+// eachBatch calls visit with all entries, some at a time. It uses the slices again,
+// so visit must not keep them.
 func eachBatch[K, V any](m *ebpf.Map, visit func([]K, []V)) error {
 	var (
 		keys   = make([]K, batch)

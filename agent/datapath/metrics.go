@@ -12,28 +12,29 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// counters is the part of a Datapath that a Collector reads.
+// counters is the part of a Datapath that a collector reads.
 type counters interface {
 	Outcomes() ([]api.Outcome, error)
 	Maps() ([]api.MapUsage, error)
 }
 
-// collector gives what the kernel has counted to Prometheus.
+// collector exports the kernel's counters to Prometheus.
 type collector struct {
 	counters
 	messages, bytes, connections, sockets *prometheus.Desc
 	mapEntries, mapMax                    *prometheus.Desc
 
-	// What Maps has returned last counts until the time: it is work.
+	// The last result of Maps is used until this time, because Maps has to count
+	// entries.
 	mu       sync.Mutex
 	maps     []api.MapUsage
 	mapsErr  error
 	mapsNext time.Time
 }
 
-// NewCollector returns a collector of d's counters, which start at zero when
-// the kernel objects are created, not when an agent starts, and of the fill of
-// its maps. After an unload it has nothing.
+// NewCollector returns a collector of d's counters and of how full its maps are. The
+// counters start at zero when the kernel objects are created, not when an agent
+// starts. After an unload it exports nothing.
 func NewCollector(d *Datapath) prometheus.Collector { return newCollector(d) }
 
 func newCollector(c counters) *collector {
@@ -94,8 +95,8 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-// countedMaps returns what Maps does. It asks at most once a second, and spends at
-// most a tenth of the time on it, whoever asks how often.
+// countedMaps returns the result of Maps, which may be a little old: it calls Maps
+// at most once a second, and spends at most a tenth of the time on it.
 func (c *collector) countedMaps() ([]api.MapUsage, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

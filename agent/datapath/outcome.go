@@ -9,7 +9,7 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// outcomes gives every outcome of bpf/outcome.h what it counts, and its code.
+// outcomes returns the kind and the code of every outcome of bpf/outcome.h.
 func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 	return [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string }{
 		bpf.ShortcutOutcomeOUTCOME_SHORTCUT:         {api.OutcomeMessage, "shortcut"},
@@ -71,8 +71,8 @@ func MessageReasons() []string {
 	return codes
 }
 
-// Outcomes returns all counters, zeroes included, in a fixed order. They count
-// from the creation of the kernel objects on.
+// Outcomes returns all counters, zeroes included, in a fixed order; none after an
+// unload. They count from the creation of the kernel objects on.
 func (d *Datapath) Outcomes() ([]api.Outcome, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -19,20 +19,23 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// What stands beside the pin directory while it is made or taken down. bpffs
-// reserves names with a dot.
+// Suffixes of directories beside the pin directory. bpffs does not allow names with
+// a dot.
 const (
-	// suffixLock is an empty directory whose lock says who works on all of these.
-	// It is there before there are pins, and stays while they are renamed.
+	// suffixLock is an empty directory. Whoever holds its lock works on the pins:
+	// it is there before them, and stays while they are renamed.
 	suffixLock = "_lock"
-	// suffixNew is a bring-up that is not complete: no pod has taken part in it.
+	// suffixNew is a bring-up that is not complete: no pod has ever taken part
+	// in it.
 	suffixNew = "_new"
-	// suffixOld is a removal that is not complete. Redirecting was off, and all
-	// that was to be waited for had been read, before the pins got this name.
+	// suffixOld is a removal that is not complete. Before the pins got this
+	// name, redirecting was turned off, and all redirected bytes that an unload
+	// waits for had been read.
 	suffixOld = "_old"
 )
 
-// own makes this process the one that works on the pins, until disown.
+// own makes this process the only one that works on the pins, until disown. It
+// returns ErrInUse if another one does.
 func (d *Datapath) own() error {
 	path := d.cfg.PinDir + suffixLock
 	for {
@@ -49,7 +52,8 @@ func (d *Datapath) own() error {
 		if err := flock(f); err != nil {
 			return errors.Join(err, f.Close())
 		}
-		// Whoever had it before may have deleted it, and somebody made another one.
+		// Its last owner may have deleted the directory, and somebody made another
+		// one.
 		have, err1 := f.Stat()
 		named, err2 := os.Stat(path)
 		if err1 == nil && err2 == nil && os.SameFile(have, named) {
@@ -103,7 +107,8 @@ func (d *Datapath) disown() error {
 	return errors.Join(errs...)
 }
 
-// anyPins tells whether there are pins, also of a bring-up or removal that is not complete.
+// anyPins reports whether there are pins, also of a bring-up or removal that is not
+// complete.
 func anyPins(dir string) (bool, error) {
 	for _, suffix := range []string{"", suffixNew, suffixOld} {
 		if there, err := exists(dir + suffix); err != nil || there {
@@ -124,7 +129,7 @@ func exists(path string) (bool, error) {
 	return true, nil
 }
 
-// finish brings to an end what a crash has interrupted. The caller owns the pins.
+// finish completes what a crash has interrupted. The caller owns the pins.
 func (d *Datapath) finish() error {
 	if err := d.removePins(d.cfg.PinDir + suffixNew); err != nil {
 		return fmt.Errorf("remove unfinished pins: %w", err)
@@ -138,7 +143,7 @@ func (d *Datapath) finish() error {
 	if err != nil {
 		return err
 	}
-	// Without one of these, or with those of another build, the sockets stay where they are.
+	// If one of these is missing, or of another build, the sockets stay where they are.
 	held := map[string]*ebpf.Map{}
 	defer closeMaps(held)
 	for _, name := range []string{bpf.ShortcutMapSockets, bpf.ShortcutMapFlows} {
@@ -155,11 +160,11 @@ func (d *Datapath) finish() error {
 	return nil
 }
 
-// takeDown takes the renamed pins and what they hold out of the kernel. It may
-// be cut off between any two steps, and begun again.
+// takeDown takes the renamed pins, and what they hold, out of the kernel. It may be
+// interrupted between any two steps, and called again.
 func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
 	dir := d.cfg.PinDir + suffixOld
-	// Pairing ends first, so that no socket joins behind our back.
+	// Pairing ends first, so that no socket joins meanwhile.
 	if err := d.detachTrack(filepath.Join(dir, pinTrack)); err != nil {
 		return err
 	}
@@ -174,8 +179,8 @@ func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
 	return d.removePins(dir)
 }
 
-// detachTrack detaches the program that pairs, by its pin and by what this
-// process holds of it, since the pin may have been deleted.
+// detachTrack detaches track, by its pin and by this process's own handle, since
+// somebody may have deleted the pin.
 func (d *Datapath) detachTrack(pin string) error {
 	var errs []error
 	for _, l := range d.links {
@@ -198,12 +203,12 @@ func (d *Datapath) detachTrack(pin string) error {
 	return nil
 }
 
-// evictAll deletes the sockets from the SOCKHASH that have nothing redirected to
-// read, and returns how many stay: those that have, and those whose flow is gone,
-// so that nobody knows. Both are of connections that are reset or closed, but not
-// by the program that has them. To delete one would throw away what it has not
-// read, and it would then read on behind the gap. It leaves when its program
-// closes it. Until then it keeps the sk_msg program, and that keeps all maps.
+// evictAll deletes from the SOCKHASH the sockets that have no redirected bytes to
+// read, and returns how many stay. A socket stays if it has some, or if its flow is
+// gone, so that nobody knows: its connection was reset or has ended, but its program
+// has not closed it. If it were deleted, its unread bytes would be lost, and the
+// program would read on behind the gap. It leaves when its program closes it; until
+// then it keeps the sk_msg program, and that keeps all maps.
 func (d *Datapath) evictAll(sockets, flows *ebpf.Map) (left int, err error) {
 	if sockets == nil {
 		return 0, nil // taken out before an interruption, or out of reach
@@ -258,7 +263,7 @@ func drainedSockets(flows *ebpf.Map) (map[uint64]bool, error) {
 	return drained, nil
 }
 
-// unread tells whether the socket of a side has redirected bytes to read.
+// unread reports whether the socket of a side has redirected bytes to read.
 func unread(p *bpf.ShortcutFlow, side bpf.ShortcutSideIndex) bool {
 	toward := p.Side[1-side].Sending
 	return toward.RedirectEnd > p.Side[side].Receiving.ReadBytes+uint64(toward.Missed)
@@ -294,7 +299,7 @@ func (d *Datapath) removePins(dir string) error {
 	for i, pin := range pins {
 		names[i] = pin.Name()
 	}
-	// What it takes to finish goes last.
+	// The pins that finish needs are deleted last.
 	slices.SortStableFunc(names, func(a, b string) int { return removalRank(a) - removalRank(b) })
 	for _, name := range names {
 		if err := d.at("delete a pin"); err != nil {
@@ -327,8 +332,9 @@ func removalRank(name string) int {
 // of the other pins has the map.
 var errNoMap = errors.New("its pin is gone, and no pinned program has it")
 
-// openMap opens a pinned map, and gives its spec the size it has. A map whose pin
-// was deleted is found by the programs that use it, and pinned again.
+// openMap opens a pinned map, and sets the size of its spec to the map's. If the pin
+// was deleted, it finds the map by the programs that use it and pins it again; it
+// returns errNoMap if no program does.
 func openMap(dir, name string, want *ebpf.MapSpec) (*ebpf.Map, error) {
 	path := filepath.Join(dir, name)
 	m, err := ebpf.LoadPinnedMap(path, nil)
@@ -350,7 +356,7 @@ func openMap(dir, name string, want *ebpf.MapSpec) (*ebpf.Map, error) {
 	return m, nil
 }
 
-// findMap looks for a map among those of the programs that the links in dir hold.
+// findMap looks for a map by the programs of the links that are pinned in dir.
 func findMap(dir, name string) (*ebpf.Map, error) {
 	pins, err := filepath.Glob(filepath.Join(dir, "link_*"))
 	if err != nil {
@@ -365,7 +371,8 @@ func findMap(dir, name string) (*ebpf.Map, error) {
 	return nil, errNoMap
 }
 
-// mapOfLink returns the map of that name which a link's program uses, or nil.
+// mapOfLink returns the map with a name that the program of a pinned link uses, or
+// nil.
 func mapOfLink(pin, name string) (*ebpf.Map, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
@@ -402,7 +409,8 @@ func mapOfLink(pin, name string) (*ebpf.Map, error) {
 	return nil, nil
 }
 
-// at is called between the steps of a bring-up and a removal, where tests interrupt them.
+// at runs between the steps of a bring-up and a removal, so that tests can interrupt
+// them.
 func (d *Datapath) at(step string) error {
 	if d.step == nil {
 		return nil

@@ -18,10 +18,10 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// SetPolicy makes the rules the whole policy, for new connections and with the
-// next message of paired ones. Only what changed is written. Where the map is
-// full, the pairs of pods that did not fit stay on TCP and the error says so;
-// the others are in force.
+// SetPolicy replaces the whole policy by the rules. New connections follow it at
+// once, paired ones from their next message on. Only what differs is written. If the
+// map is full, the pairs of pods that do not fit stay on TCP, the others are in
+// force, and the error wraps ENOSPC. It returns ErrUnloaded after an unload.
 func (d *Datapath) SetPolicy(rules []rule.Rule) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -39,8 +39,9 @@ func (d *Datapath) SetPolicy(rules []rule.Rule) error {
 	return d.writePolicy(want)
 }
 
-// UpdatePolicy changes the rules of the pairs of pods that are named and of no
-// others, each of which is named once. Else it is as SetPolicy.
+// UpdatePolicy replaces the rules of the given pairs of pods, each of which is given
+// once, and leaves the others. Its errors, and what holds after one, are those of
+// SetPolicy.
 func (d *Datapath) UpdatePolicy(changed []rule.PairRules) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -58,7 +59,7 @@ func (d *Datapath) UpdatePolicy(changed []rule.PairRules) error {
 	return d.writePolicy(want)
 }
 
-// readPolicy reads what an earlier process has left, once.
+// readPolicy reads, the first time, the policy that an earlier process has left.
 func (d *Datapath) readPolicy() error {
 	if d.unloaded {
 		return ErrUnloaded
@@ -81,7 +82,7 @@ func (d *Datapath) readPolicy() error {
 	return nil
 }
 
-// writePolicy makes the entries of some pairs those that are wanted.
+// writePolicy writes the wanted entries of some pairs.
 func (d *Datapath) writePolicy(want map[podPair][]entry) error {
 	for pods, list := range want {
 		slices.SortFunc(list, compareKeys)
@@ -92,8 +93,8 @@ func (d *Datapath) writePolicy(want map[podPair][]entry) error {
 	return errors.Join(d.replacePairs(want), d.raiseGeneration())
 }
 
-// raiseGeneration lets all directions ask the policy map again, if they have not
-// been told of its last change. It stays due until it has succeeded.
+// raiseGeneration makes all directions look up the policy map again, if it has
+// changed since they last did. It stays due until it succeeds.
 func (d *Datapath) raiseGeneration() error {
 	if !d.generationDue {
 		return nil
@@ -103,9 +104,10 @@ func (d *Datapath) raiseGeneration() error {
 	return err
 }
 
-// replacePairs takes what goes away first: it may be the room that others lack, and
-// is in force before the others are written, which may take seconds. So that a pair
-// with many entries takes no room that several others need, small ones come first.
+// replacePairs writes some pairs in this order. Pairs that lose all rules come
+// first: their ports are closed before the rest is written, which may take seconds,
+// and they make room. Then those with few entries: if the map gets full, one pair
+// with many entries must not keep out several small ones.
 func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 	deleted := false
 	for pods, list := range want {
@@ -130,7 +132,7 @@ func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 		return cmp.Or(cmp.Compare(len(want[a]), len(want[b])), cmp.Compare(a.client, b.client), cmp.Compare(a.server, b.server))
 	})
 	var failure error
-	// What the first try deletes may be room for the second.
+	// Twice, since the first try may delete what the second needs room for.
 	for range 2 {
 		failure = nil
 		order = slices.DeleteFunc(order, func(pods podPair) bool {
@@ -149,11 +151,13 @@ func (d *Datapath) replacePairs(want map[podPair][]entry) error {
 	return nil
 }
 
-// replacePair writes what differs and deletes what is stale. Overrides go in
-// before the base changes and stale ones go out after it, so that no port is
-// allowed meanwhile that neither policy allows; if one cannot be written, nothing
-// is left for the pair. Room is how many entries more the map can take. From here on
-// the generation is due.
+// replacePair replaces the entries of one pair. Hazard: while it writes, a port must
+// not be allowed that neither the old nor the new policy allows. For example, a
+// change from "9000 Allow" to "all ports Allow, 22 Refuse": if the base came first,
+// 22 would be allowed for a moment. Rule: overrides are written before the base
+// changes, and stale ones deleted after it; if one cannot be written, the pair loses
+// all its entries. room is how many entries more the map can take. It sets
+// generationDue.
 func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 	d.generationDue = true
 	table := d.objects.Maps[bpf.ShortcutMapPolicies]
@@ -165,7 +169,7 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 		}
 	}
 	if room < 0 && len(want) > 0 {
-		// The kernel would say so in the middle.
+		// Checked first, since the kernel would refuse in the middle.
 		failure = fmt.Errorf("write the policy map: %w", explainFull(unix.ENOSPC))
 		want = nil
 	}
@@ -185,7 +189,8 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 			have = slices.Insert(have, at, e)
 		}
 	}
-	// The base first: without it nothing is allowed that an override refuses.
+	// The base first: without it, no port becomes allowed when its override
+	// goes.
 	for at, e := range slices.Backward(have) {
 		if _, found := slices.BinarySearchFunc(want, e, compareKeys); found {
 			continue
@@ -202,11 +207,11 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 	return failure
 }
 
-// podPair is the part of a policy's key that names pods, by netns cookies.
+// podPair is the part of a policy's key that names the two pods, by netns cookies.
 type podPair struct{ client, server uint64 }
 
-// entry is the rest of the key, with the value: flow.h has the layout. Lists of
-// them are sorted by compareKeys.
+// entry is the rest of the key, and the value: flow.h has the layout. Lists of
+// entries are sorted by compareKeys.
 type entry struct {
 	prefixLength uint32
 	port         uint16 // in network order
@@ -254,13 +259,14 @@ func prefixes(first, last uint16) func(yield func(uint16, int) bool) {
 	}
 }
 
-// networkOrder returns the number whose bytes in memory are port in network order.
+// networkOrder converts a port from host to network byte order.
 func networkOrder(port uint16) uint16 {
 	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, port))
 }
 
-// explainFull adds what to do to the kernel's word for a full map of policies, or
-// of pods, whose size follows from it: ENOSPC from an LPM trie, E2BIG from a hash.
+// explainFull adds what to do to the kernel's error for a full map of policies
+// (ENOSPC, from an LPM trie), or of pods (E2BIG, from a hash), whose size follows
+// from --max-policies.
 func explainFull(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) {
 		return fmt.Errorf("the map is full, raise --max-policies: %w", err)

@@ -11,7 +11,7 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// contents is what a sweep has found in the maps that connections fill.
+// contents holds what a sweep has found in the maps that connections fill.
 type contents struct {
 	ended   []uint64     // flows to be ended
 	flows   []podCookies // of all others
@@ -20,10 +20,10 @@ type contents struct {
 
 type podCookies [2]uint64
 
-// findContents reads the maps. Flows to be ended are older than limit
-// (CLOCK_MONOTONIC), and none of their sockets is in the SOCKHASH, although none was
-// evicted. The kernel takes a socket out when it is closed; that the program is not
-// told means that another one on the cgroup has switched its callbacks off.
+// findContents reads the maps. It ends flows that are older than limit
+// (CLOCK_MONOTONIC) and have no socket in the SOCKHASH, although none was evicted:
+// the kernel has taken the sockets out when they were closed, and track was not
+// called, because another program on the cgroup has switched its callbacks off.
 func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err error) {
 	const evicted = uint64(bpf.ShortcutFlowStateFLOW_CLIENT_EVICTED | bpf.ShortcutFlowStateFLOW_SERVER_EVICTED)
 	type suspect struct {
@@ -58,8 +58,8 @@ func findContents(table map[string]*ebpf.Map, limit uint64) (found contents, err
 	return found, err
 }
 
-// anySocket tells whether one of the cookies is that of a socket in the SOCKHASH,
-// for which the kernel has no batches.
+// anySocket reports whether a socket with one of the cookies is in the SOCKHASH. It
+// asks for each, as the kernel has no batches for a SOCKHASH.
 func anySocket(sockets *ebpf.Map, cookies [2]uint64) (bool, error) {
 	for _, cookie := range cookies {
 		var value uint64
@@ -84,10 +84,10 @@ func (d *Datapath) endFlows(ids []uint64) error {
 	return nil
 }
 
-// settle deletes what is known of pods that do not take part any more. It makes what
-// pods are said to have of the maps what they have, once two sweeps have found the
-// same difference: the maps go on changing meanwhile. Pods that have gone and have
-// nothing left are deleted.
+// settle deletes what was learned of pods that no longer take part, and the shares
+// and charges of those that have nothing left. It corrects the shares of pods once
+// two sweeps in a row have found the same difference: a single one may come from
+// maps that change while they are read.
 func (d *Datapath) settle(found contents) error {
 	pods, err := entries[uint64, uint32](d.objects.Maps[bpf.ShortcutMapPods])
 	if err != nil {
@@ -125,7 +125,7 @@ func (d *Datapath) settle(found contents) error {
 	return errors.Join(errs...)
 }
 
-// shares counts what pods have of the maps.
+// shares counts the entries that each pod has in the maps.
 func (c contents) shares() map[uint64]bpf.ShortcutShare {
 	has := map[uint64]bpf.ShortcutShare{}
 	add := func(netns uint64, flows, learned uint32) {

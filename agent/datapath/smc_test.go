@@ -18,7 +18,7 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
-// hasSMC tells whether this kernel has AF_SMC. One that has its module must have it.
+// hasSMC reports whether this kernel has AF_SMC. One that has its module must have it.
 func hasSMC(tb testing.TB) bool {
 	tb.Helper()
 	fd, err := unix.Socket(unix.AF_SMC, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

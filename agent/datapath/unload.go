@@ -18,11 +18,11 @@ import (
 )
 
 // Unload takes everything out of the kernel without losing a byte: it stops
-// redirecting, waits until no redirected data is unread, and only then detaches
-// and deletes. Connections go on, on TCP. If ctx ends first, nothing is deleted
-// and the flows still waited for are returned with the error; redirecting stays
-// off until the next Unload, or Open. After any other error the next Unload goes
-// on where this one has stopped.
+// redirecting, waits until no redirected data is unread, and only then detaches and
+// deletes. Connections go on, on TCP. If ctx ends first, nothing is deleted, and it
+// returns ctx's error with the flows that it still waits for; redirecting stays off
+// until the next Open. After any error Unload may be called again, and goes on where
+// it has stopped. After a success most other methods return ErrUnloaded.
 func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
 	if err := d.beginUnload(); err != nil {
 		return nil, err
@@ -39,9 +39,9 @@ func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
 	}
 }
 
-// GiveUp tells Unload not to wait for flows any more, because their connections
-// have been reset. Sockets of theirs that have redirected data to read keep it,
-// and what it takes to read it in the kernel, until their programs close them.
+// GiveUp makes Unload wait no longer for some flows, because their connections have
+// been reset. Their sockets keep unread redirected data until their programs close
+// them, and the kernel keeps the objects that this needs.
 func (d *Datapath) GiveUp(flows []Flow) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -53,8 +53,8 @@ func (d *Datapath) GiveUp(flows []Flow) {
 	}
 }
 
-// Left returns how many sockets of closed connections Unload has left with their
-// programs: see GiveUp.
+// Left returns how many sockets of ended connections Unload has left in the
+// SOCKHASH, until their programs close them: see GiveUp.
 func (d *Datapath) Left() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -91,9 +91,9 @@ func (d *Datapath) stopRedirecting() error {
 	return nil
 }
 
-// nothingRedirects returns nil if redirecting need not be turned off, which
-// cannot be done without the controls: no socket is in the SOCKHASH, and no
-// program is attached that puts one there.
+// nothingRedirects returns nil if no socket is in the SOCKHASH, and no program is
+// attached that puts one there. Otherwise redirecting would have to be turned off,
+// which is impossible without the map of settings.
 func (d *Datapath) nothingRedirects() error {
 	pairing, err := exists(filepath.Join(d.cfg.PinDir, pinTrack))
 	if err != nil {
@@ -109,7 +109,8 @@ func (d *Datapath) nothingRedirects() error {
 		"restart the pods that take part, or reboot the node, then delete %s", bpf.ShortcutMapControl, d.cfg.PinDir)
 }
 
-// detachIfDrained detaches unless it returns flows that have redirected data to read.
+// detachIfDrained returns the flows that have redirected data to read; it detaches if
+// there are none.
 func (d *Datapath) detachIfDrained() (waiting []Flow, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -149,9 +150,9 @@ func (d *Datapath) undrained() (waiting []Flow, err error) {
 	return waiting, nil
 }
 
-// inSockets tells whether a socket is in the SOCKHASH. A connection may have
-// ended with the socket still there, and with bytes for its program to read: the
-// kernel takes the socket out when the program closes it.
+// inSockets reports whether a socket is in the SOCKHASH. It may still be there, with
+// bytes for its program to read, after its connection has ended: the kernel takes it
+// out when the program closes it.
 func (d *Datapath) inSockets(cookie uint64) (bool, error) {
 	sockets := d.objects.Maps[bpf.ShortcutMapSockets]
 	if sockets == nil {
@@ -168,9 +169,9 @@ func (d *Datapath) inSockets(cookie uint64) (bool, error) {
 	return true, nil
 }
 
-// detach gives the pins the name of a removal and completes it. The caller has
-// made sure that nothing that was redirected is waited for. After an error it
-// may be called again.
+// detach renames the pins to suffixOld and takes them down. The caller has made sure
+// that no redirected data has to be waited for. After an error it may be called
+// again.
 func (d *Datapath) detach() error {
 	d.unloaded = true
 	if err := d.at("drained"); err != nil {
@@ -194,7 +195,8 @@ func (d *Datapath) detach() error {
 }
 
 // abandon takes down published pins that cannot be taken over, since maps are
-// missing. It waits for nobody: a socket with redirected data to read stays as it is.
+// missing. It does not wait for readers: a socket with redirected data to read stays
+// as it is.
 func (d *Datapath) abandon(missing error) (err error) {
 	d.log.Warn("pins are missing: open connections go on by TCP, new ones are paired by new programs", "err", missing)
 	d.objects = &ebpf.Collection{}
@@ -222,11 +224,11 @@ func (d *Datapath) abandon(missing error) (err error) {
 	return err
 }
 
-// waitForPrograms returns when no run of a program is under way that has read
-// the controls before: MEMBARRIER_CMD_GLOBAL is the kernel's synchronize_rcu
-// (kernel/sched/membarrier.c), and programs run inside an RCU read section. It
-// is refused where CPUs are kept free of ticks; Unload's first pause, far longer
-// than a program runs, then has to do.
+// waitForPrograms returns once all runs of programs have ended that may have read
+// the old settings: MEMBARRIER_CMD_GLOBAL is the kernel's synchronize_rcu
+// (kernel/sched/membarrier.c), and programs run inside an RCU read section. The
+// kernel refuses it with nohz_full CPUs; Unload's first pause, far longer than a
+// program runs, then has to do.
 func waitForPrograms() {
 	const membarrierGlobal = 1
 	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)

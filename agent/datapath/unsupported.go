@@ -14,15 +14,16 @@ import (
 	"github.com/podshunt/podshunt/bpf"
 )
 
-// UnsupportedPort is a server port of a pod whose new connections are not paired, because
-// one of them used what the kernel does not serve on a shortcut socket.
+// UnsupportedPort is a server port to which new connections are not paired, because an
+// earlier one has used a call or option that does not work on the shortcut.
 type UnsupportedPort struct {
-	Netns uint64 // cookie of the server's
-	// Client is the cookie of the pod that used it on a connection of its own, whose
-	// connections alone are not paired; 0 if the server used it.
+	Netns uint64 // cookie of the server's network namespace
+	// Client is 0 if the server's side made the call: then nobody's connections are
+	// paired. Otherwise it is the netns cookie of the client that did, whose own
+	// connections alone are not paired.
 	Client uint64
 	Port   uint16
-	// Reasons are codes: "splice", for example.
+	// Reasons has codes: "splice", for example.
 	Reasons []string
 	Since   time.Time
 }
@@ -50,7 +51,8 @@ func reasons(bits uint32) []string {
 	return codes
 }
 
-// UnsupportedPorts returns what is remembered, by netns and port.
+// UnsupportedPorts returns all unsupported ports, sorted by netns and port; none
+// after an unload.
 func (d *Datapath) UnsupportedPorts() ([]UnsupportedPort, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -86,10 +88,11 @@ func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedVal
 	return all, nil
 }
 
-// Forget deletes all that is known of the server ports for which forget says yes,
-// and returns how many of them were marked unsupported: their new connections are paired
-// again, and their receivers begin anew to prove themselves. client is 0 for what is
-// known of the server.
+// Forget deletes what was learned of the server ports for which forget returns true, and
+// returns how many of these entries were marked unsupported. New connections to the
+// ports may be paired again, and their receivers begin a new trial. server and client
+// are netns cookies, client is 0 in the entry of the server itself, and port is in host
+// byte order. It returns ErrUnloaded after an unload.
 func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -103,7 +106,7 @@ func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) 
 	return d.forget(all, forget)
 }
 
-// forget deletes what is chosen of all, from there and from the map.
+// forget deletes the chosen entries from the map and from all.
 func (d *Datapath) forget(all map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, forget func(server, client uint64, port uint16) bool) (int, error) {
 	forgotten := 0
 	for key, value := range all {

@@ -21,7 +21,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// View is what the pods of the node are at one moment.
+// View holds the pods of the node, and what explains their connections, as of one
+// moment.
 type View struct {
 	pods        []pods.Pod // one per network namespace
 	byCookie    map[uint64]*pods.Pod
@@ -29,20 +30,21 @@ type View struct {
 	cluster     policy.Cluster
 	unsupported map[policyKey]datapath.UnsupportedPort
 	now         time.Time
-	// decisions are those that have been asked for: many connections are between
-	// the same two pods, and to find out reads all policies of their namespaces.
+	// decisions caches answers of policy.Explain, which looks at all policies of
+	// two namespaces, since many connections are between the same two pods.
 	decisions map[policyKey]policy.Decision
 }
 
-// policyKey names the connections between two network namespaces to a server port, by
-// their cookies. For an unsupported port that the server has caused, client is 0.
+// policyKey names the connections from one network namespace to a server port of
+// another, by netns cookies. client is 0 for a port that is unsupported for all
+// clients.
 type policyKey struct {
 	client, server uint64
 	port           uint16
 }
 
-// NewView returns a View of all pods of the node, and of what is remembered of their ports.
-// It keeps its arguments.
+// NewView returns a View of all pods of the node and of their unsupported ports. It keeps
+// its arguments.
 func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datapath.UnsupportedPort, now time.Time) *View {
 	v := &View{
 		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
@@ -66,26 +68,27 @@ func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datap
 	return v
 }
 
-// wants returns true for a pod whose connections are to be explained.
+// wants reports whether the connections of a pod are to be explained.
 func wants(p *pods.Pod) bool { return p != nil && (p.Enrolled || p.Policy.Settings.Enabled) }
 
 // Pods returns one pod for each network namespace.
 func (v *View) Pods() []pods.Pod { return v.pods }
 
-// NeedsSockets returns false where no pod wants to take part: then Unpaired has nothing
-// to explain, whatever sockets there are.
+// NeedsSockets returns false if no pod wants to take part: then Unpaired has nothing to
+// explain, whatever sockets there are.
 func (v *View) NeedsSockets() bool {
 	return slices.ContainsFunc(v.pods, func(p pods.Pod) bool { return wants(&p) })
 }
 
-// answer says why something is on TCP: by codes, and to people. Its zero value says nothing.
+// answer says why something is on TCP: by codes for scripts, and by a text for people. The
+// zero value says nothing.
 type answer struct {
 	reason  string
 	details []string
 	message string
 }
 
-// The codes of connections that are not paired; others are those of policy.Reason.
+// Codes of connections that are not paired, besides the codes of policy.Reason.
 const (
 	reasonPod         = "pod_" // and the pod's state
 	reasonPeer        = "peer_not_here"
@@ -93,8 +96,8 @@ const (
 	reasonUnmatched   = "unmatched"
 )
 
-// why returns why the connections of two pods to a server port are on TCP, or the zero
-// answer if neither the pods nor what is remembered of the port keeps them there.
+// why returns why connections between two pods to a server port are on TCP, or the
+// zero answer if neither the pods nor an unsupported port keeps them there.
 func (v *View) why(client, server *pods.Pod, port uint16) answer {
 	for _, p := range []*pods.Pod{client, server} {
 		if p != nil && !p.Enrolled {
@@ -120,11 +123,11 @@ func (v *View) why(client, server *pods.Pod, port uint16) answer {
 		}
 	}
 	return answer{reasonUnsupported, u.Reasons, fmt.Sprintf(
-		"a connection to this server port used %s, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again",
+		"an earlier connection to this server port used %s, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again",
 		Calls(u.Reasons))}
 }
 
-// UnsupportedPort names the pods of a port.
+// UnsupportedPort returns the port with the names of its pods.
 func (v *View) UnsupportedPort(u datapath.UnsupportedPort) api.UnsupportedPort {
 	described := api.UnsupportedPort{Port: u.Port, Reasons: u.Reasons, Since: u.Since}
 	if p := v.byCookie[u.Netns]; p != nil {
@@ -174,7 +177,7 @@ func (v *View) Paired(flows []datapath.Flow) []api.Flow {
 	return described
 }
 
-// direction returns why the last message of a direction that went by TCP did so.
+// direction returns why the last message that went by TCP in a direction did.
 func (v *View) direction(f datapath.Flow, d datapath.Direction, client, server *pods.Pod) answer {
 	why := answer{reason: d.Reason, message: messageText(d.Reason)}
 	behind := func(text string, codes ...string) answer {
@@ -185,8 +188,8 @@ func (v *View) direction(f datapath.Flow, d datapath.Direction, client, server *
 	case d.Reason == "":
 		return answer{}
 	case d.Verdict != rule.Allow:
-		// What the kernel was told when the direction last had something to send.
-		// Why it was refused is known here only.
+		// PolicyReason is from the direction's last look-up. For a refusal the
+		// kernel has no reason: look that up here.
 		if reason := policy.Reason(d.PolicyReason); reason != policy.NoRule {
 			return behind(reason.String(), reason.Code())
 		}
@@ -202,9 +205,9 @@ func (v *View) direction(f datapath.Flow, d datapath.Direction, client, server *
 	return why
 }
 
-// Unpaired describes the connections among sockets that have an end in a pod
-// that wants to take part and are not among known. Each is listed once, also
-// where both its ends are.
+// Unpaired describes the connections of sockets that are not among known and have an
+// end in a pod that wants to take part. A connection is listed once, also if both of
+// its ends are among sockets.
 func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
 	m := newSocketMatcher(sockets, known)
 	var flows []api.Flow
@@ -244,7 +247,8 @@ func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
 		peer := m.peer(s)
 		if peer != nil {
 			m.used[peer] = true
-			// Where no listener tells who the server is, the lower port is taken for it.
+			// If no listener shows which end is the server, the lower port is taken for
+			// it.
 			if !m.serves(peer) && s.local.Port() < peer.local.Port() {
 				s, peer = peer, s
 			}
@@ -259,7 +263,7 @@ func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
 	return flows
 }
 
-// Sort orders flows by the client's pod and address, and where it connected to.
+// Sort orders flows by the client's pod and address, and by what it connected to.
 func Sort(flows []api.Flow) {
 	slices.SortFunc(flows, func(a, b api.Flow) int {
 		return cmp.Or(

@@ -147,7 +147,7 @@ func TestUnpaired(t *testing.T) {
 				listen(2, "0.0.0.0:8888"), open(1, 11, "10.0.0.1:5000", "10.0.0.2:8888"), open(2, 12, "10.0.0.2:8888", "10.0.0.1:5000"),
 			},
 			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:8888 > default/web 10.0.0.2:8888: unsupported [splice msg_oob]: " +
-				"a connection to this server port used splice, MSG_OOB, which the shortcut does not serve: `podshunt-agent forget` pairs new ones again"},
+				"an earlier connection to this server port used splice, MSG_OOB, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again"},
 		},
 		{
 			name:    "the listener is closed",
@@ -186,7 +186,7 @@ func TestPaired(t *testing.T) {
 	client := api.FlowEnd{Pod: api.PodRef{Namespace: "default", Name: "client"}, Address: flow.Client}
 	toServer := &api.Direction{
 		Shortcut: true, Reason: "unsupported", Details: []string{"msg_waitall", "recv_flags"},
-		Message:       "a call was used that the shortcut does not serve (MSG_WAITALL 0x10)",
+		Message:       "one end used a call that does not work on the shortcut (MSG_WAITALL 0x10)",
 		ShortcutBytes: 1, TCPBytes: 2, UnreadBytes: 3, Switches: 4,
 	}
 	wantDiff(t, "flows", []api.Flow{

@@ -23,8 +23,8 @@ type netnsPort struct {
 	port  uint16
 }
 
-// tuple names a Socket. A loopback address means another thing in every network
-// namespace, so there netns is part of the name; else it is 0.
+// tuple names a Socket. netns is 0 unless an address is a loopback one, which means
+// something else in each network namespace.
 type tuple struct {
 	netns         uint64
 	local, remote netip.AddrPort
@@ -69,14 +69,14 @@ func newSocketMatcher(sockets []Socket, known []datapath.Flow) *socketMatcher {
 	return m
 }
 
-// serves tells whether a Socket was accepted rather than connected.
+// serves reports whether a Socket was accepted rather than connected.
 func (m *socketMatcher) serves(s *Socket) bool {
 	return m.listeners[netnsPort{s.netns, s.local.Port()}]
 }
 
-// peer returns the other socket of a client's connection if it is among ours:
-// the one with the mirrored addresses, or behind a NAT of the destination the
-// one that sees the client's address.
+// peer returns the other socket of a client's connection, or nil if no pod of the
+// node has it: the socket with the mirrored addresses, or, behind DNAT, the one
+// whose peer is the client's address.
 func (m *socketMatcher) peer(s *Socket) *Socket {
 	if p := m.mirrored[newTuple(s.netns, s.remote, s.local)]; p != nil && p != s && !m.used[p] {
 		return p

@@ -16,8 +16,9 @@ type Socket struct {
 	listening     bool
 }
 
-// Sockets returns the listening and established TCP sockets of the network
-// namespace at path, whose cookie is given. It returns what it has with an error.
+// Sockets returns the listening and established TCP sockets of the network namespace
+// at path; cookie is the namespace's. With an error, it returns the sockets that it
+// has found.
 func Sockets(path string, cookie uint64) ([]Socket, error) {
 	conn, err := diag.Open(path)
 	if err != nil {

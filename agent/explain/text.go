@@ -10,28 +10,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// messageTexts says to people why a message went by TCP, by the code of its outcome.
+// messageTexts has, by the code of its outcome, why a message went by TCP.
 var messageTexts = map[string]string{
 	"unknown_socket":   "the connection is closing",
 	"switched_off":     "podshunt is unloading",
 	"peer_missing":     "the server's socket has not joined",
 	"peer_gone":        "the other socket is closed",
 	"evicted":          "a socket in blocking mode has been evicted from the shortcut",
-	"stale":            "the agent has not been able to vouch for the policy for longer than --policy-lease",
+	"stale":            "for longer than --policy-lease no agent has confirmed that the policy is up to date",
 	"not_allowed":      "not allowed",
 	"shut_down":        "the sender has shut down writing",
 	"ulp":              "kTLS or another upper layer protocol is in use",
 	"zerocopy":         "the sender has set SO_ZEROCOPY",
 	"lowat":            "the receiver has set SO_RCVLOWAT",
 	"not_seen":         "the receiver has not been seen to read yet",
-	"unsupported":      "a call was used that the shortcut does not serve",
-	"trial":            "the receiver has yet to show by TCP that it reads such messages by recv",
-	"edge":             "the receiver waits for edges of epoll, and has yet to show that it reads until nothing is left",
-	"refresh":          "one message now and then keeps the connection known to the network",
+	"unsupported":      "one end used a call that does not work on the shortcut",
+	"trial":            "the receiver has yet to show, on TCP, that it reads such messages with recv",
+	"edge":             "the receiver uses edge-triggered epoll, and has yet to show that it reads until nothing is left",
+	"refresh":          "one message now and then goes by TCP, so that the network does not forget the connection",
 	"draining":         "the receiver has TCP bytes to read first",
-	"unobserved":       "the receiver is inside a read, or reads by splice or another call that is not seen",
+	"unobserved":       "the receiver is in the middle of a read, or reads by splice or another call that podshunt does not see",
 	"budget":           "the receiver has left too much unread",
-	"receive_buffer":   "the receiver's buffer is small, and TCP needs what is left of it",
+	"receive_buffer":   "the receive buffer has no room left beside what TCP may need",
 	"pod_budget":       "the connections of the receiver's pod have left too much unread",
 	"memory":           "the node's TCP uses more memory than the first value of net.ipv4.tcp_mem",
 	"redirect_refused": "the other socket is closing",
@@ -39,7 +39,7 @@ var messageTexts = map[string]string{
 
 func messageText(code string) string { return cmp.Or(messageTexts[code], code) }
 
-// callNames are what a program calls what the shortcut does not serve, by code.
+// callNames has the names of unsupported calls and options, by code.
 var callNames = map[string]string{
 	"msg_waitall":    "MSG_WAITALL",
 	"msg_oob":        "MSG_OOB",
@@ -53,7 +53,7 @@ var callNames = map[string]string{
 	"blocking":       "a socket in blocking mode",
 }
 
-// Calls names to people what the shortcut does not serve.
+// Calls returns the names of unsupported calls and options, given their codes.
 func Calls(codes []string) string {
 	var names []string
 	for _, code := range codes {

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// closeSocket closes a socket and keeps its number, which withPair closes.
+// closeSocket closes a socket, but keeps its file descriptor open, so that withPair
+// closes that and nothing else.
 func closeSocket(fd int) error { return unix.Dup3(int(os.Stderr.Fd()), fd, unix.O_CLOEXEC) }
 
 func waitReadable(fd int) error { return readable(fd, probeTimeout) }
@@ -29,9 +30,9 @@ func readable(fd int, within time.Duration) error {
 	return err
 }
 
-// withPair calls f with a TCP connection over the loopback of a network
-// namespace of its own, both ends in a sockmap. With redirect, what the sender
-// writes is moved to the receiver's queue.
+// withPair calls f with a TCP connection over the loopback of a network namespace of
+// its own, both ends in a sockmap. With redirect, what the sender writes is
+// redirected into the receiver's queue.
 func withPair(redirect bool, f func(sender, receiver int) error) error {
 	private, err := ns.TempNetNS()
 	if err != nil {
@@ -66,8 +67,8 @@ func withPair(redirect bool, f func(sender, receiver int) error) error {
 	})
 }
 
-// blockPreemption keeps the runtime's signal from this thread, where it would
-// end calls with EINTR, until the function that it returns is called.
+// blockPreemption keeps the Go runtime's signal from this thread until unblock is
+// called: it would end system calls with EINTR.
 func blockPreemption() (unblock func(), err error) {
 	var set, old unix.Sigset_t
 	set.Val[0] = 1 << (unix.SIGURG - 1)

@@ -21,13 +21,14 @@ const (
 	server = bpf.ShortcutSideIndexSIDE_SERVER
 )
 
-// proveGuard attaches a guard to a connection of its own and tells why it does
-// not do what it is for.
+// proveGuard attaches a guard to a connection of its own. It returns an error if the
+// guard does not work.
 func proveGuard(name string, cache *btf.Cache) error {
 	proofs := map[string]func(sender, receiver int, flow func() (bpf.ShortcutFlow, error)) error{
 		datapath.GuardSplice: proveSplice, datapath.GuardULP: proveULP, datapath.GuardFIONREAD: proveFIONREAD, datapath.GuardFlags: proveFlags,
 	}
-	// A sender without a program on its sockmap sends as a plain socket does.
+	// With redirect, since a socket in a sockmap without a program sends as a
+	// plain one.
 	return withPair(true, func(sender, receiver int) error {
 		spec, err := bpf.LoadShortcut()
 		if err != nil {
@@ -88,7 +89,8 @@ func proveULP(sender, _ int, flow func() (bpf.ShortcutFlow, error)) error {
 	if err := unix.SetsockoptString(sender, unix.SOL_TCP, unix.TCP_ULP, "tls"); !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("TCP_ULP gives %s, want ENOENT", fmt.Sprint(err))
 	}
-	// So it does without a guard where there is no kTLS.
+	// TCP_ULP also fails without a guard if the kernel has no kTLS, so ask the
+	// flow.
 	noted, err := flow()
 	if err == nil && noted.Unsupported[server] != uint32(bpf.ShortcutUnsupportedUNSUPPORTED_ULP) {
 		err = errors.New("TCP_ULP is not seen")
@@ -113,7 +115,8 @@ func proveFlags(sender, receiver int, flow func() (bpf.ShortcutFlow, error)) err
 	return wantUnsupported(flow, bpf.ShortcutUnsupportedUNSUPPORTED_WAITALL|bpf.ShortcutUnsupportedUNSUPPORTED_OOB)
 }
 
-// wantUnsupported tells why the direction to the receiver is not on TCP for just these reasons.
+// wantUnsupported returns an error unless the direction to the receiver is on TCP for just
+// these reasons.
 func wantUnsupported(get func() (bpf.ShortcutFlow, error), want bpf.ShortcutUnsupported) error {
 	flow, err := get()
 	if err != nil {

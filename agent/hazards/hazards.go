@@ -3,8 +3,8 @@
 // Package hazards measures how this kernel serves sockets of a sockmap where it is known
 // to differ from plain TCP on some kernels, and whether the guards work on it.
 //
-// hazards.go has the table of what is known, probes.go how each is measured, guards.go
-// the proofs of guards, connection.go what all of them measure on.
+// hazards.go has the table of hazards, probes.go measures each of them, guards.go
+// tries the guards, and connection.go makes the connections for both.
 package hazards
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Names of hazards that other settings are about.
+// Names of hazards that code elsewhere asks for.
 const (
 	BlockingRecv  = "blocking-recv"
 	MPTCPListener = "mptcp-listener"
@@ -26,23 +26,24 @@ const (
 )
 
 const (
-	// probeTimeout limits every socket call of a probe. What it waits for takes no
-	// time, but a node that boots is busy, and a probe that fails costs it the shortcut.
+	// probeTimeout limits every socket call of a probe. What it waits for takes no time,
+	// but a node that boots is busy, and a probe that times out counts as a hazard.
 	probeTimeout = 5 * time.Second
-	// quiet is how long is waited for what a kernel with a hazard does not do.
+	// quiet is the time in which something must happen that does not on a kernel
+	// with the hazard.
 	quiet = 250 * time.Millisecond
-	// probeBytes is how much the proof of a guard redirects.
+	// probeBytes are redirected to try a guard.
 	probeBytes = 5
 )
 
-// hazard is a way in which a socket of a sockmap may be served differently from
-// a plain one.
+// hazard is a way in which the kernel may serve a socket in a sockmap differently
+// from a plain one.
 type hazard struct {
 	name   string
 	fatal  bool
-	absent string // what was observed if it is not there
-	// consequence is who notices it; action what podshunt does, and guarded what
-	// it does with the guard.
+	absent string // what was observed on a kernel without it
+	// consequence says who notices it, action what podshunt does about it, and
+	// guarded what it does if the guard works.
 	consequence, action string
 	guard, guarded      string
 	probe               func() (found string, err error)
@@ -104,7 +105,7 @@ func hazards() []hazard {
 		},
 		{
 			name: "oob", probe: probeOOB,
-			absent:      "MSG_OOB is served",
+			absent:      "MSG_OOB works",
 			consequence: "telnet, rlogin, FTP's ABOR: the urgent byte comes in line",
 			action:      "nothing before a recv with MSG_OOB is seen; then the receiver stays on TCP, and later connections to the port are not paired",
 			guard:       datapath.GuardFlags,
@@ -112,7 +113,7 @@ func hazards() []hazard {
 		},
 		{
 			name: "rcvlowat", probe: probeLowat,
-			absent:      "SO_RCVLOWAT is kept to",
+			absent:      "SO_RCVLOWAT is obeyed",
 			consequence: "programs that set it are woken early",
 			action:      eachMessage,
 		},
@@ -130,20 +131,20 @@ func hazards() []hazard {
 		},
 		{
 			name: MPTCPListener, probe: probeMPTCPListener,
-			absent:      "this kernel's version knows sockets of a sockmap that an MPTCP listener accepts",
+			absent:      "this kernel's version handles sockets of a sockmap that an MPTCP listener accepts",
 			consequence: "servers in Go 1.24 or later, and others that listen with MPTCP: the kernel crashes",
 			action:      "sockets that an MPTCP listener accepts are kept out, and later connections to the port are not paired",
 		},
 	}
 }
 
-// Measure tells how this kernel serves sockets of a sockmap where it is
-// known to differ from plain TCP on some kernels: on real connections over the
-// loopback of private network namespaces, in a few seconds. Nothing of the node
-// is touched. Where a hazard is found and a guard against it is among guards, it
-// is tried as well: it counts only if it works here.
+// Measure returns all hazards, and whether this kernel has them. It takes a few
+// seconds, and uses real connections over the loopback of private network
+// namespaces; it changes nothing on the node. It tries the guards with the given
+// names: a guard counts only if it works here. A hazard that cannot be measured
+// counts as present.
 func Measure(guards []string) []api.Hazard {
-	_ = rlimit.RemoveMemlock() // where it matters and fails, the probes do and say why
+	_ = rlimit.RemoveMemlock() // if this matters, the probes fail and say why
 	var measured []api.Hazard
 	proofs := map[string]error{}
 	cache := btf.NewCache()

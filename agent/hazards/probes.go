@@ -33,7 +33,7 @@ func probeTrampolines() (string, error) {
 	return fmt.Sprintf("fentry, fexit and fmod_ret programs are refused: %v", withoutGuess(err)), nil
 }
 
-// withoutGuess drops the BPF library's guess at the cause of an error.
+// withoutGuess drops the guess at a cause that the BPF library adds to an error.
 func withoutGuess(err error) error {
 	var errno unix.Errno
 	if errors.As(err, &errno) {
@@ -80,7 +80,8 @@ func probeSplice() (found string, err error) {
 		if err := waitReadable(receiver); err != nil {
 			return err
 		}
-		// The flag is about the pipe.
+		// SPLICE_F_NONBLOCK is about the pipe, so the socket needs a
+		// timeout.
 		if err := setTimeouts(receiver, quiet); err != nil {
 			return err
 		}
@@ -124,13 +125,13 @@ func probeWaitall() (found string, err error) {
 	return found, err
 }
 
-// probeSleepingRecv resets a connection under a recv that sleeps. A signal and a
-// send buffer that drains wake it in the same way, but take longer to bring about.
+// probeSleepingRecv resets a connection while a recv on it sleeps. A signal, or a
+// send buffer that drains, would show the same, but takes longer to bring about.
 func probeSleepingRecv() (found string, err error) {
 	err = withPair(false, func(sender, receiver int) error {
 		reset, tid := make(chan error, 1), unix.Gettid()
 		go func() {
-			// A recv that begins after the reset would say what any kernel says.
+			// On any kernel, a recv that begins after the reset reports it.
 			reset <- cmp.Or(awaitRecv(tid),
 				unix.SetsockoptLinger(sender, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 				closeSocket(sender))
@@ -147,10 +148,11 @@ func probeSleepingRecv() (found string, err error) {
 	return found, err
 }
 
-// awaitRecv returns when a thread of this process sleeps in recvfrom.
+// awaitRecv waits until a thread of this process sleeps in recvfrom.
 func awaitRecv(tid int) error {
 	for end := time.Now().Add(probeTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		// The number of the call in which it sleeps, and the arguments; or "running".
+		// The file has the number of the call in which the thread sleeps, and its
+		// arguments, or "running".
 		call, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", tid))
 		if err != nil || strings.HasPrefix(string(call), fmt.Sprint(unix.SYS_RECVFROM, " ")) {
 			return err
@@ -159,7 +161,8 @@ func awaitRecv(tid int) error {
 	return errors.New("the receiver does not come to sleep in recv")
 }
 
-// probeTLS goes by the version, because kernels have crashed on it.
+// probeTLS goes by the kernel's version, because kernels have crashed on kTLS in a
+// sockmap.
 func probeTLS() (string, error) {
 	v, err := datapath.RunningVersion()
 	if err != nil || v.RefusesTLS() {
@@ -215,7 +218,7 @@ func probeZerocopy() (found string, err error) {
 		if _, err := unix.Read(receiver, message); err != nil {
 			return err
 		}
-		// POLLERR needs no asking for.
+		// poll reports POLLERR without being asked.
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(sender)}}, int(quiet.Milliseconds()))
 		if err == nil && n == 0 {
 			found = "no completion arrives for a message with MSG_ZEROCOPY"

@@ -13,8 +13,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Report tells by an Event of each pod that wants to take part and cannot, once
-// for each reason. It is for pods.Config.
+// Report sends an Event for each pod that wants to take part and cannot, once for
+// each reason. It is pods.Config's Report.
 func (s *Source) Report(all []pods.Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -40,7 +40,7 @@ func (s *Source) Report(all []pods.Pod) {
 	s.reported = reported
 }
 
-// advice says what to do where the reason does not.
+// advice returns what to do, for reasons whose message does not say it.
 func advice(reason api.PodReason) string {
 	switch reason {
 	case api.PodHostNetwork:
@@ -51,7 +51,7 @@ func advice(reason api.PodReason) string {
 	return ""
 }
 
-// reportNode tells by an Event that the kernel is refused.
+// reportNode sends an Event for the node if its kernel is refused.
 func (s *Source) reportNode() {
 	if s.cfg.Refusal == "" {
 		return
@@ -61,16 +61,16 @@ func (s *Source) reportNode() {
 		api.PodKernelRefused, "no pod takes part: "+s.cfg.Refusal)
 }
 
-// mostOfEvent is how long a message may be; the API accepts 1024 bytes.
+// mostOfEvent bounds the length of a message in bytes; the API accepts 1024.
 const mostOfEvent = 1000
 
-// warn does not block: the recorder sends later, drops what it has sent a moment
-// ago, and limits the rate per object.
+// warn sends an Event. It does not block: the recorder sends later, drops
+// repetitions, and limits the rate per object.
 func (s *Source) warn(object corev1.ObjectReference, reason api.PodReason, message string) {
 	s.recorder.Event(&object, corev1.EventTypeWarning, camel(reason), api.Shorten(message, mostOfEvent))
 }
 
-// camel spells a reason as those of Events are: InvalidAnnotation.
+// camel spells a reason as Events do: InvalidAnnotation for invalid_annotation.
 func camel(reason api.PodReason) string {
 	var b strings.Builder
 	for word := range strings.SplitSeq(string(reason), "_") {

@@ -23,20 +23,21 @@ import (
 
 // Exec is a command to be run in all pods that a selector names.
 type Exec struct {
-	// Kubeconfig is a file that says where the API server is; empty means that
-	// of the cluster whose pod this process runs in.
+	// Kubeconfig is the path of a kubeconfig file; empty means the cluster that
+	// this process runs in as a pod.
 	Kubeconfig                     string
 	Namespace, Selector, Container string
 	Command                        []string
-	// Parallel is in how many pods it runs at a time, PodTimeout how long it may take in one.
+	// Parallel bounds the number of pods in which it runs at a time, PodTimeout how long it
+	// may take in each.
 	Parallel   int
 	PodTimeout time.Duration
 }
 
-// ExecResult is how the command ended in one pod.
+// ExecResult says how the command ended in one pod.
 type ExecResult struct {
 	Node, Pod string
-	// Output is what the command has printed to both of its streams.
+	// Output has what the command printed to stdout and stderr.
 	Output string
 	Err    error
 }

@@ -28,12 +28,12 @@ const (
 	annotationEgressBandwidth  = "kubernetes.io/egress-bandwidth"
 )
 
-// configHash is the UID that a kubelet gives a static pod: the hash of its manifest.
-// It cannot be that of a pod that the API server has made.
+// configHash matches the UID that a kubelet gives a static pod: the hash of its
+// manifest. UIDs that the API server makes look different.
 var configHash = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// trim returns an object with only what intent and the policy need of it. The caches
-// hold nothing else.
+// trim returns an object with only those parts that intent and the policy need, to
+// keep the caches small.
 func trim(object any) (any, error) {
 	switch o := object.(type) {
 	case *corev1.Pod:
@@ -57,8 +57,8 @@ func trim(object any) (any, error) {
 	return object, nil
 }
 
-// trimMeta keeps the resource version because informers tell changes by it, and the
-// owner if it is a node.
+// trimMeta keeps, among others, the resource version, by which informers see
+// changes, and an owner that is a node, for staticUID.
 func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	trimmed := metav1.ObjectMeta{
 		Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: m.Labels,
@@ -83,8 +83,8 @@ func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	return trimmed
 }
 
-// trimContainers keeps named TCP ports. Of the init containers only those remain
-// that run as long as the pod.
+// trimContainers keeps containers' named TCP ports, and of the init containers only
+// sidecars, which run as long as the pod.
 func trimContainers(containers []corev1.Container, keep func(corev1.Container) bool) []corev1.Container {
 	var trimmed []corev1.Container
 	for _, c := range containers {
@@ -111,8 +111,8 @@ func isSidecar(c corev1.Container) bool {
 	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
 }
 
-// intent returns what a trimmed pod asks for, by its own annotations and those of
-// its namespace. A pod that is being deleted takes part to its end.
+// intent returns what a trimmed pod asks for, by its own and its namespace's
+// annotations. A pod that is being deleted takes part until it has ended.
 func intent(pod *corev1.Pod, namespace map[string]string, sandboxed []string) pods.Intent {
 	w := pods.Intent{UIDs: []string{string(pod.UID)}, Labels: pod.Labels}
 	if hash := staticUID(pod); hash != "" {
@@ -138,10 +138,10 @@ func intent(pod *corev1.Pod, namespace map[string]string, sandboxed []string) po
 	return w
 }
 
-// staticUID returns the UID that the kubelet knows the pod by if it is the mirror of
-// a static pod, or "". The annotations alone can be anybody's. Who forges the rest, too,
-// has a pod that the kubelet deletes, and until then pods.Content sees a UID with
-// two owners.
+// staticUID returns the UID that the kubelet has for a static pod whose mirror pod this
+// is, or "". Anybody can write the annotations, so the owner has to be this node, too. A
+// pod with a forged owner is deleted by the kubelet, and until then two pods claim the
+// UID, which pods.Content notices.
 func staticUID(pod *corev1.Pod) string {
 	hash := pod.Annotations[annotationConfigHash]
 	ours := func(owner metav1.OwnerReference) bool { return isNode(owner) && owner.Name == pod.Spec.NodeName }
@@ -156,8 +156,8 @@ func isNode(owner metav1.OwnerReference) bool {
 	return owner.APIVersion == "v1" && owner.Kind == "Node" && owner.Controller != nil && *owner.Controller
 }
 
-// settings takes each annotation from the namespace that the pod itself does not
-// have. An error says whose annotation it is.
+// settings parses the pod's annotations; one that the pod does not have comes from
+// its namespace. An error says whose annotation it is.
 func settings(pod *corev1.Pod, namespace map[string]string) (api.Settings, error) {
 	defaults := map[string]string{}
 	for name, value := range namespace {

@@ -38,22 +38,23 @@ import (
 	"github.com/podshunt/podshunt/agent/pods"
 )
 
-// Config is what a Source works with; all of it but Kubeconfig and Refusal is required.
+// Config configures a Source; all fields but Kubeconfig and Refusal are required.
 type Config struct {
-	// Kubeconfig is the path of a kubeconfig file. Without one the service account
-	// of the pod is used that the agent runs in.
+	// Kubeconfig is the path of a kubeconfig file; empty means the service account
+	// of the agent's pod.
 	Kubeconfig string
 	// NodeName is the name of this node's Node object.
 	NodeName string
-	// SandboxedRuntimeClasses are patterns as of path.Match for the names of
-	// runtime classes whose pods have a kernel of their own.
+	// SandboxedRuntimeClasses are patterns, as path.Match takes them, for the
+	// names of runtime classes whose pods have a kernel of their own.
 	SandboxedRuntimeClasses []string
 	// DefaultNamespaces selects, by their labels, the namespaces whose pods are
 	// opted in unless they, or the namespace, say otherwise.
 	DefaultNamespaces Selector
-	// Refusal is why no pod may take part; it becomes an Event on the node.
+	// Refusal says why no pod may take part, and becomes an Event on the node;
+	// empty if pods may.
 	Refusal string
-	// UserAgent is how the agent names itself to the API server.
+	// UserAgent names the agent to the API server.
 	UserAgent string
 	Log       *slog.Logger
 }
@@ -70,15 +71,15 @@ type Source struct {
 
 	mu      sync.Mutex
 	content *pods.Content
-	stale   [kinds]bool // has changed since content was made
+	stale   [kinds]bool // changed since content was made
 	outages [kinds]outage
-	// reported are the last Events, by the UID of their pods.
+	// reported has the last Event of each pod, by the pod's UID.
 	reported map[types.UID]string
 }
 
 var _ pods.Source = (*Source)(nil)
 
-// kind is one of the resources that are watched.
+// kind is one of the watched resources.
 type kind int
 
 const (
@@ -92,14 +93,14 @@ func (k kind) String() string {
 	return [kinds]string{podKind: "pods", namespaceKind: "namespaces", policyKind: "networkpolicies"}[k]
 }
 
-// outage is why a kind cannot be watched at present; zero while it can.
+// outage says since when and why a kind cannot be watched; zero while it can.
 type outage struct {
 	since time.Time
 	err   error
 }
 
-// Open returns a Source that has not asked anything yet; Run does. Whatever
-// client-go logs in this process goes to the Config's logger from then on.
+// Open returns a Source that knows nothing until Run runs. Whatever client-go logs
+// in this process goes to the Config's logger from then on.
 func Open(cfg Config) (*Source, error) {
 	connection, err := connect(cfg.Kubeconfig)
 	if err != nil {
@@ -107,7 +108,8 @@ func Open(cfg Config) (*Source, error) {
 	}
 	connection.UserAgent = cfg.UserAgent
 	connection.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	// Two clients with a rate limiter each: a watch never waits behind Events.
+	// Two clients, each with a rate limiter, so that a watch never waits behind
+	// Events.
 	var clients [2]*kubernetes.Clientset
 	for i := range clients {
 		if clients[i], err = kubernetes.NewForConfig(connection); err != nil {
@@ -188,8 +190,8 @@ func newSource(cfg Config, client, events kubernetes.Interface) (*Source, error)
 	return s, nil
 }
 
-// observe notes how requests end. A watch error handler would not do: reflectors
-// do not tell it of refused connections.
+// observe notes how requests end. A watch error handler would not do: reflectors do
+// not call it for refused connections.
 func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.WatchFuncWithContext) *cache.ListWatch {
 	note := func(ctx context.Context, verb string, err error) {
 		if ctx.Err() != nil {
@@ -214,7 +216,7 @@ func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.Watc
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			objects, err := list(ctx, o)
-			// A list alone does not keep anything up to date.
+			// A list without a watch keeps nothing up to date.
 			if err != nil {
 				note(ctx, "list", err)
 			}
@@ -222,7 +224,7 @@ func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.Watc
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := open(ctx, o)
-			// An older API server refuses to stream a list. The list that follows tells more.
+			// An older API server refuses to stream a list: an ordinary list follows.
 			if status := apierrors.APIStatus(nil); o.SendInitialEvents == nil || !errors.As(err, &status) {
 				note(ctx, "watch", err)
 			}
@@ -249,12 +251,12 @@ func (s *Source) prepare(k kind, informer cache.SharedIndexInformer) error {
 	s.synced[k] = handler.HasSynced
 	return errors.Join(informer.SetTransform(trim),
 		informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
-			// Content returns it, if it lasts.
+			// If it lasts, Content returns it.
 			s.cfg.Log.Debug("watch ended", "resource", k.String(), "err", err)
 		}))
 }
 
-// notify makes Changed receive.
+// notify makes a receive from Changed succeed.
 func (s *Source) notify() {
 	select {
 	case s.changed <- struct{}{}:
@@ -273,21 +275,22 @@ func (s *Source) Run(ctx context.Context) error {
 		running.Go(func() { informer.RunWithContext(ctx) })
 	}
 	if cache.WaitForCacheSync(ctx.Done(), s.synced[:]...) {
-		// Nothing else tells of a kind that has no objects.
+		// A kind without objects causes no other notification.
 		s.notify()
 	}
 	<-ctx.Done()
 	return nil
 }
 
-// Changed receives after a change of what Content returns, the error included.
+// Changed returns a channel that receives after each change of what Content returns,
+// its error included.
 func (s *Source) Changed() <-chan struct{} { return s.changed }
 
 func (s *Source) String() string { return "the API server" }
 
-// Content returns what the API server last said, nil before it has said
-// everything for the first time. With an error, a kind of objects cannot be watched
-// at present.
+// Content returns what the API server last said, or nil until it has said everything
+// once. It returns an error, beside the content, while a kind of objects cannot be
+// watched.
 func (s *Source) Content() (*pods.Content, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -311,13 +314,13 @@ func (s *Source) Content() (*pods.Content, error) {
 	return s.content, nil
 }
 
-// outageTrusted is how long what was last known may be relied on while nobody can
-// reach the API server: what enforces NetworkPolicy on the node is as old then.
+// outageTrusted bounds how long the last content is relied on while nobody can reach
+// the API server: whatever enforces NetworkPolicy on the node is just as old then.
 const outageTrusted = time.Hour
 
-// Vouch returns why what Content returns must not be relied on, or nil. An API
-// server that cannot be reached is no reason for an hour; one that refuses this
-// agent is, since others are told of changes.
+// Vouch returns an error if Content must not be relied on. An API server that cannot
+// be reached is one only after an hour (outageTrusted); one that refuses this agent
+// is one at once, since others still learn of changes.
 func (s *Source) Vouch(now time.Time) error {
 	for k, synced := range s.synced {
 		if !synced() {
@@ -338,8 +341,8 @@ func (s *Source) Vouch(now time.Time) error {
 	return nil
 }
 
-// read returns what is in the caches, and takes what is not stale from the last
-// content.
+// read makes content from the caches, and reuses the parts of the last one that are
+// not stale.
 func (s *Source) read(last *pods.Content) *pods.Content {
 	next := &pods.Content{Unlisted: "not known to the API server"}
 	if last != nil {
@@ -370,14 +373,14 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 	return next
 }
 
-// object returns what the cache of a kind holds under a key.
+// object returns an object of a kind from its cache, by its key.
 func object[T any](s *Source, k kind, key string) (T, bool) {
 	o, _, _ := s.informers[k].GetIndexer().GetByKey(key) // no error of an informer's cache
 	typed, ok := o.(T)
 	return typed, ok
 }
 
-// objects returns what the cache of a kind holds.
+// objects returns all objects of a kind from its cache.
 func objects[T any](s *Source, k kind) []T {
 	var all []T
 	for _, object := range s.informers[k].GetIndexer().List() {

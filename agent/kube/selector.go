@@ -13,8 +13,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Selector selects by labels, in the form that kubectl takes. It is a flag.
-// Unlike kubectl's, an empty one selects nothing.
+// Selector is a flag: a label selector as kubectl takes it, except that an empty one
+// selects nothing.
 type Selector struct {
 	selector labels.Selector
 }
@@ -46,9 +46,8 @@ func (s *Selector) Set(text string) error {
 	return nil
 }
 
-// optIn returns the annotations that the pods of a namespace have unless they
-// say otherwise: its own, and that they are opted in if it is selected and does not
-// say itself.
+// optIn returns the annotations that a namespace gives its pods: its own, and the
+// opt-in if the namespace is selected and has no such annotation itself.
 func (s *Selector) optIn(namespace *corev1.Namespace) map[string]string {
 	_, said := namespace.Annotations[api.AnnotationShortcut]
 	if said || s.selector == nil || !s.selector.Matches(labels.Set(namespace.Labels)) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package nat tells whether a network namespace changes the ports of connections that
-// come in, as a service mesh does that has its proxy in the pod: then the port of a
-// server's socket is not the one that the network has seen. It only reads.
+// Package nat finds out whether a network namespace changes the ports of incoming
+// connections, as a service mesh with a proxy in the pod does. The port of a server's
+// socket then differs from the one that the network has seen. The package only reads.
 package nat
 
 import (
@@ -22,12 +22,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// timeout bounds a question to the kernel.
+// timeout bounds each request to the kernel.
 const timeout = 2 * time.Second
 
-// Redirects tells whether the network namespace at path has rules that give a
-// connection another destination. Where that cannot be found out, it is true, and
-// the error says why.
+// Redirects reports whether the network namespace at path has rules that change the
+// destination of connections. If that cannot be found out, it returns true and the
+// error.
 func Redirects(path string) (bool, error) {
 	redirects, err := inside(path)
 	if err != nil {
@@ -46,7 +46,8 @@ func inside(path string) (redirects bool, err error) {
 	defer own.Close()
 	defer func() {
 		if back := netns.Set(own); back != nil {
-			// The thread stays locked, so that nobody else meets the namespace.
+			// The thread stays locked, so that no other goroutine runs in the
+			// namespace.
 			err = errors.Join(err, fmt.Errorf("return to the own network namespace: %w", back))
 			return
 		}
@@ -68,8 +69,8 @@ func inside(path string) (redirects bool, err error) {
 	return nft()
 }
 
-// legacy tells whether iptables-legacy has a table for NAT. It is there from the first
-// rule on, and what the rules are is not looked at.
+// legacy reports whether iptables-legacy has a NAT table, which exists from the first
+// rule on. It does not look at the rules.
 func legacy(file string) (bool, error) {
 	names, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -78,7 +79,8 @@ func legacy(file string) (bool, error) {
 	return slices.Contains(strings.Fields(string(names)), "nat"), err
 }
 
-// nft tells whether nftables has a rule that redirects; iptables-nft writes such ones.
+// nft reports whether nftables has a rule that redirects, including those of
+// iptables-nft.
 func nft() (bool, error) {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return c.SetDeadline(time.Now().Add(timeout))
@@ -108,7 +110,8 @@ func nft() (bool, error) {
 		}
 	}
 	for _, c := range chains {
-		// A rule may be in a chain that the one with the hook jumps to.
+		// All chains of the table count: a rule may be in one that the
+		// hook's chain jumps to.
 		if !nat[table{c.Table.Name, c.Table.Family}] {
 			continue
 		}

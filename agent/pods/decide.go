@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// What becomes of each pod, from its attachment or search and from what it asks for,
-// and the words for it. Nothing here touches the kernel.
+// This file decides the state of each pod, from its attachment or search and from
+// what it asks for. Nothing here touches the kernel.
 
 package pods
 
@@ -15,11 +15,11 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Standing is the state of a pod, and why it has that.
+// Standing is the state of a pod and the reason for it.
 type Standing struct {
 	State  api.PodState
 	Reason api.PodReason
-	// Message is for people. Nothing is decided by it.
+	// Message is for people. No code depends on it.
 	Message string
 }
 
@@ -29,14 +29,16 @@ func HostNetwork() Standing {
 	return Standing{api.PodRefused, api.PodHostNetwork, "it runs in the node's own network namespace (hostNetwork)"}
 }
 
-// waiting tells whether the pods' intents are still unknown, or where those are that
-// an earlier agent has found, so that the state it left has to stay.
+// waiting reports whether it is too early to release pods that an earlier agent has
+// enrolled: what pods ask for is not known yet, or the first search for their
+// processes has not been done.
 func (r *Reconciler) waiting() bool {
 	return !r.cfg.Refused && (r.content == nil || !r.started && len(r.missing()) > 0)
 }
 
-// decide fills r.pods: the attachments in the order of their file names, then
-// the pods that r.searches is for. If all is true, these are looked at as well.
+// decide fills r.pods: the attachments in the order of their file names, then the
+// pods of r.searches. If all is true, it also looks whether the network namespaces
+// of the latter are still there.
 func (r *Reconciler) decide(all bool) {
 	r.pods = nil
 	attached := map[string]bool{}
@@ -70,8 +72,8 @@ func (r *Reconciler) decide(all bool) {
 	}
 }
 
-// intent returns what a pod asks for, which is nil where it is not known, and what becomes
-// of the pod by that.
+// intent returns what a pod asks for, or nil if that is not known, and the standing that
+// follows from it alone.
 func (r *Reconciler) intent(pod api.PodRef) (*Intent, Standing) {
 	if r.content == nil {
 		message := "waiting for " + r.cfg.Source.String()
@@ -85,14 +87,15 @@ func (r *Reconciler) intent(pod api.PodRef) (*Intent, Standing) {
 	case !ok:
 		return nil, Standing{api.PodOut, api.PodNotOptedIn, r.content.Unlisted}
 	case !intent.matches(pod.UID):
-		// Either the pod has been replaced, or its source does not tell of it yet.
+		// Either the pod has been replaced, or the source does not have the new
+		// one yet.
 		return nil, Standing{api.PodWaiting, api.PodReplaced, "another pod of the same name is known to " + r.cfg.Source.String()}
 	}
 	return &intent, intent.standing()
 }
 
-// classify appends a pod to r.pods. It is wanted if that is its standing by its intent, and
-// nothing else keeps it out. Without an intent its intent is not known.
+// classify appends a pod to r.pods. It gets the standing of its intent unless something
+// else keeps it out. w is nil if its intent is not known.
 func (r *Reconciler) classify(e *entry, w *Intent, standing Standing) {
 	p := Pod{PodStatus: api.PodStatus{
 		Pod:         e.attachment.Pod,
@@ -125,9 +128,9 @@ func (r *Reconciler) classify(e *entry, w *Intent, standing Standing) {
 	case r.cfg.Refused:
 		refuse(Standing{api.PodRefused, api.PodKernelRefused, r.cfg.Refusal})
 	case wants && e.cookie == 0:
-		standing = Standing{api.PodWaiting, api.PodNoProcess, "no process of it is found yet"}
+		standing = Standing{api.PodWaiting, api.PodNoProcess, "no process of the pod has been found yet"}
 		if e.refused != nil {
-			standing.Message += ", and one in a cgroup of its name does not count: " + e.refused.Error()
+			standing.Message += ", and one in a cgroup with its name does not count: " + e.refused.Error()
 		}
 		if len(p.Addresses) == 0 {
 			standing = Standing{api.PodWaiting, api.PodWithoutAddress, "waiting for its network"}
@@ -139,7 +142,8 @@ func (r *Reconciler) classify(e *entry, w *Intent, standing Standing) {
 
 func (p *Pod) set(s Standing) { p.State, p.Reason, p.Message = s.State, s.Reason, s.Message }
 
-// report completes a pod's status, and logs it and returns true if it has changed.
+// report completes a pod's status after the work on the kernel. It returns true, and
+// logs the status, if that has changed.
 func (r *Reconciler) report(p *Pod, waiting bool) bool {
 	switch _, in := r.enrolled[p.NetnsCookie]; {
 	case r.stopped:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The work on the kernel: when to look, then pods in, policy, pods out.
+// This file brings the kernel in line: it decides when to look, writes policy,
+// enrols pods, and releases pods.
 
 package pods
 
@@ -22,16 +23,16 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// policyRetry is how long a policy of which some is missing rests before all of it is
-// written again. Where the map is full that is doubled each time, up to maxPolicyRetry:
-// a pod that starts waits for it. Changes are written meanwhile.
+// After a policy could not be written whole, all of it is written again after
+// policyRetry. If the map is full, that doubles each time up to maxPolicyRetry, since
+// pods that start wait meanwhile. Changes are written in between.
 const (
 	policyRetry    = 5 * time.Second
 	maxPolicyRetry = time.Minute
 )
 
-// tryAgain is how long what could not be done rests first. That is doubled each time, up
-// to passInterval.
+// What could not be done is tried again after tryAgain, which doubles each time up to
+// passInterval.
 const tryAgain = 250 * time.Millisecond
 
 // Run keeps the kernel in line until ctx ends.
@@ -58,7 +59,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			due = time.Time{}
 			r.onTime()
 		}
-		// Events that come one after the other do not put off what is due.
+		// A series of events must not put off what is due.
 		if next := time.Now().Add(r.wait()); due.IsZero() || next.Before(due) {
 			due = next
 		}
@@ -66,7 +67,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	}
 }
 
-// wait returns how long there is nothing to do unless an event tells of something.
+// wait returns how long there is nothing to do, unless an event comes.
 func (r *Reconciler) wait() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -78,11 +79,12 @@ func (r *Reconciler) wait() time.Duration {
 			}
 		}
 	}
-	// A time that has passed and stays cannot keep a core busy.
+	// At least this, so that a time which stays in the past does not keep a core
+	// busy.
 	return max(next.Sub(r.cfg.Now()), watch.Settle)
 }
 
-// nextPolicy returns when the whole policy is to be written again, zero if not.
+// nextPolicy returns when the whole policy is to be written again, or zero.
 func (r *Reconciler) nextPolicy() time.Time {
 	if r.policyErr == nil {
 		return time.Time{}
@@ -90,7 +92,7 @@ func (r *Reconciler) nextPolicy() time.Time {
 	return r.policyNext
 }
 
-// onTime does what it is time for.
+// onTime does what is due by now.
 func (r *Reconciler) onTime() {
 	r.mu.Lock()
 	now := r.cfg.Now()
@@ -116,15 +118,16 @@ func (r *Reconciler) refresh() {
 	}
 }
 
-// readFiles returns true if the attachments have changed.
+// readFiles reads the directory of attachments, and returns true if they have
+// changed.
 func (r *Reconciler) readFiles() bool {
 	changed, err := r.store.refresh()
 	r.logOnce("attachments", "attachments not read, the last ones stay in force", err)
 	return changed
 }
 
-// Sync looks at everything, and brings the kernel in line with it. What could not be
-// done is in the Snapshot, and is tried again by the next Sync.
+// Sync looks at everything, and brings the kernel in line with it. Errors are in the
+// Snapshot, and the next Sync tries again.
 func (r *Reconciler) Sync() {
 	defer r.lookedNow()
 	r.mu.Lock()
@@ -139,7 +142,8 @@ func (r *Reconciler) Sync() {
 	if len(uids) == 0 {
 		return
 	}
-	// Without the lock: a pod that starts does not wait for a look at all processes.
+	// Without the lock, so that a pod that starts does not wait for a look at all
+	// processes.
 	found, refused, err := r.finder.Find(uids)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -187,8 +191,8 @@ func (r *Reconciler) sync(all bool) {
 	notify(r.wake)
 }
 
-// planNextTry sets when to try again what no event tells of: to enrol, to release, to
-// read a network namespace for the first time.
+// planNextTry sets when to try again what has failed and no event will report: to
+// enrol, to release, or to read a network namespace for the first time.
 func (r *Reconciler) planNextTry() {
 	unfinished := len(r.failed) > 0 || r.releaseFailed
 	for _, p := range r.pods {
@@ -203,7 +207,7 @@ func (r *Reconciler) planNextTry() {
 }
 
 // findNetns reads the cookie of an attachment's network namespace if it may have
-// changed, and drops the attachment if the namespace is not there any more.
+// changed, and drops the attachment if the namespace is gone.
 func (r *Reconciler) findNetns(name string) {
 	e := r.store.entries[name]
 	if e.fileErr != nil {
@@ -218,7 +222,7 @@ func (r *Reconciler) findNetns(name string) {
 	}
 	r.cfg.Log.Info("network namespace is gone", "pod", e.attachment.Pod.String(), "netns", e.attachment.Netns)
 	r.logOnce("remove "+name, "attachment of a gone network namespace not deleted", r.store.remove(name))
-	// It is none any more, also where its file stays.
+	// It is dropped even if its file cannot be deleted.
 	delete(r.store.entries, name)
 }
 
@@ -233,8 +237,9 @@ func (r *Reconciler) cluster() policy.Cluster {
 	return cluster
 }
 
-// enrol takes in the pods that decide has picked, and refuses those that fail. It
-// returns true if the policy was written for other pods than those that are in.
+// enrol enrols the pods that decide wants, and sets those that fail to refused. It
+// returns true if other pods have failed than the last time: the policy was then
+// written for the wrong ones.
 func (r *Reconciler) enrol() bool {
 	failed := map[uint64]bool{}
 	for i := range r.pods {
@@ -257,8 +262,8 @@ func (r *Reconciler) enrol() bool {
 }
 
 func (r *Reconciler) enrolPod(p *Pod) error {
-	// The cookie may have been read a while ago. If its namespace is not there any more,
-	// the next look at namespaces drops the attachment.
+	// The cookie may have been read a while ago. If its namespace is gone, the next look
+	// at namespaces drops the attachment.
 	if !p.entry.read(r.cfg.NetnsCookie) {
 		return fmt.Errorf("network namespace %s was replaced meanwhile", p.Netns)
 	}
@@ -296,7 +301,7 @@ func (r *Reconciler) setPolicy() {
 	if err != nil && (whole || r.policyErr == nil) {
 		r.policyNext = now.Add(r.policyDelay)
 	}
-	// What was missing before a change is missing after it.
+	// A change that succeeds does not write what was missing before.
 	if whole || err != nil {
 		r.policyErr = err
 	}
@@ -306,10 +311,10 @@ func (r *Reconciler) setPolicy() {
 	r.logOnce("policy", "policy not complete, what is missing stays on TCP", r.policyErr)
 }
 
-// isFull tells whether an error is the kernel's word for a full map.
+// isFull reports whether an error says that a kernel map is full.
 func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) }
 
-// writePolicy writes what has changed, or all of it.
+// writePolicy writes what has changed of the policy, or all of it.
 func (r *Reconciler) writePolicy(taking []policy.Pod, now time.Time, whole bool) error {
 	if r.compiler == nil {
 		r.compiler = &policy.Compiler{}
@@ -326,8 +331,8 @@ func (r *Reconciler) writePolicy(taking []policy.Pod, now time.Time, whole bool)
 	return r.cfg.Datapath.UpdatePolicy(changed)
 }
 
-// release takes out the pods that do not take part any more. Their policy is
-// revoked already, so that their connections are back on TCP.
+// release releases the pods that no longer take part. Their rules are deleted
+// already, so their connections are back on TCP.
 func (r *Reconciler) release() {
 	keep := map[uint64]bool{}
 	for _, p := range r.pods {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pods knows the pods of this node and keeps the kernel in line with
-// what they ask for. It owns the directory of attachments, where the CNI plugin
-// leaves what the runtime told it, and takes what the pods ask for from a Source.
-// A pod that the plugin has not told of is looked for among the processes of the
-// node. Every change is in force within a second, but for the end of a network
-// namespace, which nothing tells of: within ten. It never releases a pod that still
-// takes part, so that live connections do not notice a restart.
+// Package pods knows the pods of this node and keeps the kernel in line with what
+// they ask for. It owns the directory of attachments, where the CNI plugin leaves
+// what the runtime told it, and takes what the pods ask for from a Source. A pod
+// that the plugin has not told of is looked for among the processes of the node.
+// Every change is in force within a second, except the end of a network namespace,
+// which causes no event: within ten. It never releases a pod that still takes part,
+// so that live connections do not notice a restart.
 //
 // reconciler.go has the Reconciler and what others ask of it, store.go the attachments,
 // source.go what pods ask for, search.go the pods without an attachment, decide.go
@@ -30,46 +30,48 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// wedged is how long a Sync takes at most: to write a whole policy map takes
-// seconds, on a node that is very busy tens of them.
+// wedged bounds the time of a Sync: one that takes longer hangs. To write a whole
+// policy map takes seconds, and tens of seconds on a very busy node.
 const wedged = 2 * time.Minute
 
-// Datapath is what the reconciler does to the kernel.
+// Datapath is the part of datapath.Datapath that the reconciler uses.
 type Datapath interface {
-	// Enrol takes in the pod whose network namespace has the cookie. It and Release
-	// are idempotent.
+	// Enrol lets the pod whose network namespace has the cookie take part. It and
+	// Release are idempotent.
 	Enrol(cookie uint64) error
 	Release(cookie uint64) error
-	// Enrolled lists the pods that are in, those of an earlier agent included.
+	// Enrolled lists the cookies of pods that take part, including those that an
+	// earlier agent has enrolled.
 	Enrolled() ([]uint64, error)
 	// SetPolicy replaces the whole policy.
 	SetPolicy(rules []rule.Rule) error
-	// UpdatePolicy replaces the rules of the pairs of pods that are named.
+	// UpdatePolicy replaces the rules of the given pairs of pods.
 	UpdatePolicy(changed []rule.PairRules) error
 }
 
-// Config is what a Reconciler works with; all of it but Refused and Report is required.
+// Config configures a Reconciler; all fields are required unless they say otherwise.
 type Config struct {
 	// Dir is the directory of attachments; it is made if needed.
 	Dir    string
 	Source Source
-	// Proc is where the procfs of the node is mounted.
+	// Proc is the path where the procfs of the node is mounted.
 	Proc string
-	// HostNetns are cookies of network namespaces that are the node's own.
+	// HostNetns are the cookies of the node's own network namespaces.
 	HostNetns []uint64
-	// Refused is true if no pod at all may take part; Refusal says why.
+	// Refused keeps all pods on TCP; Refusal says why. Optional.
 	Refused  bool
 	Refusal  string
 	Datapath Datapath
-	// MaxPolicies is how many entries the policy map has; 0 if that does not matter.
+	// MaxPolicies is the size of the policy map in entries; 0 sets no limit for a
+	// pair of pods.
 	MaxPolicies int
 	// NetnsCookie reads the cookie of the network namespace at a path.
 	NetnsCookie func(path string) (uint64, error)
-	// Redirects tells whether the network namespace at a path gives connections that
-	// come in another port; true with an error where that is not known. If nil, none does.
+	// Redirects reports whether the network namespace at a path gives incoming connections
+	// another port, as nat.Redirects does. If nil, none does.
 	Redirects func(path string) (bool, error)
 	// Report is called with all pods when one of them has changed. It must neither
-	// block nor call the Reconciler.
+	// block nor call the Reconciler. Optional.
 	Report func([]Pod)
 	// Now is the clock.
 	Now func() time.Time
@@ -80,10 +82,10 @@ type Config struct {
 // it asks for.
 type Pod struct {
 	api.PodStatus
-	// ID is that of the attachment, zero if there is none.
+	// ID is the attachment's ID; zero if there is no attachment.
 	ID api.AttachmentID
-	// Policy is what the policy goes by. Its Settings are zero if the pod's
-	// annotations are not known or not accepted.
+	// Policy is the pod as the policy sees it. Its Settings are zero if the
+	// pod's annotations are not known or not accepted.
 	Policy policy.Pod
 
 	entry *entry
@@ -92,9 +94,10 @@ type Pod struct {
 // Snapshot is the state of the reconciler.
 type Snapshot struct {
 	Pods []Pod
-	// Cluster is what the policy was compiled with.
+	// Cluster was used to compile the policy.
 	Cluster policy.Cluster
-	// SourceError and PolicyError are those of api.Status.
+	// SourceError and PolicyError become the fields of the same names in
+	// api.Status.
 	SourceError, PolicyError error
 }
 
@@ -114,43 +117,48 @@ type Reconciler struct {
 	stopMessage string
 	pods        []Pod // the result of the last sync
 
-	// enrolled are the cookies in the kernel, and whether this agent has enrolled them itself.
+	// enrolled has the cookies in the kernel; true for those that this agent has enrolled
+	// itself.
 	enrolled map[uint64]bool
-	// failed are the cookies that the last sync could not enrol. They have no policy
-	// before they are in: it would come and go with each try.
+	// failed has the cookies that the last sync could not enrol. Their policy is
+	// written only after they are enrolled: otherwise it would come and go with each
+	// try.
 	failed map[uint64]bool
 	// releaseFailed is set if the last sync could not release a pod.
 	releaseFailed bool
-	// The policy in the kernel is that of compiler, from policyPods and policyContent,
-	// unless policyErr says what is missing. It is to be looked at again at policyEnd.
+	// compiler made the policy in the kernel, from policyPods and policyContent;
+	// policyErr says what of it is missing. At policyEnd it changes by time alone.
 	compiler      *policy.Compiler
 	policyPods    []policy.Pod
 	policyContent *Content
 	policyEnd     time.Time
 	policyErr     error
-	// All of it is written again at policyNext, and policyDelay after that.
+	// The whole policy is written again at policyNext, and policyDelay after
+	// that.
 	policyNext  time.Time
 	policyDelay time.Duration
 
-	// Run looks at everything at nextPass, and at nextTry for what could not be done;
-	// tryDelay is how long that waited last. wake makes it compute anew when that is.
+	// Run looks at everything at nextPass, and tries again at nextTry what has
+	// failed, tryDelay after the last try. wake makes Run compute these times anew.
 	nextPass, nextTry time.Time
 	tryDelay          time.Duration
 	wake              chan struct{}
 	interval          time.Duration // passInterval, but for tests
 
-	// looks are what is known of the rules in the pods' network namespaces, by cookie.
+	// looks has, by cookie, what is known of the rules in the pods' network
+	// namespaces.
 	looks map[uint64]*look
 
-	// faults are those that have been logged and still last.
+	// faults has the faults that have been logged and still last, by subject.
 	faults map[string]string
 
-	// looked is when Sync last ended. It is apart from mu, which a Sync that hangs holds.
+	// looked has the time when Sync last ended. It does not need mu, which a Sync that
+	// hangs would hold.
 	looked atomic.Pointer[time.Time]
 }
 
-// New returns a Reconciler that keeps what an earlier agent has enrolled until
-// the first Sync decides on it.
+// New returns a Reconciler. Pods that an earlier agent has enrolled stay so until
+// the source has said what they ask for.
 func New(cfg Config) (*Reconciler, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
 		return nil, err
@@ -176,9 +184,8 @@ func New(cfg Config) (*Reconciler, error) {
 	return r, nil
 }
 
-// Alive returns an error if Sync has not ended for longer than any amount of work
-// takes: then neither pods nor policies are followed any more, and only a new
-// process helps.
+// Alive returns an error if the last Sync ended too long ago: the agent then follows
+// neither pods nor policies, and only a new process helps.
 func (r *Reconciler) Alive() error {
 	if last := *r.looked.Load(); r.cfg.Now().Sub(last) > wedged {
 		return fmt.Errorf("pods and policies were last looked at at %s", last.Format(time.RFC3339))
@@ -191,7 +198,7 @@ func (r *Reconciler) lookedNow() {
 	r.looked.Store(&now)
 }
 
-// Put keeps the attachment and says whether its pod takes part from now on.
+// Put keeps the attachment and returns whether its pod takes part from now on.
 func (r *Reconciler) Put(a api.Attachment) (api.Admission, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -240,7 +247,8 @@ func (r *Reconciler) Collect(req api.GCRequest) error {
 	return errors.Join(errs...)
 }
 
-// Stop ends all dealings with the kernel; every pod's message is then the given one.
+// Stop ends all work on the kernel for good. Every pod gets the state out and the
+// message.
 func (r *Reconciler) Stop(message string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

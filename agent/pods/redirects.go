@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The looks at the rules in the network namespaces of pods, for ports that they redirect.
+// This file looks for rules in the network namespaces of pods that redirect ports.
 
 package pods
 
@@ -12,16 +12,17 @@ import (
 )
 
 const (
-	// lookInterval is how long after the first look at a network namespace the next
-	// is, since an init container of a service mesh makes its rules when the pod has
-	// started already. It doubles up to maxLookInterval.
+	// lookInterval is the time from the first look at a network namespace to the
+	// next, since the init container of a service mesh makes its rules after the pod
+	// has started. It doubles up to maxLookInterval.
 	lookInterval    = 500 * time.Millisecond
 	maxLookInterval = time.Minute
-	// maxLooksAgain is how many are looked at again at a time: a pod that starts waits for it.
+	// maxLooksAgain bounds how many namespaces are looked at again at a time, as pods that
+	// start wait meanwhile.
 	maxLooksAgain = 8
 )
 
-// look is whether a network namespace redirects ports.
+// look has the result of the last look at a network namespace.
 type look struct {
 	netns     string
 	redirects bool
@@ -29,8 +30,8 @@ type look struct {
 	interval  time.Duration
 }
 
-// lookForRedirects notes in the policy of each pod that is to take part whether its
-// network namespace redirects ports. It looks at those that are new.
+// lookForRedirects sets Policy.Redirects of each pod that is to take part. It looks
+// at network namespaces that are new.
 func (r *Reconciler) lookForRedirects() {
 	if r.cfg.Redirects == nil {
 		return
@@ -53,7 +54,8 @@ func (r *Reconciler) lookForRedirects() {
 	r.looks = looks
 }
 
-// lookAgain looks at those whose time has come, and returns true if one has changed.
+// lookAgain looks again at namespaces that are due, and returns true if one has
+// changed.
 func (r *Reconciler) lookAgain() (changed bool) {
 	now, again := r.cfg.Now(), 0
 	for _, l := range r.looks {
@@ -75,8 +77,8 @@ func (r *Reconciler) look(l *look) {
 	l.next, l.interval = r.cfg.Now().Add(l.interval), min(2*l.interval, maxLookInterval)
 }
 
-// nextLook returns when lookAgain has something to do, zero if there is nothing. Looks
-// that are rare wait for the next pass, so that they do not wake the agent one by one.
+// nextLook returns when lookAgain has something to do, or zero. Rare looks wait for
+// the next pass, so that they do not wake the agent one by one.
 func (r *Reconciler) nextLook() time.Time {
 	now := r.cfg.Now()
 	var next time.Time

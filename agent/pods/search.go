@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The search for pods that want to take part and have no attachment, by their processes.
+// This file searches, among processes, for pods that want to take part and have no
+// attachment.
 
 package pods
 
@@ -15,30 +16,32 @@ import (
 )
 
 const (
-	// searchInterval is the least time between two looks at all processes, and the
-	// first time a pod that was not found waits for the next. It doubles up to
-	// maxSearchDelay.
+	// searchInterval is the least time between two looks at all processes. A pod
+	// that was not found waits so long for the next, and then twice as long each
+	// time, up to maxSearchDelay.
 	searchInterval = time.Second
 	maxSearchDelay = time.Minute
 )
 
-// search is for a pod that wants to take part and that no attachment tells of.
+// search has the state of the search for one pod without an attachment.
 type search struct {
 	// entry has the pod, and its network namespace once that is found.
 	entry
-	// uids are those by which it may be found: no other pod claims them.
+	// uids are the pod's UIDs that no other pod claims: it may be found by
+	// these.
 	uids []string
-	// by is the one of them by which it was found.
+	// by is the UID by which it was found.
 	by string
-	// wanted is false as long as there is nothing to be found, or no use for it.
+	// wanted is false while the pod cannot be found, or need not be.
 	wanted bool
-	// lost is set when the process is gone that the network namespace was found by.
+	// lost is set when the process has ended by which the network namespace was
+	// found.
 	lost  bool
 	next  time.Time
 	delay time.Duration
 }
 
-// forget makes it a search for a pod that was not found.
+// forget drops what the search has found.
 func (s *search) forget() {
 	s.attachment.Netns, s.netns, s.cookie, s.netnsErr, s.refused, s.lost, s.by = "", stamp{}, 0, nil, nil, false, ""
 }
@@ -66,7 +69,7 @@ func (r *Reconciler) search(attached map[string]bool, all bool) {
 				s.forget()
 			}
 			standing := w.standing()
-			// A pod has addresses from the moment on that it has a network namespace.
+			// A pod without addresses has no network namespace yet.
 			s.wanted = standing.State == api.PodWanted && len(s.uids) > 0 && len(w.Addresses) > 0 && !r.cfg.Refused && !r.stopped
 			if all && s.cookie != 0 && !s.read(r.cfg.NetnsCookie) {
 				if s.wanted {
@@ -76,7 +79,7 @@ func (r *Reconciler) search(attached map[string]bool, all bool) {
 					s.forget()
 				}
 			}
-			// A pod that does not want to take part, or has finished, is not asked about.
+			// Leave out pods that do not want to take part, or have finished.
 			if s.cookie == 0 && standing.State == api.PodOut {
 				continue
 			}
@@ -90,7 +93,7 @@ func (r *Reconciler) search(attached map[string]bool, all bool) {
 	r.searches = searches
 }
 
-// missing returns the UIDs of the pods that are to be looked for now.
+// missing returns the UIDs of the pods that a search is due for.
 func (r *Reconciler) missing() map[string]bool {
 	now := r.cfg.Now()
 	if now.Before(r.nextSearch) {
@@ -107,7 +110,7 @@ func (r *Reconciler) missing() map[string]bool {
 	return uids
 }
 
-// nextFind returns when missing has something to return, zero if nothing is missing.
+// nextFind returns when the next search is due, or zero if no pod is missing.
 func (r *Reconciler) nextFind() time.Time {
 	var next time.Time
 	for _, s := range r.searches {
@@ -125,7 +128,7 @@ func (r *Reconciler) nextFind() time.Time {
 	return next
 }
 
-// applySearch takes up the result of a search for uids.
+// applySearch stores the result of a look at all processes for uids.
 func (r *Reconciler) applySearch(uids map[string]bool, found map[string]proc.Netns, refused map[string]error) {
 	now := r.cfg.Now()
 	r.nextSearch = now.Add(searchInterval)

@@ -178,7 +178,7 @@ func TestPodOlderThanPlugin(t *testing.T) {
 	f.Sync()
 	wantDiff(t, "states", map[string]string{
 		"web": "in", "static": "in", "host": "out " + hostNetwork.Message,
-		"starting": "out waiting for its network", "hidden": "out no process of it is found yet",
+		"starting": "out waiting for its network", "hidden": "out no process of the pod has been found yet",
 	}, f.states())
 	wantDiff(t, "codes", map[string]api.PodState{
 		"web": api.PodEnrolled, "static": api.PodEnrolled, "host": api.PodRefused, "starting": api.PodWaiting, "hidden": api.PodWaiting,
@@ -247,7 +247,7 @@ func TestForgedCgroup(t *testing.T) {
 	f.processIn(t, 100, "/open/pod"+uid1+"/c", 10)
 	source.set(map[string]Intent{"web": enabled(uid1)})
 	f.Sync()
-	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet, and one in a cgroup of its name does not count: " +
+	wantDiff(t, "states", map[string]string{"web": "out no process of the pod has been found yet, and one in a cgroup with its name does not count: " +
 		"others than root may make cgroups in " + filepath.Join(f.cfg.Proc, "1/root/cg/open") +
 		fmt.Sprintf(": its owner is %d, its mode 0777", os.Geteuid())}, f.states())
 	wantDiff(t, "enrolled", []uint64(nil), f.kernel.enrolled)
@@ -266,7 +266,7 @@ func TestForgedCgroup(t *testing.T) {
 	f.kill(t, 100)
 	f.now = f.now.Add(4 * searchInterval)
 	f.Sync()
-	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet"}, f.states())
+	wantDiff(t, "states", map[string]string{"web": "out no process of the pod has been found yet"}, f.states())
 }
 
 // A process of the pod's own UID comes before one of the hash that it has, too.
@@ -318,7 +318,7 @@ func TestFoundProcessEnds(t *testing.T) {
 	f.now = f.now.Add(searchInterval)
 	f.Sync()
 	wantDiff(t, "calls", []string{"policy of 0", "release 10"}, f.take())
-	wantDiff(t, "states", map[string]string{"web": "out no process of it is found yet"}, f.states())
+	wantDiff(t, "states", map[string]string{"web": "out no process of the pod has been found yet"}, f.states())
 
 	// Opted out, it is not looked for, nor is anything said of it.
 	source.set(map[string]Intent{"web": {UIDs: []string{uid1}}})

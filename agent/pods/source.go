@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// What the pods ask for: the Source, its content, and the pods file as one.
+// This file has what pods ask for: the Source interface, its Content, and a Source
+// that reads a file.
 
 package pods
 
@@ -25,26 +26,27 @@ import (
 // Source says what the pods of this node ask for. It must be safe for concurrent
 // use.
 type Source interface {
-	// Content returns what is known; nil until it is known for the first time, and
-	// then what an earlier agent left stays in force. The error is why it is not up
-	// to date. A Content is not changed after it was returned.
+	// Content returns the last known content, or nil until something is known;
+	// until then what an earlier agent left stays in force. The error says why the
+	// content is not up to date. Nobody changes a Content once it was returned.
 	Content() (*Content, error)
-	// Changed receives after a change of what Content returns, the error included.
+	// Changed returns a channel that receives after each change of what Content
+	// returns, its error included.
 	Changed() <-chan struct{}
-	// String names the source in texts: "waiting for ...".
+	// String names the source in messages, such as "waiting for the API server".
 	String() string
 }
 
-// Content is what a Source knows.
+// Content holds what a Source knows.
 type Content struct {
 	Pods map[string]Intent // by api.PodRef.String
-	// Unlisted is why a pod that is not among Pods does not take part.
+	// Unlisted is the message for a pod that is not among Pods.
 	Unlisted string
 	Cluster  policy.Cluster
 }
 
-// contested returns the UIDs that more than one pod claims. They are nobody's: whose
-// processes they name is not known.
+// contested returns the UIDs that more than one pod claims. Such a UID identifies no
+// pod: nobody knows whose processes it names.
 func (c *Content) contested() map[string]bool {
 	claimed, contested := map[string]bool{}, map[string]bool{}
 	for _, w := range c.Pods {
@@ -58,30 +60,32 @@ func (c *Content) contested() map[string]bool {
 	return contested
 }
 
-// Intent is what a pod asks for.
+// Intent holds what a pod asks for.
 type Intent struct {
-	// UIDs are those by which a runtime may know the pod, its own first. Without any
-	// the name is enough, and a pod that no attachment tells of is not looked for.
+	// UIDs has the UIDs by which a runtime may know the pod, the pod's own first. If
+	// it is empty the name is enough to match an attachment, and a pod without one
+	// is not searched for.
 	UIDs     []string
 	Settings api.Settings
-	// Err is why the annotations are not accepted; Settings are zero then.
+	// Err says why the annotations are not accepted; Settings are zero then.
 	Err error
-	// Excluded is what becomes of the pod whatever it asks for; nil: what it asks for.
+	// Excluded is the standing of a pod that cannot take part, whatever it asks for;
+	// else nil.
 	Excluded *Standing
-	// The rest is as in policy.Pod.
+	// The other fields are as in policy.Pod.
 	Labels    map[string]string
 	Addresses []netip.Addr
 	Ports     []policy.NamedPort
 	Bandwidth string
 }
 
-// matches tells whether the intent is that of the pod with the UID, which a runtime
-// may not have given.
+// matches reports whether the intent is that of the pod with the UID; an empty UID,
+// from a runtime that gives none, always matches.
 func (w *Intent) matches(uid string) bool {
 	return len(w.UIDs) == 0 || uid == "" || slices.Contains(w.UIDs, uid)
 }
 
-// standing returns what becomes of the pod by its own intent and nature.
+// standing returns the standing that follows from the intent alone.
 func (w *Intent) standing() Standing {
 	switch {
 	case w.Err != nil:
@@ -102,24 +106,26 @@ type File struct {
 	interval time.Duration // passInterval, but for tests
 
 	mu sync.Mutex
-	// stamp is that of the content last read, accepted or not.
+	// stamp is the file's stamp when it was last read, accepted or not.
 	stamp stamp
-	// content is the last accepted one; nil before there was one.
+	// content is the last accepted content; nil before there was one.
 	content *Content
-	// err is why the present content is not in force.
+	// err says why the file's present content is not in force.
 	err error
 }
 
 var _ Source = (*File)(nil)
 
-// NewFile returns a File that need not exist yet. Run watches it.
+// NewFile returns a File for the file at path, which need not exist yet. Run watches
+// it.
 func NewFile(path string) *File {
 	return &File{path: path, changed: make(chan struct{}, 1), interval: passInterval}
 }
 
 func (f *File) String() string { return "the pods file" }
 
-// Changed receives after a change, while Run runs.
+// Changed returns a channel that receives after each change of the file, while Run
+// runs.
 func (f *File) Changed() <-chan struct{} { return f.changed }
 
 // Run watches the file until ctx ends.
@@ -136,7 +142,8 @@ func (f *File) Run(ctx context.Context, log *slog.Logger) error {
 	return nil
 }
 
-// dirs returns the directory of the file, and that of the file that it links to.
+// dirs returns the directory of the file and, if that is a link, the directory of
+// its target.
 func (f *File) dirs() []string {
 	dirs := []string{filepath.Dir(f.path)}
 	if target, err := filepath.EvalSymlinks(f.path); err == nil && filepath.Dir(target) != dirs[0] {
@@ -145,7 +152,8 @@ func (f *File) dirs() []string {
 	return dirs
 }
 
-// Content takes up the file if it has changed.
+// Content reads the file if it has changed, and returns the last content that was
+// accepted.
 func (f *File) Content() (*Content, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -158,7 +166,8 @@ func (f *File) read() {
 	if err == nil && now == f.stamp {
 		return
 	}
-	// The stamp is older than the content: a write in between is seen next time.
+	// The stamp was read before the content, so a write in between is seen next
+	// time.
 	f.stamp = now
 	var data []byte
 	if err == nil {

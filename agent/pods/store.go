@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The attachments: kept in memory, written through to the files of a directory. A file
-// that somebody else writes or deletes, as the plugin does when the agent does not
-// answer, counts from the next refresh on. So do the network namespaces that they name.
+// This file keeps the attachments: in memory, and written through to files in a
+// directory. A file that somebody else writes or deletes, as the plugin does when the
+// agent does not answer, counts from the next refresh on. entry also has what is known
+// of the network namespace that an attachment names.
 
 package pods
 
@@ -20,8 +21,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// stamp changes when a file does. For a network namespace it may also change
-// without that; then the cookie tells.
+// stamp changes when a file does. A network namespace's may also change while that
+// stays the same: then compare the cookie.
 type stamp struct {
 	dev, ino     uint64
 	size         int64
@@ -36,28 +37,31 @@ func readStamp(path string) (stamp, error) {
 	return stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
 }
 
-// entry is the file of an attachment and what is known of the pod's network
-// namespace. Without a file it stands for a pod that was found otherwise.
+// entry is an attachment, with what is known of its file and of the pod's network
+// namespace. A search has an entry without a file.
 type entry struct {
 	file       stamp
 	attachment api.Attachment
-	// fileErr is why the file cannot be used; the rest is not valid then.
+	// fileErr says why the file cannot be used; the other fields are not valid
+	// then.
 	fileErr error
 
 	netns  stamp
 	cookie uint64
-	// netnsErr is why the cookie cannot be read at present; a cookie read before stays valid.
+	// netnsErr says why the cookie cannot be read at present; a cookie that was read before
+	// stays valid.
 	netnsErr error
-	// refused is why a process that may look like the pod's does not count.
+	// refused says why a process in a cgroup of the pod's name does not count.
 	refused error
 
-	// lastLogged is what was last logged about the pod; logged is set when fileErr has been.
+	// lastLogged has what was last logged about the pod. logged is set once fileErr has been
+	// logged.
 	lastLogged string
 	logged     bool
 }
 
 // read reads the cookie of the pod's network namespace if it may have changed. It
-// returns false if the namespace is not there any more.
+// returns false if the namespace is gone.
 func (e *entry) read(cookieOf func(path string) (uint64, error)) bool {
 	now, err := readStamp(e.attachment.Netns)
 	if err == nil && now == e.netns {
@@ -83,8 +87,8 @@ type store struct {
 	entries map[string]*entry // by file name
 }
 
-// refresh takes up what others have changed in the directory, and returns true if that
-// is anything. With an error, the entries are what they were.
+// refresh reads what others have changed in the directory, and returns true if
+// anything has changed. After an error, the entries are as before.
 func (s *store) refresh() (changed bool, err error) {
 	files, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -93,7 +97,8 @@ func (s *store) refresh() (changed bool, err error) {
 	entries := make(map[string]*entry, len(files))
 	for _, file := range files {
 		name := file.Name()
-		// Files appear by a rename; a dot starts the name that they are written under.
+		// Skip files that are being written: their names start with a dot until they
+		// are renamed.
 		if strings.HasPrefix(name, ".") || !strings.HasSuffix(name, ".json") {
 			continue
 		}
@@ -116,8 +121,8 @@ func (s *store) refresh() (changed bool, err error) {
 	return changed, nil
 }
 
-// put writes an attachment. It is a new entry also where it is the same as before: its
-// network namespace may be another one.
+// put writes an attachment, and makes a new entry for it, even if it equals the former
+// one: its network namespace may be another.
 func (s *store) put(a api.Attachment) error {
 	file, err := writeAttachment(s.dir, a)
 	if err != nil {
@@ -127,7 +132,7 @@ func (s *store) put(a api.Attachment) error {
 	return nil
 }
 
-// remove deletes an attachment; that it is gone already is no error.
+// remove deletes an attachment. It succeeds if there is none.
 func (s *store) remove(name string) error {
 	if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -151,7 +156,7 @@ func readAttachment(path string) (api.Attachment, error) {
 	return a, nil
 }
 
-// writeAttachment publishes the attachment's file in one step. The stamp is zero if
+// writeAttachment publishes the attachment's file by a rename. The stamp is zero if
 // somebody has replaced the file since.
 func writeAttachment(dir string, a api.Attachment) (stamp, error) {
 	data, err := json.Marshal(a)
@@ -175,7 +180,7 @@ func writeAttachment(dir string, a api.Attachment) (stamp, error) {
 	if err != nil {
 		return stamp{}, errors.Join(err, os.Remove(temp.Name()))
 	}
-	// The rename has changed the ctime.
+	// Read the stamp again, as the rename has changed the ctime.
 	if now, err := readStamp(path); err == nil && now.dev == ours.dev && now.ino == ours.ino {
 		return now, nil
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The watch of directories.
+// This file watches directories.
 
 package pods
 
@@ -13,24 +13,24 @@ import (
 )
 
 const (
-	// passInterval is how often everything is looked at that an event should have told
-	// of: inotify's queue may have been full, a directory been deleted and made again,
-	// a file changed by another node. Nothing tells of a network namespace that is gone.
+	// passInterval is the time between two looks at everything, since events get lost:
+	// inotify's queue may be full, a directory be deleted and made again, or a file be
+	// changed by another node. The end of a network namespace causes no event at all.
 	passInterval = 10 * time.Second
-	// unwatchedInterval takes its place for directories that cannot be watched, because
-	// they are not there or the node has no more inotify instances.
+	// unwatchedInterval replaces passInterval for directories that cannot be watched,
+	// because they are not there or the node has no more inotify instances.
 	unwatchedInterval = time.Second
 )
 
-// watchDirs calls look when something may have changed in one of the directories, and once
-// in an interval, until ctx ends.
+// watchDirs calls look when something may have changed in one of the directories, and at
+// least once in each interval, until ctx ends.
 func watchDirs(ctx context.Context, dirs func() []string, interval time.Duration, log *slog.Logger, look func()) {
 	cfg := watch.Config{Dirs: dirs, Interval: interval, Unwatched: unwatchedInterval, Log: log}
-	// It fails as look does, never.
+	// Run fails only if look does, which never happens.
 	_ = watch.Run(ctx, cfg, func() error { look(); return nil })
 }
 
-// notify makes a channel with room for one receive.
+// notify sends to a channel with room for one, unless something is in it.
 func notify(c chan<- struct{}) {
 	select {
 	case c <- struct{}{}:

@@ -15,29 +15,29 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Compiler turns pods into rules, again after every change, and looks then only
-// at the pairs of pods that the change is about. Its zero value is ready; it is
-// not safe for concurrent use.
+// Compiler turns pods into rules. After a change it compiles only the pairs of pods
+// that the change concerns. Its zero value is ready; it is not safe for concurrent
+// use.
 type Compiler struct {
 	policies map[*networkingv1.NetworkPolicy]*networkPolicy
-	pods     map[uint64]*pod       // those that are opted in
+	pods     map[uint64]*pod       // opted-in pods
 	pairs    map[pair]allowedPorts // of the last Update, without pairs that are refused
 	share    int                   // Cluster.Share
 }
 
 type pair struct{ client, server uint64 }
 
-// allowedPorts is what a pair has: the ports that are not refused, and the reason that
-// holds for them. No ports are no part in the shortcut.
+// allowedPorts has the ports of a pair that are not refused, and the reason of their
+// verdict. Without ports the pair is refused.
 type allowedPorts struct {
 	ports  portSet
 	reason Reason
 }
 
 // Update returns the pairs whose rules differ from those of the last Update, and
-// when rules will change by time alone, zero for never. A pod is a pair with
-// itself too: that is loopback inside the pod. The arguments are kept, and must
-// not be changed afterwards; IDs are unique.
+// when rules will next change by time alone, zero for never. A pod forms a pair with
+// itself, too: that is loopback inside the pod. The IDs of pods must be unique.
+// Update keeps its arguments, which must not be changed afterwards.
 func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed []rule.PairRules, until time.Time) {
 	if c.pairs == nil {
 		c.pairs = map[pair]allowedPorts{}
@@ -87,7 +87,8 @@ func (c *Compiler) Update(pods []Pod, cluster Cluster, now time.Time) (changed [
 	return append(changed, c.forget(before)...), until
 }
 
-// parse takes up policies and returns what has come and gone.
+// parse parses new policies, and returns those that have come and those that have
+// gone.
 func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed []*networkPolicy) {
 	before := c.policies
 	c.policies = make(map[*networkingv1.NetworkPolicy]*networkPolicy, len(objects))
@@ -107,7 +108,7 @@ func (c *Compiler) parse(objects []*networkingv1.NetworkPolicy) (added, removed 
 	return added, removed
 }
 
-// Rules returns all rules, those of the last Update.
+// Rules returns all rules as of the last Update.
 func (c *Compiler) Rules() []rule.Rule {
 	var rules []rule.Rule
 	for key, a := range c.pairs {
@@ -116,7 +117,7 @@ func (c *Compiler) Rules() []rule.Rule {
 	return rules
 }
 
-// put keeps what a pair has, and returns true if it differs from the last one.
+// put stores the allowed ports of a pair, and returns true if they have changed.
 func (c *Compiler) put(key pair, next allowedPorts) bool {
 	last := c.pairs[key]
 	if last.reason == next.reason && slices.Equal(last.ports, next.ports) {
@@ -130,7 +131,7 @@ func (c *Compiler) put(key pair, next allowedPorts) bool {
 	return true
 }
 
-// forget drops the pairs of pods that are not among c.pods any more.
+// forget drops and returns the pairs of pods that are no longer in c.pods.
 func (c *Compiler) forget(before map[uint64]*pod) (changed []rule.PairRules) {
 	gone := func(id uint64) bool { return c.pods[id] == nil }
 	if !slices.ContainsFunc(slices.Collect(maps.Keys(before)), gone) {
@@ -162,13 +163,14 @@ func newAllowedPorts(client, server *pod, share int) allowedPorts {
 	return a
 }
 
-// entries returns how many entries of the policy map its rules take.
+// entries returns how many entries of the policy map the rules take.
 func (a allowedPorts) entries() int {
 	return min(a.ports.entries(), 1+a.ports.complement().entries())
 }
 
-// rules lists the ports, or all ports and those that it lacks, whatever
-// takes fewer entries. A rule that refuses has no reason: Explain finds it.
+// rules returns either a rule for each range of allowed ports, or a base over all
+// ports and a refusal for each other range, whichever takes fewer entries. A rule
+// that refuses has no reason: Explain finds it.
 func (a allowedPorts) rules(key pair) []rule.Rule {
 	var rules []rule.Rule
 	add := func(ports api.PortRange, v rule.Verdict, reason Reason) {
@@ -187,7 +189,7 @@ func (a allowedPorts) rules(key pair) []rule.Rule {
 	return rules
 }
 
-// pod is a Pod and what the policies that it has taken say about it.
+// pod is a Pod with what the policies that apply to it say.
 type pod struct {
 	Pod
 	all, listed, notExcluded portSet // of its own ports
@@ -198,8 +200,8 @@ type pod struct {
 	changed                  bool                // since the last Update
 
 	isolatedBy [directions][]*networkPolicy
-	// allowed are the ports that policies allow between the pods which they isolate
-	// and this one.
+	// allowed has, by policy, the ports that it allows between the pods which it
+	// isolates and this one.
 	allowed [directions]map[*networkPolicy]rulePorts
 }
 
@@ -224,15 +226,15 @@ func newPod(asked Pod, cluster Cluster, now time.Time) *pod {
 	return p
 }
 
-// unchanged tells whether newPod would make the same of asked.
+// unchanged reports whether newPod(asked, cluster, now) would equal p.
 func (p *pod) unchanged(asked Pod, cluster Cluster, now time.Time) bool {
 	namespaceLabels, known := cluster.Namespaces[asked.Namespace]
 	return p.paused == asked.Settings.PausedUntil.After(now) && p.namespaceKnown == known &&
 		maps.Equal(p.namespaceLabels, namespaceLabels) && reflect.DeepEqual(p.Pod, asked)
 }
 
-// apply lets a policy have its say about the pod: as one that it isolates, and as
-// the peer of others.
+// apply adds a policy to the pod, both as one that the policy isolates and as a peer
+// that it allows.
 func (p *pod) apply(n *networkPolicy) {
 	selected := n.selects(p)
 	p.changed = p.changed || selected
@@ -258,8 +260,8 @@ func (p *pod) remove(n *networkPolicy) {
 	}
 }
 
-// maxPairRanges is how many ranges and names of ports all policies together may have
-// for a pair of pods: they are sorted for each.
+// maxPairRanges limits how many ranges and names of ports all policies together may
+// have for a pair of pods, since they are sorted for each pair.
 const maxPairRanges = 4 * maxPolicyRanges
 
 // allowedWith returns the ports of server that the policies which isolate the pod

@@ -29,34 +29,35 @@ const (
 // networkPolicy is a NetworkPolicy with its selectors and prefixes parsed.
 type networkPolicy struct {
 	namespace, name string
-	// invalid is what is not valid, if anything. The API server rejects such an
-	// object, but one that an older server has accepted may exist, and one may have
-	// more ports than are looked at for each pair of pods. It isolates whatever it may
-	// be meant for, and allows nothing.
+	// invalid names the field that is not valid, if any. The API server rejects such
+	// an object, but an older server may have accepted it. An object with too many
+	// ports counts as invalid, too. An invalid policy isolates whatever it may be
+	// meant for, and allows nothing.
 	invalid  string
 	pods     labels.Selector
 	isolates [directions]bool
 	rules    [directions][]peerRule
 }
 
-// maxPolicyRanges is how many ranges and names of ports a policy may have in a direction.
+// maxPolicyRanges limits the ranges and names of ports of a policy in one direction.
 const maxPolicyRanges = 1024
 
-// peerRule allows its ports with its peers, all pods if there are none.
+// peerRule allows its ports with its peers; without peers, with all pods.
 type peerRule struct {
 	peers []peer
 	ports rulePorts
 }
 
-// rulePorts are ports by number, and by the names that they have in the server.
+// rulePorts has ports by number, and by the names that container ports of the server
+// have.
 type rulePorts struct {
 	ranges []api.PortRange
 	names  []string
 }
 
-// peer is the pods that the selectors match; nil namespaces are the policy's own one,
-// nil pods all. It is none if addresses are meant: some networks let an ipBlock
-// select pods, too, and others never do.
+// peer selects pods. Nil namespaces means the policy's own namespace, nil pods all
+// pods. none is set for an ipBlock, which selects no pods here: some networks let it
+// select pods, and others never do.
 type peer struct {
 	addresses        bool
 	namespaces, pods labels.Selector
@@ -118,7 +119,7 @@ func parsePolicy(object *networkingv1.NetworkPolicy) *networkPolicy {
 	return n
 }
 
-// parseRule returns a rule, or the field that is not valid.
+// parseRule returns a rule, or the name of the field that is not valid.
 func parseRule(peers []networkingv1.NetworkPolicyPeer, field string, ports []networkingv1.NetworkPolicyPort) (r peerRule, invalid string) {
 	for i := range peers {
 		p, ok := parsePeer(&peers[i])
@@ -162,13 +163,14 @@ func parsePeer(object *networkingv1.NetworkPolicyPeer) (p peer, ok bool) {
 	return p, object.NamespaceSelector != nil || object.PodSelector != nil
 }
 
-// isPrefix takes no IPv4 prefix in IPv6 form: what it means differs between implementations.
+// isPrefix rejects an IPv4 prefix in IPv6 form, since implementations differ on what it
+// means.
 func isPrefix(cidr string) bool {
 	p, err := netip.ParsePrefix(cidr)
 	return err == nil && !p.Addr().Is4In6()
 }
 
-// parsePorts returns no ports for one of another protocol than TCP.
+// parsePorts returns no ports if the protocol is not TCP.
 func parsePorts(object *networkingv1.NetworkPolicyPort) (ports rulePorts, ok bool) {
 	port, end := object.Port, object.EndPort
 	switch {
@@ -202,7 +204,8 @@ func (p rulePorts) add(other rulePorts) rulePorts {
 	return rulePorts{append(p.ranges, other.ranges...), append(p.names, other.names...)}
 }
 
-// appendTo appends the ports of a server to ranges; a name may be that of several.
+// appendTo appends the ports to ranges. It looks names up in the server, where
+// several ports may have one name.
 func (p rulePorts) appendTo(ranges []api.PortRange, server *pod) []api.PortRange {
 	ranges = append(ranges, p.ranges...)
 	for _, name := range p.names {
@@ -213,7 +216,7 @@ func (p rulePorts) appendTo(ranges []api.PortRange, server *pod) []api.PortRange
 	return ranges
 }
 
-// selects tells whether the policy isolates a pod in any direction.
+// selects reports whether the policy isolates a pod in any direction.
 func (n *networkPolicy) selects(p *pod) bool {
 	return n.namespace == p.Namespace && n.pods.Matches(labels.Set(p.Labels))
 }
@@ -241,7 +244,7 @@ func (p peer) matches(own string, other *pod) bool {
 	return p.pods == nil || p.pods.Matches(labels.Set(other.Labels))
 }
 
-// names lists policies for users, those that are not valid first.
+// names lists policies for users, invalid ones first.
 func names(policies []*networkPolicy) string {
 	const most = 3
 	sorted := slices.SortedFunc(slices.Values(policies), func(a, b *networkPolicy) int {

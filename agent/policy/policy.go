@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package policy decides which connections between the pods of this node may be
-// shortcut, and says why not in words for users. It is pure: pods, NetworkPolicies
+// shortcut, and tells users why others may not. It is pure: pods, NetworkPolicies
 // and a time in, rules out; it does no I/O.
 package policy
 
@@ -18,12 +18,14 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// Reason is why a verdict is what it is. The numbers are stored in the kernel
-// next to the verdict; an agent that starts writes its own.
+// Reason says why a verdict is what it is. The kernel stores its number next to the
+// verdict. The numbers may differ between builds: an agent that starts writes all of
+// them anew.
 type Reason uint32
 
 const (
-	// NoRule is what the kernel has for every refusal; Explain knows why.
+	// NoRule is the kernel's reason for every refusal; Explain finds the real
+	// one.
 	NoRule Reason = iota
 	Allowed
 	ClientNotOptedIn
@@ -44,14 +46,14 @@ const (
 // reasons gives every Reason its code and the text that users read.
 func reasons() [reasonMax]struct{ code, text string } {
 	return [reasonMax]struct{ code, text string }{
-		NoRule:           {"no_rule", "refused when it was last asked"},
+		NoRule:           {"no_rule", "refused when the policy was last looked up"},
 		Allowed:          {"allowed", "allowed"},
 		ClientNotOptedIn: {"client_not_opted_in", "client not opted in"},
 		ServerNotOptedIn: {"server_not_opted_in", "server not opted in"},
 		PortNotListed:    {"port_not_listed", "server port not in " + api.AnnotationPorts},
 		PortExcluded:     {"port_excluded", "server port in " + api.AnnotationExcludePorts},
-		ClientBandwidth:  {"client_bandwidth", "the client's bandwidth is limited, which a shortcut would not keep to"},
-		ServerBandwidth:  {"server_bandwidth", "the server's bandwidth is limited, which a shortcut would not keep to"},
+		ClientBandwidth:  {"client_bandwidth", "the client's bandwidth is limited, and the shortcut would bypass the limit"},
+		ServerBandwidth:  {"server_bandwidth", "the server's bandwidth is limited, and the shortcut would bypass the limit"},
 		IngressPolicy:    {"ingress_policy", "NetworkPolicy does not allow it into the server"},
 		EgressPolicy:     {"egress_policy", "NetworkPolicy does not allow it out of the client"},
 		ClientPaused:     {"client_paused", "client paused by " + api.AnnotationPausedUntil},
@@ -77,7 +79,7 @@ func (r Reason) Code() string {
 	return "unknown"
 }
 
-// Reasons returns all of them.
+// Reasons returns all reasons.
 func Reasons() []Reason {
 	var all []Reason
 	for r := range reasonMax {
@@ -96,21 +98,22 @@ func (r Reason) verdict() rule.Verdict {
 	return rule.Refuse
 }
 
-// Pod is a pod of this node. A pod whose annotations are not accepted has zero
-// Settings, which is a pod that was not opted in.
+// Pod is a pod of this node. If its annotations are not accepted its Settings are
+// zero, as if it were not opted in.
 type Pod struct {
 	// ID is the cookie of the pod's network namespace.
 	ID              uint64
 	Namespace, Name string
 	Labels          map[string]string
-	// Ports are the container ports that have a name, those of TCP.
+	// Ports has the pod's named TCP container ports.
 	Ports    []NamedPort
 	Settings api.Settings
 	// Bandwidth is the name of the annotation that limits the pod's bandwidth, if
 	// there is one.
 	Bandwidth string
-	// Redirects is set if the pod's network namespace gives connections another port:
-	// that of the server's socket may then not be the one that a rule is about.
+	// Redirects is set if the pod's network namespace gives incoming connections
+	// another port: the port of the server's socket may then differ from the one that
+	// rules are about.
 	Redirects bool
 }
 
@@ -120,21 +123,21 @@ type NamedPort struct {
 	Number uint16
 }
 
-// Cluster is what NetworkPolicies are evaluated with. Its objects do not change
-// once they are handed over: the same pointer is the same policy.
+// Cluster has the NetworkPolicies and what is needed to evaluate them. Its objects
+// must not change: the same pointer means the same policy.
 type Cluster struct {
-	// Namespaces are the labels of namespaces by name.
+	// Namespaces has the labels of namespaces by name.
 	Namespaces map[string]map[string]string
 	Policies   []*networkingv1.NetworkPolicy
-	// Share is how many entries of the policy map an ordered pair of pods may have;
-	// 0 for any number.
+	// Share limits the entries of the policy map that an ordered pair of pods may
+	// have; 0 means no limit.
 	Share int
 }
 
-// Share returns the share of a pair in a policy map with a number of entries, where a
-// number of pods take part. A pod is in two pairs with each other, so that none has
-// more than half of the map. The number counts as the next power of two, so that
-// a pod that comes seldom changes it.
+// Share returns Cluster.Share for a policy map with so many entries and so many pods
+// that take part. A pod is in two pairs with each other pod, so that none has more
+// than half of the map. pods is rounded up to a power of two, so that one more pod
+// seldom changes the share.
 func Share(entries, pods int) int {
 	const most = 2048 // as many as 64 ranges in an annotation may take
 	n := 1
@@ -144,11 +147,12 @@ func Share(entries, pods int) int {
 	return min(max(entries/4/n, 1), most)
 }
 
-// Decision is a verdict, its reason, and what refuses, in words for users.
+// Decision is a verdict with its reason.
 type Decision struct {
 	Verdict rule.Verdict
 	Reason  Reason
-	// Object is empty where the reason says it all.
+	// Object names for users what refuses, such as a NetworkPolicy; empty if the
+	// reason says it all.
 	Object string
 }
 
@@ -182,11 +186,14 @@ func Explain(client, server Pod, port uint16, cluster Cluster, now time.Time) De
 	return Decision{reason.verdict(), reason, ""}
 }
 
-// restrictions yields why ports are refused, each with the ports that are not.
-// A port is refused for the first reason that does not leave it.
+// restrictions yields reasons for refusal, each with the ports that it does not
+// refuse. The first reason whose ports lack a port is why that port is refused. For
+// example, with the annotation exclude-ports=22 it yields PortExcluded with 1-21 and
+// 23-65535.
 func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 	return func(yield func(Reason, portSet) bool) {
-		// specific is whether a rule is about some ports and not about others.
+		// specific reports whether ports are only some ports, although the
+		// server redirects ports.
 		specific := func(ports portSet) bool { return server.Redirects && len(ports) > 0 && !ports.isAll() }
 		isolated := func(reason Reason, d direction, by, other *pod) bool {
 			if len(by.isolatedBy[d]) == 0 {
@@ -208,14 +215,14 @@ func restrictions(client, server *pod) iter.Seq2[Reason, portSet] {
 			yield(PortExcluded, server.notExcluded) &&
 			(client.Bandwidth == "" || yield(ClientBandwidth, nil)) &&
 			(server.Bandwidth == "" || yield(ServerBandwidth, nil)) &&
-			// NetworkPolicy never stands between a pod and itself.
+			// NetworkPolicy does not apply between a pod and itself.
 			client.ID != server.ID &&
 			isolated(IngressPolicy, ingress, server, client) &&
 			isolated(EgressPolicy, egress, client, server)
 	}
 }
 
-// defaultReason is what holds for the ports that restrictions leave.
+// defaultReason returns the reason for ports that no restriction refuses.
 func defaultReason(client, server *pod) Reason {
 	switch {
 	case client.paused:
@@ -226,7 +233,7 @@ func defaultReason(client, server *pod) Reason {
 	return Allowed
 }
 
-// blame names for users what refuses.
+// blame returns Decision.Object for a reason.
 func blame(reason Reason, client, server *pod) string {
 	switch reason {
 	case ClientBandwidth:
@@ -245,7 +252,7 @@ func blame(reason Reason, client, server *pod) string {
 	return ""
 }
 
-// portSources names what the ports of a pair come from.
+// portSources names the annotations and policies that list ports for a pair.
 func portSources(client, server *pod) (sources []string) {
 	for name, ranges := range map[string][]api.PortRange{
 		api.AnnotationPorts: server.Settings.Ports, api.AnnotationExcludePorts: server.Settings.ExcludePorts,

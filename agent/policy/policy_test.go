@@ -241,9 +241,9 @@ func TestReasons(t *testing.T) {
 		{func() { client.Settings.Enabled = true }, "server not opted in"},
 		{func() { server.Settings.Enabled = true }, "server port not in podshunt.io/ports"},
 		{func() { server.Settings.Ports = nil }, "server port in podshunt.io/exclude-ports"},
-		{func() { server.Settings.ExcludePorts = nil }, "the client's bandwidth is limited, which a shortcut would not keep to: " +
+		{func() { server.Settings.ExcludePorts = nil }, "the client's bandwidth is limited, and the shortcut would bypass the limit: " +
 			"pod shop/web has kubernetes.io/egress-bandwidth"},
-		{func() { client.Bandwidth = "" }, "the server's bandwidth is limited, which a shortcut would not keep to: " +
+		{func() { client.Bandwidth = "" }, "the server's bandwidth is limited, and the shortcut would bypass the limit: " +
 			"pod data/db has kubernetes.io/ingress-bandwidth"},
 		{func() { server.Bandwidth = "" }, "NetworkPolicy does not allow it into the server: NetworkPolicy data/deny-all"},
 		{func() { cluster.Policies = cluster.Policies[1:] }, "NetworkPolicy does not allow it out of the client: " +

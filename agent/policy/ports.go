@@ -10,11 +10,11 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// portSet is a set of TCP ports: ranges in order that neither overlap nor touch.
-// It is not changed once it is made. Port 0 is never in it: nobody listens there.
+// portSet is a set of TCP ports: sorted ranges that neither overlap nor touch. It is
+// immutable. Port 0 is never in it: nobody listens there.
 type portSet []api.PortRange
 
-// newPortSet makes a set of ranges in any order, in their place.
+// newPortSet sorts and merges ranges in place, and returns them as a set.
 func newPortSet(ranges []api.PortRange) portSet {
 	slices.SortFunc(ranges, func(a, b api.PortRange) int { return cmp.Compare(a.First, b.First) })
 	set := ranges[:0]
@@ -57,7 +57,8 @@ func (s portSet) intersect(other portSet) portSet {
 	return both
 }
 
-// entries returns how many entries of the policy map the ranges take: prefixes.
+// entries returns how many entries of the policy map, which are prefixes, the ranges
+// take.
 func (s portSet) entries() int {
 	n := 0
 	for _, r := range s {

@@ -396,7 +396,7 @@ func naive(client, server Pod, port uint16, cluster Cluster, now time.Time) Reas
 	return Allowed
 }
 
-// naiveAll tells whether every port is in the ranges.
+// naiveAll reports whether every port is in the ranges.
 func naiveAll(ranges []api.PortRange) bool {
 	in := func(port uint16) bool {
 		return slices.ContainsFunc(ranges, func(r api.PortRange) bool { return r.First <= port && port <= r.Last })
@@ -404,7 +404,7 @@ func naiveAll(ranges []api.PortRange) bool {
 	return !naiveMixed(in) && in(1)
 }
 
-// naiveMixed tells whether something holds for some ports and not for others.
+// naiveMixed reports whether something holds for some ports and not for others.
 func naiveMixed(holds func(uint16) bool) bool {
 	first := holds(testPorts[0])
 	return slices.ContainsFunc(testPorts, func(port uint16) bool { return holds(port) != first })

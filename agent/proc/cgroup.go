@@ -15,17 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// podCgroup matches the part of a cgroup's path that is a pod's. The cgroupfs
+// podCgroup matches the part of a cgroup's path that names a pod. The cgroupfs
 // driver of the kubelet writes pod<uid>, its systemd driver
-// kubepods-burstable-pod<uid>.slice with underscores in the UID, and a runtime
-// that is not told of systemd takes that with its own suffix for a name. The UID
-// of a static pod may be a hash.
+// kubepods-burstable-pod<uid>.slice with underscores in the UID, and a runtime that
+// does not know of the systemd driver uses the latter as a directory name, with a
+// suffix of its own. The UID of a static pod may be a hash.
 var podCgroup = regexp.MustCompile(
 	`^(?:.*-)?pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice(?::.*)?)?$`)
 
 // podPart returns the UID of the pod that a cgroup's path names, and the path above
-// that part; "" if it names none. The outermost match counts: a container that may
-// make cgroups can name them as it likes, but only below its own.
+// that part, or "" if it names none. The outermost match counts: a container that
+// may make cgroups can name them as it likes, but only below its own.
 func podPart(path string) (uid, parent string) {
 	parts := strings.Split(path, "/")
 	for i, part := range parts {
@@ -38,27 +38,28 @@ func podPart(path string) (uid, parent string) {
 
 // mount is a mount of a hierarchy of cgroups.
 type mount struct {
-	// root is the cgroup that is to be seen at dir.
+	// root is the cgroup that is mounted at dir.
 	root, dir string
 	version1  bool
-	// options are those of the hierarchy; they name the controllers of one of version 1.
+	// options are the hierarchy's mount options; for version 1 they name its
+	// controllers.
 	options []string
 }
 
-// mounts are those of the agent and of the node.
+// mounts are the cgroup mounts of the agent and of the node.
 type mounts []mount
 
-// unescape undoes what the kernel does to paths in mountinfo.
+// unescape undoes the kernel's escapes of paths in mountinfo.
 var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 
-// readMounts reads the agent's own mounts, and those of the node's first process: a
-// container need not have all hierarchies. What cannot be read shows nothing.
+// readMounts reads the agent's own mounts and those of the node's first process,
+// since a container need not have all hierarchies. It skips what cannot be read.
 func (f Finder) readMounts() mounts {
 	var all mounts
 	for _, process := range []string{"self", "1"} {
 		data, _ := os.ReadFile(filepath.Join(f.Root, process, "mountinfo"))
 		for line := range strings.Lines(string(data)) {
-			// There may be optional fields before the dash.
+			// Optional fields may come before the dash.
 			first, second, _ := strings.Cut(line, " - ")
 			own, super := strings.Fields(first), strings.Fields(second)
 			if len(own) < 5 || len(super) < 3 || super[0] != "cgroup" && super[0] != "cgroup2" {
@@ -75,8 +76,8 @@ func (f Finder) readMounts() mounts {
 	return all
 }
 
-// shows tells whether the hierarchy with these controllers, in the words of a
-// process' cgroup file, is the one that is mounted.
+// shows reports whether this is a mount of the hierarchy with these controllers, as
+// a process's cgroup file lists them.
 func (m mount) shows(controllers string) bool {
 	if controllers == "" || !m.version1 {
 		return controllers == "" && !m.version1
@@ -89,8 +90,8 @@ func (m mount) shows(controllers string) bool {
 	return true
 }
 
-// dirs returns the directories from that of the mount down to the cgroup's. A cgroup
-// that is not below the mount's root has none.
+// dirs returns the directories from the mount point down to the cgroup's, or none if
+// the cgroup is not below the mount's root.
 func (m mount) dirs(cgroup string) []string {
 	rest, ok := cgroup, true
 	if m.root != "/" {
@@ -101,7 +102,8 @@ func (m mount) dirs(cgroup string) []string {
 	}
 	dirs := []string{m.dir}
 	for part := range strings.SplitSeq(strings.TrimPrefix(rest, "/"), "/") {
-		// The names of cgroups above the root of the namespace are not told.
+		// The kernel does not show the names of cgroups above the root of
+		// the namespace.
 		if part == ".." {
 			return nil
 		}
@@ -112,21 +114,23 @@ func (m mount) dirs(cgroup string) []string {
 	return dirs
 }
 
-// checkMaker returns an error unless root alone can have made what is in the cgroup.
-// A user of the node may have a part of the hierarchy, such as that of his systemd,
-// and names what he makes there as he likes; its directory is his, or open to others
-// by its mode. What a kubelet makes lies below root's alone. The pod's own cgroup
-// does not matter: a runtime may give it to the user whom a container has for root.
+// checkMaker returns an error unless only root can have made the cgroup. Hazard: a
+// user of the node may own a part of the hierarchy, such as that of his systemd, and
+// name a cgroup there like a pod's. Rule: all directories above the cgroup must
+// belong to root and be writable for nobody else, as above those that a kubelet
+// makes. The pod's own directory does not matter: a runtime may give it to the user
+// that is root in a container.
 //
-// A cgroup that no mount shows does not count either: then the pod stays on TCP, where
-// another one's process would have its network namespace enrolled.
+// A cgroup that no mount shows does not count either. The pod then stays on TCP, which
+// is better than to enrol the network namespace of a foreign process.
 func (all mounts) checkMaker(controllers, cgroup string) error {
 	for _, m := range all {
 		dirs := m.dirs(cgroup)
 		if !m.shows(controllers) || dirs == nil {
 			continue
 		}
-		// Another mount may cover this one, or the agent have no access.
+		// Try the next mount: another one may cover this one, or the agent
+		// have no access.
 		if refusal, err := checkOwners(dirs); err == nil {
 			return refusal
 		}
@@ -134,15 +138,15 @@ func (all mounts) checkMaker(controllers, cgroup string) error {
 	return fmt.Errorf("no mount shows who made cgroup %q", cgroup)
 }
 
-// checkOwners returns why others than root may make directories in one of dirs. An error
-// means that this is not known.
+// checkOwners returns a refusal if others than root may make directories in one of dirs,
+// and an error if it cannot find out.
 func checkOwners(dirs []string) (refusal, err error) {
 	for _, dir := range dirs {
 		var st unix.Stat_t
 		if err := unix.Stat(dir, &st); err != nil {
 			return nil, err
 		}
-		// The agent is root.
+		// The agent runs as root.
 		if int(st.Uid) != os.Geteuid() || st.Mode&0o022 != 0 {
 			refusal = fmt.Errorf("others than root may make cgroups in %s: its owner is %d, its mode %#o", dir, st.Uid, st.Mode&0o7777)
 			break
@@ -151,9 +155,9 @@ func checkOwners(dirs []string) (refusal, err error) {
 	return refusal, nil
 }
 
-// pod returns that of the wanted pods that a process belongs to by the content of its
-// cgroup file, or "". Each line is a hierarchy, "0::/path" that of cgroup2. With an error
-// the process is in a cgroup of the pod's name, which is not the pod's.
+// pod returns the UID of the wanted pod that a process belongs to, by the content of its
+// cgroup file, or "". Each line is a hierarchy; "0::/path" is cgroup2. With an error, the
+// process is in a cgroup that has the pod's name but does not count.
 func (all mounts) pod(content string, wanted map[string]bool) (uid string, err error) {
 	for line := range strings.Lines(content) {
 		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
@@ -172,10 +176,10 @@ func (all mounts) pod(content string, wanted map[string]bool) (uid string, err e
 	return uid, err
 }
 
-// inNode calls do in the cgroup namespace of the node's first process: the kernel tells
-// paths of cgroups as the reader's namespace sees them, and a container's has no names
-// for what is above its own cgroup. Where the node's cannot be entered, do is called in
-// the own one: that may be the same, and if not, no mount shows such a path.
+// inNode calls do in the cgroup namespace of the node's first process. The kernel shows
+// paths of cgroups relative to the reader's namespace, and a container's has no names
+// for what is above its own cgroup. If the node's cannot be entered, do runs in this
+// process's own: that may be the same, and if it is not, no mount shows such a path.
 func (f Finder) inNode(do func() error) (err error) {
 	node, err := os.Open(f.path(1, "ns", "cgroup"))
 	if err != nil {
@@ -195,7 +199,8 @@ func (f Finder) inNode(do func() error) (err error) {
 	}
 	defer func() {
 		if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWCGROUP); back != nil {
-			// The thread stays locked, so that nobody else meets the namespace.
+			// The thread stays locked, so that no other goroutine runs in the
+			// namespace.
 			err = errors.Join(err, fmt.Errorf("return to the own cgroup namespace: %w", back))
 			return
 		}

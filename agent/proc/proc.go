@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package proc finds the network namespaces of pods among the processes of the
-// node: the kubelet runs the processes of a pod in a cgroup that is named after
-// its UID. It serves pods that no CNI request tells of, because they are older
-// than the plugin's entry in the conflist. A cgroup counts only where nobody but
-// root can have made it. It only reads.
+// Package proc finds the network namespaces of pods among the processes of the node:
+// the kubelet runs the processes of a pod in a cgroup that is named after its UID.
+// It is for pods without a CNI request, because they are older than the plugin's
+// entry in the conflist. A cgroup counts only where nobody but root can have made
+// it. It only reads.
 package proc
 
 import (
@@ -20,10 +20,10 @@ import (
 
 // Finder looks through the processes of a node.
 type Finder struct {
-	// Root is where the procfs of the node's PID namespace is mounted.
+	// Root is the path where the procfs of the node's PID namespace is mounted.
 	Root string
-	// HostNetns are cookies of network namespaces that are the node's own. A
-	// runtime may run helpers there that belong to the cgroup of a pod.
+	// HostNetns are the cookies of the node's own network namespaces, which are
+	// never a pod's: a runtime may run helpers there in the cgroup of a pod.
 	HostNetns []uint64
 	// NetnsCookie reads the cookie of the network namespace at a path.
 	NetnsCookie func(path string) (uint64, error)
@@ -31,23 +31,22 @@ type Finder struct {
 
 // Netns is a network namespace.
 type Netns struct {
-	// Path is that of the process it was found by, and leads to the namespace as
-	// long as this process lives. After that it may lead to another one, which the
-	// cookie tells.
+	// Path leads to the namespace as long as the process lives by which it was
+	// found. Later it may lead to another one: compare the cookie.
 	Path   string
 	Cookie uint64
 }
 
-// process is one of a pod.
+// process is a process of a pod.
 type process struct {
 	pid   int
 	start uint64 // in clock ticks after boot
 }
 
-// Find returns the network namespaces of those pods that have a process, by UID.
-// It takes the namespace of the oldest process, which is that of the sandbox:
-// those that follow may have made one of their own. Of a pod that it has not found
-// refused tells why a process does not count that is in a cgroup of the pod's name.
+// Find returns the network namespaces of pods that have a process, by UID. It takes
+// the namespace of the pod's oldest process, the sandbox: later ones may have made
+// namespaces of their own. For a pod that it has not found, refused may say why a
+// process in a cgroup of the pod's name does not count.
 func (f Finder) Find(uids map[string]bool) (found map[string]Netns, refused map[string]error, err error) {
 	err = f.inNode(func() error {
 		found, refused, err = f.find(uids)
@@ -92,7 +91,7 @@ func (f Finder) find(uids map[string]bool) (found map[string]Netns, refused map[
 		for _, p := range list {
 			path := f.path(p.pid, "ns", "net")
 			cookie, err := f.NetnsCookie(path)
-			// The process may have ended meanwhile, and another one have its number.
+			// The process may have ended meanwhile, and another one got its number.
 			if now, refusal := pod(p.pid); err != nil || now != uid || refusal != nil || slices.Contains(f.HostNetns, cookie) {
 				continue
 			}
@@ -127,13 +126,14 @@ func (f Finder) pids() ([]int, error) {
 	return pids, nil
 }
 
-// start returns when a process was started.
+// start returns when a process was started, in clock ticks after boot.
 func (f Finder) start(pid int) (uint64, error) {
 	data, err := os.ReadFile(f.path(pid, "stat"))
 	if err != nil {
 		return 0, err
 	}
-	// The name, in parentheses, may hold anything. The start is the 20th field after it.
+	// The name, in parentheses, may contain anything. The start is the 20th field after
+	// it.
 	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
 	if len(fields) < 20 {
 		return 0, fmt.Errorf("decode %s: got %d fields after the name, want 20", f.path(pid, "stat"), len(fields))

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rule has the words in which the policy is handed over: agent/policy makes
-// rules of what pods ask for, agent/datapath writes them into the kernel.
+// Package rule has the types in which policy is handed over: agent/policy makes
+// rules of what pods ask for, and agent/datapath writes them into the kernel.
 package rule
 
-// Verdict is what holds for a connection.
+// Verdict says what becomes of a connection.
 type Verdict uint32
 
 // The verdicts, with the numbers of enum verdict in bpf/flow.h.
@@ -24,11 +24,11 @@ const (
 type Rule struct {
 	// Client and Server are cookies of network namespaces.
 	Client, Server uint64
-	// First and Last are in host byte order, and both are meant.
+	// First and Last are in host byte order; both are included.
 	First, Last uint16
 	Verdict     Verdict
-	// Reason is a number that the kernel keeps beside the verdict and gives back with
-	// each flow. policy.Reason has what it means.
+	// Reason is a number that the kernel keeps beside the verdict and returns with
+	// each flow. policy.Reason has the meanings.
 	Reason uint32
 }
 

@@ -16,15 +16,15 @@ import (
 )
 
 const (
-	// maxConnections is how many connections a TCP port serves at a time. Others
-	// wait in the kernel, where they cost the agent nothing.
+	// maxConnections bounds the connections that a TCP port serves at a time.
+	// Others wait in the kernel, where they cost the agent nothing.
 	maxConnections = 32
 	// maxHeader bounds a request's header; net/http adds 4 KiB to it.
 	maxHeader = 8 << 10
 )
 
-// ServeHealth answers probes on l until ctx ends, and closes it: /healthz unless
-// alive returns why it is not, /readyz unless ready does.
+// ServeHealth answers probes on l until ctx ends, and closes l. /healthz fails while
+// alive returns an error, /readyz while ready does.
 func ServeHealth(ctx context.Context, l net.Listener, alive, ready func() error, log *slog.Logger) error {
 	mux := http.NewServeMux()
 	for path, check := range map[string]func() error{"/healthz": alive, "/readyz": ready} {
@@ -39,23 +39,24 @@ func ServeHealth(ctx context.Context, l net.Listener, alive, ready func() error,
 	return serveTCP(ctx, l, mux, log)
 }
 
-// ServeMetrics answers Prometheus at /metrics on l until ctx ends, and closes it. A
-// metric that cannot be read does not hide the others.
+// ServeMetrics serves /metrics on l until ctx ends, and closes l. A metric that
+// cannot be read does not hide the others.
 func ServeMetrics(ctx context.Context, l net.Listener, metrics *prometheus.Registry, log *slog.Logger) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{
 		ErrorHandling: promhttp.ContinueOnError,
 		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		Registry:      metrics, // counts its own failures
-		// The port is open to the node's network: askers wait for each other.
+		Registry:      metrics, // also gets the handler's own error counter
+		// The port is open to the node's network, so only this many requests
+		// run at a time.
 		MaxRequestsInFlight: 2,
 		Timeout:             10 * time.Second,
 	}))
 	return serveTCP(ctx, l, mux, log)
 }
 
-// serveTCP serves whoever reaches l. None of them may cost the agent more than its
-// part of memory, nor keep its place without asking for something.
+// serveTCP serves whoever reaches l. It bounds the memory of a connection, and
+// closes connections that send nothing.
 func serveTCP(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) error {
 	return serve(ctx, netutil.LimitListener(l, maxConnections), &http.Server{
 		Handler:           handler,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package server serves the CNI plugin and the command line on the agent's unix
-// socket: the routes of api, nothing else. It checks what it is sent and leaves
-// every decision to those behind it. On TCP ports it serves probes and metrics.
+// socket: the routes of api, nothing else. It checks requests, and leaves every
+// decision to the interfaces Attachments and Node. On TCP ports it serves probes and
+// metrics.
 package server
 
 import (
@@ -25,32 +26,34 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
-// maxBody bounds a request. A GC lists every attachment of the node; each takes
-// about 150 bytes.
+// maxBody bounds a request's body in bytes. A GC lists every attachment of the node;
+// each takes about 150 bytes.
 const maxBody = 1 << 20
 
-// Attachments is what the plugin's requests go to.
+// Attachments handles the plugin's requests.
 type Attachments interface {
 	Put(api.Attachment) (api.Admission, error)
 	Remove(api.AttachmentID) error
 	Collect(api.GCRequest) error
 }
 
-// Node is what the command line's requests go to.
+// Node handles the command line's requests.
 type Node interface {
 	Status() (api.Status, error)
-	// Flows returns those that the selector chooses.
+	// Flows returns the flows that the selector chooses.
 	Flows(context.Context, api.Selector) ([]api.Flow, error)
 	Forget(api.Selector) (api.ForgetResult, error)
-	// Unload returns when nothing is left, or when ctx ends; with force, soon after that.
+	// Unload returns once nothing is left, or when ctx ends; with force, soon after ctx
+	// ends.
 	Unload(ctx context.Context, force bool) (api.UnloadResult, error)
-	// Uninstall does so after it has taken the plugin out of the CNI configuration.
+	// Uninstall takes the plugin out of the CNI configuration, and then does what
+	// Unload does.
 	Uninstall(ctx context.Context, force bool) (api.UnloadResult, error)
 }
 
-// Listen makes the socket at path and the directories above it. A socket file
-// that nobody serves is replaced; one that somebody serves is an error, and so is
-// a path that api.CheckSocket does not accept.
+// Listen makes the socket at path and the directories above it. It replaces a socket
+// file that nobody serves. It returns an error if somebody serves it, or if
+// api.CheckSocket does not accept the path.
 func Listen(path string) (net.Listener, error) {
 	if err := api.CheckSocket(path); err != nil {
 		return nil, fmt.Errorf("listen on %w", err)
@@ -61,7 +64,8 @@ func Listen(path string) (net.Listener, error) {
 	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		return nil, errors.Join(fmt.Errorf("listen on %s: it is served by another process", path), conn.Close())
 	}
-	// Made under another name, so that nobody can connect before the mode is right.
+	// Make it under another name, so that nobody can connect before the mode is
+	// right.
 	temp := path + ".new"
 	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -81,11 +85,11 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers on l until ctx ends, and closes it. It gives requests that are
-// being served two seconds to end.
+// Serve answers on l until ctx ends, and closes l. Requests that are being served
+// then have two seconds to end.
 func Serve(ctx context.Context, l net.Listener, attachments Attachments, node Node, log *slog.Logger) error {
-	// No ReadTimeout and WriteTimeout: an unload takes as long as its caller
-	// lets it, and the former would cancel its context.
+	// No ReadTimeout or WriteTimeout: an unload takes as long as its caller
+	// wants, and a ReadTimeout would cancel its context.
 	return serve(ctx, l, &http.Server{
 		Handler: handler(attachments, node, log), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 	}, log)
@@ -104,7 +108,7 @@ func serve(ctx context.Context, l net.Listener, s *http.Server, log *slog.Logger
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	if s.Shutdown(grace) != nil {
-		// Whoever still waits for an answer finds the connection closed.
+		// Close the connections of requests that are still not answered.
 		return s.Close()
 	}
 	return nil
@@ -199,7 +203,7 @@ func handler(attachments Attachments, node Node, log *slog.Logger) http.Handler 
 	return mux
 }
 
-// facts returns log attributes.
+// facts returns the log attributes of an attachment.
 func facts(id api.AttachmentID) []any {
 	return []any{"network", id.Network, "container_id", id.ContainerID, "ifname", id.IfName}
 }
@@ -222,9 +226,9 @@ func required(key, value string) error {
 	return nil
 }
 
-// decode reads the one JSON value of a request and checks it. It answers the
-// request itself if it returns false. Keys that it does not know are those of a
-// newer plugin: the agent of a node that is upgraded comes after it.
+// decode reads the one JSON value of a request and checks it. If it returns false it
+// has answered the request. It ignores unknown keys: in an upgrade, a node may have
+// the new plugin before the new agent.
 func decode(w http.ResponseWriter, r *http.Request, to any, check func() error) bool {
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
 	err := d.Decode(to)
@@ -254,15 +258,15 @@ func answer(w http.ResponseWriter, log *slog.Logger, body any, err error) {
 	}
 }
 
-// writeFlows writes a FlowList one flow after the other: tens of thousands take tens of
-// MiB as text.
+// writeFlows writes a FlowList one flow at a time: tens of thousands of flows take tens
+// of MiB as text.
 func writeFlows(w io.Writer, flows []api.Flow) error {
 	head, err := json.Marshal(api.TypeMeta{APIVersion: api.Version, Kind: api.KindFlowList})
 	if err != nil {
 		return err
 	}
 	buffered := bufio.NewWriter(w)
-	// A writer that has failed says so at Flush.
+	// Flush returns an error if this has failed.
 	_, _ = buffered.Write(bytes.TrimSuffix(head, []byte("}")))
 	_, _ = buffered.WriteString(`,"items":[`)
 	encoder := json.NewEncoder(buffered)
@@ -281,6 +285,6 @@ func writeFlows(w io.Writer, flows []api.Flow) error {
 func refuse(w http.ResponseWriter, code int, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	// The caller is gone if this cannot be written.
+	// If this fails, the caller is gone.
 	_ = json.NewEncoder(w).Encode(api.Error{Error: err.Error()})
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package watch watches directories by fsnotify. An event says that it is worth a look,
-// never what is so: events get lost.
+// Package watch watches directories by fsnotify. An event only means that a look is
+// worth it: callers must not rely on what it says, or on getting one, since events get
+// lost.
 package watch
 
 import (
@@ -12,23 +13,23 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// Settle is how long a change is left alone: it may be one of a series, and files that
-// are written in place are incomplete for a moment.
+// Settle is the pause between a change and the look at it: more changes may follow,
+// and files that are written in place are incomplete for a moment.
 const Settle = 50 * time.Millisecond
 
-// Config is what is watched; all of it is required.
+// Config says what to watch; all fields are required.
 type Config struct {
-	// Dirs returns the directories; it is asked before each look.
+	// Dirs returns the directories; it is called before each look.
 	Dirs func() []string
-	// Interval is how often is looked without an event, and Unwatched, where that is
-	// shorter, how often while one of the directories cannot be watched, because it is not
-	// there or the node has no more inotify instances.
+	// Interval is the longest time between two looks. Unwatched, if shorter, replaces it
+	// while one of the directories cannot be watched, because it is not there or the node
+	// has no more inotify instances.
 	Interval, Unwatched time.Duration
 	Log                 *slog.Logger
 }
 
-// Run calls look when something may have changed in a directory, at first and once in an
-// interval, until ctx ends or look returns an error, which it returns.
+// Run calls look at once, when something may have changed in a directory, and at least
+// once in each interval. It returns nil when ctx ends, or look's error.
 func Run(ctx context.Context, cfg Config, look func() error) error {
 	var events <-chan fsnotify.Event
 	var failures <-chan error
@@ -42,12 +43,14 @@ func Run(ctx context.Context, cfg Config, look func() error) error {
 	for {
 		rest := cfg.Interval
 		for _, dir := range cfg.Dirs() {
-			// Added again each time: the watch of a directory ends with it.
+			// Add it each time: the watch ends when the directory is
+			// deleted.
 			if watcher == nil || watcher.Add(dir) != nil {
 				rest = min(cfg.Interval, cfg.Unwatched)
 			}
 		}
-		// After the watch, which tells of what comes later.
+		// Look after the watch is set, so that no change in between is
+		// missed.
 		if err := look(); err != nil {
 			return err
 		}
@@ -66,7 +69,7 @@ func Run(ctx context.Context, cfg Config, look func() error) error {
 	}
 }
 
-// settle waits for the end of what may be a series of events.
+// settle waits until a series of events has ended.
 func settle(ctx context.Context, events <-chan fsnotify.Event) {
 	timer := time.NewTimer(Settle)
 	defer timer.Stop()
