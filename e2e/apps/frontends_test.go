@@ -10,7 +10,8 @@ import (
 	"syscall"
 )
 
-// frontends are what else stands before web servers, or asks them.
+// frontends are further programs that stand in front of web servers, or send
+// requests to them.
 func frontends() []program {
 	return []program{
 		{name: "Varnish and nginx", version: version("varnishd", "-V"), run: varnish, hazards: asksBeforeReading(), pod: "proxy", annotations: optedOut, reason: notOptedIn, stays: blocking},

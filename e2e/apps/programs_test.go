@@ -69,12 +69,12 @@ func (p program) namespace() string {
 	return strings.ToLower(strings.NewReplacer(",", "", " ", "-").Replace(p.name))
 }
 
-// advised tells whether a hazard of this kernel makes the advice necessary.
+// advised reports whether a hazard of this kernel makes the advice necessary.
 func (p program) advised(hazards []api.Hazard) bool {
 	return !*bare && len(p.hazards) > 0 && fatal(hazards, p.hazards...)
 }
 
-// fatal tells whether a kernel has one of the named hazards, or with no name any
+// fatal reports whether a kernel has one of the named hazards, or with no name any
 // hazard, and only refusing pods saves programs from it.
 func fatal(hazards []api.Hazard, names ...string) bool {
 	return slices.ContainsFunc(hazards, func(h api.Hazard) bool {

@@ -33,7 +33,7 @@ func chartValues() []string {
 	}
 }
 
-// installed tells whether the chart is installed.
+// installed reports whether the chart is installed.
 func (c *cluster) installed() bool {
 	_, err := c.helm("status", release)
 	return err == nil

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DNAT makes vip, which should lie outside of the pods' subnets, a TCP service
-// address on the node: connections of pods to it go to to. Of two calls for one
-// vip the later one is for new connections, as when a service gets another
+// DNAT makes vip a TCP service address on the node: connections of pods to vip are
+// sent to the address to. vip should be outside of the pods' subnets. A second call
+// for the same vip redirects new connections only, as when a Service gets another
 // endpoint.
 func (s *Sandbox) DNAT(vip, to netip.AddrPort) error {
 	family, destination := unix.NFPROTO_IPV4, &expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4, DestRegister: 1}
@@ -59,8 +59,8 @@ func matchVIP(vip netip.AddrPort, address, port expr.Any) []expr.Any {
 	}
 }
 
-// filterBridge makes what one pod sends to another on the same bridge, which is
-// not routed, meet the rules of the node.
+// filterBridge applies the node's rules to what one pod sends to another on the same
+// bridge, which is not routed.
 func (s *Sandbox) filterBridge() error {
 	for _, name := range []string{"net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"} {
 		if err := s.Node.Sysctl(name, "1"); errors.Is(err, fs.ErrNotExist) {
@@ -94,8 +94,8 @@ func (s *Sandbox) addRule(hook *nftables.ChainHook, priority *nftables.ChainPrio
 	})
 }
 
-// Stateful makes the node drop TCP from and to the server but for new
-// connections to the server and what belongs to those that the node knows.
+// Stateful makes the node drop TCP packets from and to the server, except those of
+// connections that the node knows and of new connections to the server.
 func (s *Sandbox) Stateful(server netip.AddrPort) error {
 	if !server.Addr().Is4() {
 		return fmt.Errorf("stateful rules for %v: accepted are IPv4 addresses", server)

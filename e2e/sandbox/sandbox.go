@@ -32,7 +32,7 @@ import (
 // ErrNotRoot is returned by New for a process that is not root's.
 var ErrNotRoot = errors.New("root is needed for network namespaces, mounts, a cgroup and BPF")
 
-// Config is what a Sandbox may be asked for; the zero value is useful.
+// Config has the settings of a Sandbox; the zero value is useful.
 type Config struct {
 	// BinDir holds the CNI plugins. Default: the environment's PODSHUNT_BIN,
 	// else bin in the directory with the go.mod at or above the working one.
@@ -56,7 +56,8 @@ type Sandbox struct {
 	// AgentTimeout is how long the plugin waits for an agent, by Conflist. New sets
 	// the plugin's default.
 	AgentTimeout time.Duration
-	// AttachmentsDir is where the plugin leaves word for an agent that did not answer.
+	// AttachmentsDir is where the plugin leaves a file for an agent that did not
+	// answer.
 	AttachmentsDir string
 	// Node is the network namespace with the host ends of the pods' links.
 	Node *Netns
@@ -126,8 +127,8 @@ func (s *Sandbox) netnsPath(name string) string {
 	return filepath.Join(s.Base, "netns", name)
 }
 
-// findPlugins returns the directory of the CNI plugins after it has seen that
-// those of the conflist are there.
+// findPlugins returns the directory of the CNI plugins, or an error if one that the
+// conflist needs is missing.
 func findPlugins(cfg Config) (string, error) {
 	dir := cfg.BinDir
 	if dir == "" {

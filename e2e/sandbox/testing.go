@@ -58,7 +58,7 @@ func (n *Netns) MustListen(tb testing.TB, network, address string) net.Listener 
 }
 
 // MustDial is Dial for a test, which closes the connection at its end. The
-// connection has a deadline of 30 s, which the test may change.
+// connection has a deadline, testTimeout from now, which the test may change.
 func (n *Netns) MustDial(tb testing.TB, network, address string) net.Conn {
 	tb.Helper()
 	c, err := n.Dial(network, address, testTimeout)

@@ -18,11 +18,12 @@ import (
 // maxSamples bounds the memory for round trips: more than fit into a second.
 const maxSamples = 1 << 20
 
-// receiveBuffer is what the receiver of a stream reads with.
+// receiveBuffer is the size, in bytes, of the buffer that the receiver of a stream
+// reads into.
 const receiveBuffer = 256 << 10
 
-// run is what an end does. A server prints a line when it listens, and each end
-// one with its Result.
+// run runs one end of a measurement. A server prints a line when it listens, and
+// each end one with its Result.
 func (c child) run(stdout io.Writer) error {
 	debug.SetGCPercent(-1)
 	runtime.LockOSThread()
@@ -227,7 +228,8 @@ func (c child) connections(to unix.Sockaddr) (Result, error) {
 	return Result{Rate: float64(n) / now.Sub(begin).Seconds(), Count: n}, last.close()
 }
 
-// unless returns err, or nil if it is one of those that end a measurement.
+// unless returns err, or nil if it is one of ends, the errors that end a
+// measurement.
 func unless(err error, ends ...error) error {
 	for _, end := range ends {
 		if errors.Is(err, end) {

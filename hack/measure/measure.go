@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// Kind is what is measured.
+// Kind selects what to measure.
 type Kind string
 
 const (
@@ -57,7 +57,7 @@ type End struct {
 	CPU int
 }
 
-// Result is what was measured.
+// Result holds the figures of a measurement.
 type Result struct {
 	// Rate is per second: bytes, connections, or round trips that take P50.
 	Rate float64
@@ -67,14 +67,14 @@ type Result struct {
 	Count int
 }
 
-// grace is what a measurement may take besides its own time.
+// grace bounds what a measurement takes besides its own time.
 const grace = 30 * time.Second
 
 // childArg as the first argument makes a process one end of a measurement; the
 // second is then a child as JSON.
 const childArg = "podshunt-measure-end"
 
-// child is what an end is told.
+// child has the settings that one end gets.
 type child struct {
 	Spec
 	Server bool
