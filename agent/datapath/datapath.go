@@ -67,11 +67,11 @@ type Config struct {
 	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
 	// of flows.
 	MaxPolicies, MaxFlows uint32
-	// MaxPods, MaxHandshakes and MaxSockets set the sizes of the maps of pods, of
-	// unfinished handshakes and of sockets. 0 derives them from the sizes above: one
+	// Tests alone set maxPods, maxHandshakes and maxSockets, the sizes of the maps of
+	// pods, of unfinished handshakes and of sockets. 0 derives them from the sizes above: one
 	// pod for 128 policies and one handshake for two flows, at least 1024 of each, and
 	// two sockets for each flow.
-	MaxPods, MaxHandshakes, MaxSockets uint32
+	maxPods, maxHandshakes, maxSockets uint32
 	// AllowBlocking lets blocking sockets take part, although a recv that sleeps can
 	// then return EAGAIN, such as after a signal or a reset (hazard "blocking-recv").
 	// Without it, only sockets in non-blocking mode take part.
@@ -81,9 +81,9 @@ type Config struct {
 	// Guards names the guards to attach while a pod takes part or a flow is
 	// left. A guard that the kernel refuses makes Enrol fail.
 	Guards []string
-	// NoMPTCPListeners keeps out sockets that an MPTCP listener has accepted. Open
-	// does so in any case on kernels that they would harm.
-	NoMPTCPListeners bool
+	// Tests alone set noMPTCPListeners, which keeps out sockets that an MPTCP listener
+	// has accepted. Open does so in any case on kernels that they would harm.
+	noMPTCPListeners bool
 }
 
 // DefaultConfig returns what the agent runs with unless told otherwise.
@@ -397,13 +397,13 @@ func closeMaps(all map[string]*ebpf.Map) {
 
 // sizes returns the configured sizes by map name.
 func (c Config) sizes() map[string]uint32 {
-	pods := cmp.Or(c.MaxPods, max(c.MaxPolicies/128, 1024))
-	handshakes := cmp.Or(c.MaxHandshakes, max(c.MaxFlows/2, 1024))
+	pods := cmp.Or(c.maxPods, max(c.MaxPolicies/128, 1024))
+	handshakes := cmp.Or(c.maxHandshakes, max(c.MaxFlows/2, 1024))
 	return map[string]uint32{
 		bpf.ShortcutMapPods:     pods,
 		bpf.ShortcutMapPolicies: c.MaxPolicies,
 		bpf.ShortcutMapFlows:    c.MaxFlows,
-		bpf.ShortcutMapSockets:  cmp.Or(c.MaxSockets, 2*c.MaxFlows),
+		bpf.ShortcutMapSockets:  cmp.Or(c.maxSockets, 2*c.MaxFlows),
 		bpf.ShortcutMapSyns:     handshakes,
 		bpf.ShortcutMapPending:  handshakes,
 		// The entry of a pod that has gone stays until its last flow has
@@ -493,7 +493,7 @@ func (d *Datapath) attach(dir string) error {
 	return nil
 }
 
-func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.NoMPTCPListeners || mptcpUnsafe() }
+func (d *Datapath) mptcpListenersKeptOut() bool { return d.cfg.noMPTCPListeners || mptcpUnsafe() }
 
 // half returns how many entries one pod may have in a map that connections fill.
 func half(entries uint32) uint32 { return max(1, entries/2) }

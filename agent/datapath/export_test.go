@@ -20,6 +20,14 @@ var (
 	OpenPinsInSteps = openPins
 )
 
+// SetSizes sets sizes of maps that the agent derives from others; 0 derives it here, too.
+func (c *Config) SetSizes(pods, handshakes, sockets uint32) {
+	c.maxPods, c.maxHandshakes, c.maxSockets = pods, handshakes, sockets
+}
+
+// SetNoMPTCPListeners keeps sockets of MPTCP listeners out whatever the kernel.
+func (c *Config) SetNoMPTCPListeners(yes bool) { c.noMPTCPListeners = yes }
+
 // MakeControlsReadOnly makes writes of the controls fail until restore.
 func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 	tb.Helper()

@@ -29,7 +29,7 @@ func wantAdvice(tb testing.TB, err error, flag string) {
 
 // TestPodsFull: a pod that cannot be enrolled is left alone, the others are not.
 func TestPodsFull(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.MaxPods = 1 })
+	n := mustNode(t, func(c *datapath.Config) { c.SetSizes(1, 0, 0) })
 	pods, cookies := n.mustEnrol(t, "first")
 	second := n.MustAddPod(t, "second", sandbox.PodOptions{})
 	wantAdvice(t, n.Enrol(mustCookie(t, second)), "--max-policies")
@@ -218,7 +218,7 @@ func TestConnectionsFull(t *testing.T) {
 		},
 		{
 			// The second connection's client joins, its server does not.
-			"sockets", func(c *datapath.Config) { c.MaxSockets = 3 },
+			"sockets", func(c *datapath.Config) { c.SetSizes(0, 0, 3) },
 			map[string]uint64{
 				"connection_paired": 1, "connection_sockets_full": 4, "message_not_seen": 2, "message_shortcut": 18,
 				"message_peer_missing": 10,
@@ -294,7 +294,7 @@ func TestFlowsFull(t *testing.T) {
 // TestPendingFull: of more handshakes at once than the maps hold, the oldest
 // are forgotten and their connections stay on TCP.
 func TestPendingFull(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.MaxHandshakes = 8 })
+	n := mustNode(t, func(c *datapath.Config) { c.SetSizes(0, 8, 0) })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])

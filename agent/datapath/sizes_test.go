@@ -32,7 +32,7 @@ func TestSizes(t *testing.T) {
 			"pods": 8192, "charges": 16384, "shares": 16384, "policies": 1 << 20,
 			"flows": 1 << 20, "sockets": 2 << 20, "syns": 1 << 19, "pending": 1 << 19,
 		}},
-		{"all", sizes(func(c *Config) { c.MaxPods, c.MaxHandshakes, c.MaxSockets = 1, 8, 3 }), map[string]uint32{
+		{"all", sizes(func(c *Config) { c.SetSizes(1, 8, 3) }), map[string]uint32{
 			"pods": 1, "charges": 2, "shares": 2, "policies": 131072,
 			"flows": 32768, "sockets": 3, "syns": 8, "pending": 8,
 		}},

@@ -244,7 +244,7 @@ func TestMPTCPListener(t *testing.T) {
 		{"mptcp_listener", false, true, !hazard(t, hazards.MPTCPListener)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = tc.keepOut })
+			n := mustNode(t, func(c *datapath.Config) { c.SetNoMPTCPListeners(tc.keepOut) })
 			pods, cookies := n.mustEnrol(t, "client", "server")
 			n.mustSetPolicy(t, between(rule.Allow, cookies...))
 			l := mustListenMPTCP(t, pods[1], tc.mptcp)
@@ -277,7 +277,7 @@ func TestMPTCPListener(t *testing.T) {
 // the program's own before the handshake is seen; and when the agent was started
 // again, for as long as it keeps them out.
 func TestMPTCPListenerRace(t *testing.T) {
-	n := mustNode(t, func(c *datapath.Config) { c.NoMPTCPListeners = true })
+	n := mustNode(t, func(c *datapath.Config) { c.SetNoMPTCPListeners(true) })
 	pods, cookies := n.mustEnrol(t, "client", "server")
 	n.mustSetPolicy(t, between(rule.Allow, cookies...))
 	l := mustListenMPTCP(t, pods[1], true)
@@ -303,7 +303,7 @@ func TestMPTCPListenerRace(t *testing.T) {
 	n.mustClose(t)
 	n.mustOpen(t)
 	connectAndForget(10, "connection_unsupported")
-	if n.cfg.NoMPTCPListeners = false; !hazard(t, hazards.MPTCPListener) {
+	if n.cfg.SetNoMPTCPListeners(false); !hazard(t, hazards.MPTCPListener) {
 		n.mustClose(t)
 		n.mustOpen(t)
 		connectAndForget(10, "connection_paired")
