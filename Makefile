@@ -36,7 +36,7 @@ HELM_UNITTEST := go tool -modfile=hack/helm/go.mod helm-unittest --strict
 HELM_DOCS := go tool -modfile=hack/helm/go.mod helm-docs --sort-values-order file --log-level warning
 PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
 PLUGINS := github.com/containernetworking/plugins/plugins
-UNIT := ./api ./plugin ./agent/explain ./agent/policy ./agent/proc ./agent/pods ./agent/kube ./agent/server ./agent/cniconf
+UNIT := ./api ./plugin ./agent/...
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
@@ -88,8 +88,9 @@ build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 	$(BUILD) -o bin/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
 
+# Tests that need root are in files with the constraint !unit.
 unit: ## the tests that need no privileges, with the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -count=1 $(TESTFLAGS) $(UNIT)
+	CGO_ENABLED=1 $(GOTEST) -race -tags unit -count=1 $(TESTFLAGS) $(UNIT)
 	go -C hack/image test -count=1 $(TESTFLAGS) .
 
 generate: ## compile bpf/ and make its Go names, and the chart's README
