@@ -37,10 +37,16 @@ HELM_DOCS := go tool -modfile=hack/helm/go.mod helm-docs --sort-values-order fil
 PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
 PLUGINS := github.com/containernetworking/plugins/plugins
 UNIT := ./api ./plugin ./agent/...
+# Tests of race. The ones left out kill a process at every step that it takes, or sit
+# a time out, on one thread: make test has them.
+RACE := ./agent ./agent/datapath ./agent/hazards ./agent/nat
+RACE_SKIP := ^(TestOpenKilled|TestUnloadKilled|TestUnloadGoesOn|TestDeletedMap|TestRestedReader|TestForgottenConnections|TestRefresh)$$
+# How long each fuzz target is fuzzed.
+FUZZTIME ?= 20s
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit race fuzz generate lint verify bench image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -92,6 +98,12 @@ cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 unit: ## the tests that need no privileges, with the race detector
 	CGO_ENABLED=1 $(GOTEST) -race -tags unit -count=1 $(TESTFLAGS) $(UNIT)
 	go -C hack/image test -count=1 $(TESTFLAGS) .
+
+race: build cni ## the tests of the agent and the datapath that need root, with the race detector (root)
+	REQUIRE_ROOT=1 CGO_ENABLED=1 $(GOTEST) -exec "$(SUDO)" -race -short -skip '$(RACE_SKIP)' -p 1 -count=1 -timeout 25m $(TESTFLAGS) $(RACE)
+
+fuzz: ## every fuzz target for FUZZTIME
+	hack/fuzz.sh $(FUZZTIME)
 
 generate: ## compile bpf/ and make its Go names, and the chart's README
 	hack/deps.sh

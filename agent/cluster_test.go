@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -28,6 +27,7 @@ import (
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // apiServer answers what the agent asks an API server, out of a log of changes.
@@ -193,26 +193,12 @@ func clusterPod(p *sandbox.Pod, annotations map[string]string) *corev1.Pod {
 // mustRunProcess runs a process in the pod and in a cgroup as a kubelet makes it.
 func (a *agent) mustRunProcess(t testing.TB, p *sandbox.Pod) {
 	t.Helper()
-	root := filepath.Join(a.Cgroup, "kubepods")
-	leaf := filepath.Join(root, "burstable", "pod"+p.UID, "c1")
-	if err := os.MkdirAll(leaf, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for dir := leaf; dir != filepath.Dir(root); dir = filepath.Dir(dir) {
-			if err := os.Remove(dir); err != nil {
-				t.Error(err)
-			}
-		}
-	})
-	cgroup, err := os.Open(leaf)
+	cgroup, err := a.AddCgroup("kubepods/burstable/pod" + p.UID + "/c1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer cgroup.Close()
 	cmd := exec.Command("sleep", "300")
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
-	if err := p.Start(cmd); err != nil {
+	if err := sandbox.StartIn(cgroup, p.Start, cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -224,11 +210,11 @@ func (a *agent) mustRunProcess(t testing.TB, p *sandbox.Pod) {
 func TestCluster(t *testing.T) {
 	a := mustAgent(t)
 	server := newAPIServer(t)
-	a.source = []string{"--node-name=node-1", "--kubeconfig=" + server.mustKubeconfig(t)}
+	a.Source = []string{"--node-name=node-1", "--kubeconfig=" + server.mustKubeconfig(t)}
 	on := map[string]string{api.AnnotationShortcut: "enabled"}
 
 	// The first pod is older than podshunt: nothing tells of it.
-	old := a.MustAddPod(t, "old", sandbox.PodOptions{UID: "0f1e2d3c-1111-4222-8333-444455556666"})
+	old := sandboxtest.MustAddPod(t, a, "old", sandbox.PodOptions{UID: "0f1e2d3c-1111-4222-8333-444455556666"})
 	a.mustRunProcess(t, old)
 	if err := os.RemoveAll(a.AttachmentsDir); err != nil {
 		t.Fatal(err)
@@ -240,12 +226,12 @@ func TestCluster(t *testing.T) {
 	bad := &sandbox.Pod{Namespace: "default", Name: "bad", UID: "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee", IPv4: netip.MustParseAddr("192.0.2.1")}
 	server.put("ADDED", "pods", clusterPod(bad, map[string]string{api.AnnotationPorts: "http"}))
 	a.mustStart(t, "--kernel-hazards=accept")
-	web := a.MustAddPod(t, "web", sandbox.PodOptions{UID: "12345678-1111-4222-8333-444455556666"})
+	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{UID: "12345678-1111-4222-8333-444455556666"})
 	server.put("ADDED", "pods", clusterPod(web, on))
-	waitFor(t, "pods", func() []string { return a.states(t) }, func(s []string) bool {
+	sandboxtest.WaitFor(t, "pods", func() []string { return a.MustStates(t) }, func(s []string) bool {
 		return len(s) == 3 && strings.HasPrefix(s[0], "bad: annotation podshunt.io/ports") && s[1] == "old: takes part" && s[2] == "web: takes part"
 	})
-	c := mustConnect(t, old, web, web.MustListen(t, "tcp4", ":0"))
+	c := mustConnect(t, old, web, sandboxtest.MustListen(t, web, "tcp4", ":0"))
 	c.mustPing(t)
 	if f := c.flow(t, a); !shortcut(f) || f.Client.Pod.UID != old.UID || f.Server.Pod.UID != web.UID {
 		t.Errorf("got %+v, want a shortcut from old to web", f)
@@ -264,19 +250,19 @@ func TestCluster(t *testing.T) {
 	}
 	ping := func() api.Flow { c.mustPing(t); return c.flow(t, a) }
 	server.put("ADDED", "networkpolicies", deny())
-	waitFor(t, "NetworkPolicy", ping, func(f api.Flow) bool {
+	sandboxtest.WaitFor(t, "NetworkPolicy", ping, func(f api.Flow) bool {
 		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && strings.Contains(f.ToServer.Message, "NetworkPolicy default/deny-all")
 	})
 	server.put("DELETED", "networkpolicies", deny())
-	waitFor(t, "NetworkPolicy deleted", ping, shortcut)
+	sandboxtest.WaitFor(t, "NetworkPolicy deleted", ping, shortcut)
 
 	// Opted out of the namespace's default, and in again.
 	server.put("MODIFIED", "pods", clusterPod(old, map[string]string{api.AnnotationShortcut: "disabled"}))
-	waitFor(t, "opted out", ping, func(f api.Flow) bool {
+	sandboxtest.WaitFor(t, "opted out", ping, func(f api.Flow) bool {
 		return !f.ToServer.Shortcut && !f.ToClient.Shortcut && f.ToServer.Message == "not allowed (default/old: not opted in by podshunt.io/shortcut)"
 	})
 	server.put("MODIFIED", "pods", clusterPod(old, nil))
-	waitFor(t, "opted in again", ping, shortcut)
+	sandboxtest.WaitFor(t, "opted in again", ping, shortcut)
 
 	sent := func() []string {
 		server.mu.Lock()
@@ -286,11 +272,11 @@ func TestCluster(t *testing.T) {
 	wantDiff(t, "events", []string{
 		`bad InvalidAnnotation: stays on TCP: annotation podshunt.io/ports="http": "http" is not a port or a range: ` +
 			`accepted are ports from 1 to 65535 and ranges, separated by commas, such as "6379,8000-8010"`,
-	}, waitFor(t, "event", sent, func(events []string) bool { return len(events) > 0 }))
+	}, sandboxtest.WaitFor(t, "event", sent, func(events []string) bool { return len(events) > 0 }))
 
 	// Without the API server what is known goes on.
 	server.stop()
-	status := waitFor(t, "source error", func() api.Status { return mustShow[api.Status](t, a, "status") }, func(s api.Status) bool { return s.SourceError != "" })
+	status := sandboxtest.WaitFor(t, "source error", func() api.Status { return a.MustStatus(t) }, func(s api.Status) bool { return s.SourceError != "" })
 	if !strings.HasPrefix(status.SourceError, "not up to date since 2") {
 		t.Errorf("got source error %q, want it to say since when", status.SourceError)
 	}

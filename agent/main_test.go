@@ -270,15 +270,20 @@ func TestChartValues(t *testing.T) {
 	}
 }
 
-// mustConfig returns what flags of run make.
-func mustConfig(t testing.TB, flags ...string) config {
-	t.Helper()
+// makeConfig returns what flags of run make.
+func makeConfig(flags ...string) (config, error) {
 	cfg, cmd := defaults(), &cobra.Command{}
 	cfg.register(cmd)
 	if err := cmd.ParseFlags(flags); err != nil {
-		t.Fatal(err)
+		return cfg, err
 	}
-	if err := cfg.complete(); err != nil {
+	return cfg, cfg.complete()
+}
+
+func mustConfig(t testing.TB, flags ...string) config {
+	t.Helper()
+	cfg, err := makeConfig(flags...)
+	if err != nil {
 		t.Fatal(err)
 	}
 	return cfg

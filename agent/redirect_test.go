@@ -18,6 +18,7 @@ import (
 	"github.com/podshunt/podshunt/agent/policy"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // mustRedirect sends connections to a port of the pod to another one, as a service mesh does.
@@ -52,21 +53,22 @@ func mustRedirect(t testing.TB, pod *sandbox.Pod, from, to int) {
 func TestRedirectedPort(t *testing.T) {
 	const redirected = 80
 	a := mustAgent(t)
-	a.mustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled",
+	a.MustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled",
 		`mesh podshunt.io/shortcut: enabled, podshunt.io/exclude-ports: "80"`)
 	a.mustStart(t, "--kernel-hazards=accept")
-	client := a.MustAddPod(t, "client", sandbox.PodOptions{})
-	web, mesh := a.MustAddPod(t, "web", sandbox.PodOptions{}), a.MustAddPod(t, "mesh", sandbox.PodOptions{})
-	a.mustTakePart(t, "client", "web", "mesh")
+	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
+	web, mesh := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "mesh", sandbox.PodOptions{})
+	a.MustTakePart(t, "client", "web", "mesh")
 	listen := func(pod *sandbox.Pod) (l net.Listener, port int) {
 		t.Helper()
-		l = pod.MustListen(t, "tcp4", ":0")
+		l = sandboxtest.MustListen(t, pod, "tcp4", ":0")
 		return l, l.Addr().(*net.TCPAddr).Port
 	}
 	// connect dials a port of the pod whose listener is l.
 	connect := func(pod *sandbox.Pod, l net.Listener, port int) api.Flow {
 		t.Helper()
-		c := mustConnectTo(t, client, net.JoinHostPort(pod.IPv4.String(), fmt.Sprint(port)), l)
+		var c connection
+		c.client, c.server = sandboxtest.MustConnect(t, client, "tcp4", net.JoinHostPort(pod.IPv4.String(), fmt.Sprint(port)), l)
 		c.mustPing(t)
 		return c.flow(t, a)
 	}
@@ -80,7 +82,7 @@ func TestRedirectedPort(t *testing.T) {
 	mustRedirect(t, mesh, redirected, meshPort)
 	reason := policy.PortRedirected.String() + ": podshunt.io/exclude-ports of pod default/mesh"
 	for _, port := range []int{redirected, meshPort} {
-		f := waitFor(t, "a connection that is kept on TCP", func() api.Flow { return connect(mesh, meshListener, port) },
+		f := sandboxtest.WaitFor(t, "a connection that is kept on TCP", func() api.Flow { return connect(mesh, meshListener, port) },
 			func(f api.Flow) bool { return !f.Paired })
 		if !strings.Contains(fmt.Sprintf("%+v", f), reason) {
 			t.Errorf("port %d: got %+v, want the reason %q", port, f, reason)

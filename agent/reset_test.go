@@ -17,41 +17,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/diag"
-	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
-
-// mustDial connects two pods by a network and address of the server.
-func mustDial(t testing.TB, from *sandbox.Pod, l net.Listener, network string, host string) connection {
-	t.Helper()
-	accepted := make(chan net.Conn, 1)
-	go func() {
-		if conn, err := l.Accept(); err == nil {
-			accepted <- conn
-		}
-	}()
-	port := fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
-	c := connection{client: from.MustDial(t, network, net.JoinHostPort(host, port))}
-	select {
-	case c.server = <-accepted:
-	case <-time.After(2 * time.Minute):
-		t.Fatal("the connection is not accepted")
-	}
-	t.Cleanup(func() { c.server.Close() })
-	if err := c.server.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.client.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
 
 // canDestroy asks the kernel whether it resets sockets on demand, by one that is closed.
 func canDestroy(t testing.TB) bool {
@@ -146,10 +119,10 @@ func mustSeparate(t *testing.T, a, b *sandbox.Pod) (arrive func()) {
 func testForce(t *testing.T, family string, running bool) {
 	a := mustAgent(t)
 	const on = "podshunt.io/shortcut: enabled"
-	a.mustWritePods(t, "client "+on, "web "+on)
+	a.MustWritePods(t, "client "+on, "web "+on)
 	a.mustStart(t, "--kernel-hazards=accept")
-	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
-	a.mustTakePart(t, "client", "web")
+	client, web := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
+	a.MustTakePart(t, "client", "web")
 	network, listen, host := "tcp4", ":0", web.IPv4.String()
 	switch family {
 	case "IPv6":
@@ -159,14 +132,14 @@ func testForce(t *testing.T, family string, running bool) {
 	case "loopback":
 		client, host = web, "127.0.0.1"
 	}
-	l := web.MustListen(t, network, listen)
+	l := sandboxtest.MustListen(t, web, network, listen)
 	good, bad := mustDial(t, client, l, network, host), mustDial(t, client, l, network, host)
 	for _, c := range []connection{good, bad} {
 		c.mustPing(t)
 	}
-	before := mustShow[api.Status](t, a, "status")
+	before := a.MustStatus(t)
 	if !running {
-		a.stop()
+		a.MustStop(t)
 	}
 	// Unread both ways, so that both ends have something to lose; in one case one way.
 	// What is sent while nothing is redirected any more has to stay behind it.
@@ -189,7 +162,7 @@ func testForce(t *testing.T, family string, running bool) {
 	unload := func(flags ...string) (string, error) {
 		t.Helper()
 		var out bytes.Buffer
-		err := run(t.Context(), append(append([]string{"unload", "--timeout=300ms"}, flags...), a.places()[:2]...), &out, t.Output())
+		err := run(t.Context(), append(append([]string{"unload", "--timeout=300ms"}, flags...), a.Places()...), &out, t.Output())
 		return out.String(), err
 	}
 	out, err := unload()
@@ -217,7 +190,7 @@ func testForce(t *testing.T, family string, running bool) {
 		if err == nil || !strings.Contains(err.Error(), "CONFIG_INET_DIAG_DESTROY") || !strings.Contains(out, bad.client.LocalAddr().String()) {
 			t.Errorf("got error %v and\n%s\nwant one that says that this kernel cannot reset", err, out)
 		}
-		if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); err != nil {
+		if _, err := os.Stat(a.PinDir); err != nil {
 			t.Errorf("pins: %v, want them there", err)
 		}
 		return
@@ -250,7 +223,7 @@ func testForce(t *testing.T, family string, running bool) {
 	}
 	good.mustPing(t)
 	if running {
-		wantDiff(t, "unloaded before and after", []bool{false, true}, []bool{before.Unloaded, mustShow[api.Status](t, a, "status").Unloaded})
+		wantDiff(t, "unloaded before and after", []bool{false, true}, []bool{before.Unloaded, a.MustStatus(t).Unloaded})
 	}
 	if out, err := unload("--force"); err != nil || strings.Contains(out, "reset") {
 		t.Errorf("unload again: got %q, %v; want nothing to do", out, err)

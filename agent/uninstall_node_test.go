@@ -6,7 +6,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"fmt"
 	"io"
 	"net"
@@ -19,12 +18,13 @@ import (
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestUninstall is the node's side, with a live connection and the plugin installed.
 func TestUninstall(t *testing.T) {
 	a := mustAgent(t)
-	a.mustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled")
+	a.MustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled")
 	confDir, binDir := t.TempDir(), t.TempDir()
 	conflist := filepath.Join(confDir, "10-net.conflist")
 	original := `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}` + "\n"
@@ -35,11 +35,7 @@ func TestUninstall(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(binDir, "bridge"), nil, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	var err error
-	a.plugin, err = filepath.Abs(filepath.Join(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../bin"), api.PluginType))
-	if err != nil {
-		t.Fatal(err)
-	}
+	a.plugin = filepath.Join(a.BinDir, api.PluginType)
 	// A copy of the list with our entry, as multus makes one.
 	multus := filepath.Join(confDir, "99-multus.conf")
 	if err := os.WriteFile(multus, []byte(`{"type": "multus", "name": "m", "delegates": [{"plugins": [{"type": "podshunt"}]}]}`), 0o600); err != nil {
@@ -50,7 +46,7 @@ func TestUninstall(t *testing.T) {
 	address, health := mustFreeAddress(t), mustFreeAddress(t)
 	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,
 		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
-	client, web := a.MustAddPod(t, "client", sandbox.PodOptions{}), a.MustAddPod(t, "web", sandbox.PodOptions{})
+	client, web := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	read := func() string {
 		t.Helper()
 		content, err := os.ReadFile(conflist)
@@ -59,8 +55,8 @@ func TestUninstall(t *testing.T) {
 		}
 		return string(content)
 	}
-	waitFor(t, "entry", read, func(s string) bool { return strings.Contains(s, api.PluginType) })
-	c := mustConnect(t, client, web, web.MustListen(t, "tcp4", ":0"))
+	sandboxtest.WaitFor(t, "entry", read, func(s string) bool { return strings.Contains(s, api.PluginType) })
+	c := mustConnect(t, client, web, sandboxtest.MustListen(t, web, "tcp4", ":0"))
 	c.mustPing(t)
 
 	wantDiff(t, "ready", 200, mustGet(t, health, "/readyz").code)
@@ -76,12 +72,12 @@ func TestUninstall(t *testing.T) {
 	}
 
 	var out bytes.Buffer
-	if err := run(t.Context(), append([]string{"uninstall"}, a.places()[:2]...), &out, t.Output()); err != nil {
+	if err := run(t.Context(), append([]string{"uninstall"}, a.Places()...), &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}
 	wantDiff(t, "uninstall", note+"unloaded: nothing of podshunt is left in the kernel\n", out.String())
 	wantDiff(t, "conflist", original, read())
-	if _, err := os.Stat(filepath.Join(a.BPF, "podshunt")); !os.IsNotExist(err) {
+	if _, err := os.Stat(a.PinDir); !os.IsNotExist(err) {
 		t.Errorf("got %v for the pin directory, want it gone", err)
 	}
 	c.mustPing(t)
@@ -95,12 +91,12 @@ func TestUninstall(t *testing.T) {
 	}
 
 	// Without an agent it does the same.
-	a.stop()
+	a.MustStop(t)
 	if err := os.WriteFile(conflist, []byte(strings.Replace(original, `}]`, `}, {"type": "podshunt"}]`, 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	out.Reset()
-	args := append([]string{"uninstall", "--cni-conf-dir=" + confDir, "--cni-bin-dir=" + binDir}, a.places()[:2]...)
+	args := append([]string{"uninstall", "--cni-conf-dir=" + confDir, "--cni-bin-dir=" + binDir}, a.Places()...)
 	if err := run(t.Context(), args, &out, t.Output()); err != nil {
 		t.Fatal(err)
 	}

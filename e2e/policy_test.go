@@ -15,20 +15,20 @@ import (
 // TestChanges changes what a pod asks for while its connections are in use.
 func TestChanges(t *testing.T) {
 	n := mustNode(t)
-	n.mustWritePods(t, "client "+on)
+	n.MustWritePods(t, "client "+on)
 	n.mustStart(t)
 	s := mustService(t, n)
 	l := newLoad(t)
 	early := l.mustStream(t, s.client, s.streams[0])
-	notListed := "not opted in: no entry in " + n.podsFile
-	wantDiff(t, "pods", []string{"client: takes part", "web: " + notListed}, n.states(t))
-	if f := early.flow(t, n.flows(t)); f.Paired || f.Message != "default/web: "+notListed {
+	notListed := "not opted in: no entry in " + n.PodsFile
+	wantDiff(t, "pods", []string{"client: takes part", "web: " + notListed}, n.MustStates(t))
+	if f := early.flow(t, n.MustFlows(t)); f.Paired || f.Message != "default/web: "+notListed {
 		t.Errorf("got %+v, want it unpaired because %s", f, notListed)
 	}
 
 	// Opted in at run time: from now on connections are paired.
-	n.mustWritePods(t, "client "+on, "web "+on)
-	mustBecome(t, "opted in", []string{"client: takes part", "web: takes part"}, func() []string { return n.states(t) })
+	n.MustWritePods(t, "client "+on, "web "+on)
+	mustBecome(t, "opted in", []string{"client: takes part", "web: takes part"}, func() []string { return n.MustStates(t) })
 	for _, to := range s.streams {
 		l.mustStream(t, s.client, to)
 	}
@@ -64,7 +64,7 @@ func TestChanges(t *testing.T) {
 		{name: "good again", web: on},
 		{name: "paused", web: pausedFor(time.Hour), detail: "paused by podshunt.io/paused-until"},
 	} {
-		n.mustWritePods(t, "client "+on, "web "+tc.web)
+		n.MustWritePods(t, "client "+on, "web "+tc.web)
 		if tc.detail == "" {
 			n.mustShortcut(t, paired...)
 		} else {
@@ -74,41 +74,38 @@ func TestChanges(t *testing.T) {
 		if tc.state != "" {
 			state = tc.state
 		}
-		wantDiff(t, tc.name, []string{"client: takes part", "web: " + state}, n.states(t))
+		wantDiff(t, tc.name, []string{"client: takes part", "web: " + state}, n.MustStates(t))
 		n.mustMove(t, tc.name, paired, tc.detail == "")
 	}
 
 	// A pause ends by itself.
-	n.mustWritePods(t, "client "+on, "web "+pausedFor(time.Second))
+	n.MustWritePods(t, "client "+on, "web "+pausedFor(time.Second))
 	n.mustShortcut(t, paired...)
 
 	// A file that is not accepted changes nothing.
 	for _, text := range []string{"pods: {", "pods:\n- {namespace: default, name: web, annotation: {}}\n", ""} {
-		n.mustWritePodsFile(t, text)
+		if err := n.WritePodsFile(text); err != nil {
+			t.Fatal(err)
+		}
 		mustBecome(t, "source error", true, func() bool {
-			return strings.HasPrefix(n.status(t).SourceError, "pods file "+n.podsFile+": ")
+			return strings.HasPrefix(n.MustStatus(t).SourceError, "pods file "+n.PodsFile+": ")
 		})
-		wantDiff(t, "pods with a bad file", []string{"client: takes part", "web: takes part"}, n.states(t))
+		wantDiff(t, "pods with a bad file", []string{"client: takes part", "web: takes part"}, n.MustStates(t))
 		n.mustMove(t, "bad file", paired, true)
-		n.mustWritePods(t, "client "+on, "web "+on)
-		mustBecome(t, "source error", "", func() string { return n.status(t).SourceError })
+		n.MustWritePods(t, "client "+on, "web "+on)
+		mustBecome(t, "source error", "", func() string { return n.MustStatus(t).SourceError })
 	}
 
-	if f := early.flow(t, n.flows(t)); f.Paired || !strings.HasPrefix(f.Message, "connected before both pods took part") {
+	if f := early.flow(t, n.MustFlows(t)); f.Paired || !strings.HasPrefix(f.Message, "connected before both pods took part") {
 		t.Errorf("got %+v, want the first connection unpaired", f)
 	}
 	l.finish(t)
 }
 
-func (n *node) flows(t testing.TB) []api.Flow {
-	t.Helper()
-	return mustShow[api.FlowList](t, n, "flows").Items
-}
-
 // notOnTCP returns the streams that are not on TCP both ways with what is wanted in their message.
 func (n *node) notOnTCP(t testing.TB, streams []*stream, want string) (not string) {
 	t.Helper()
-	flows := n.flows(t)
+	flows := n.MustFlows(t)
 	for _, s := range streams {
 		f := s.flow(t, flows)
 		for _, d := range []*api.Direction{f.ToServer, f.ToClient} {
@@ -124,9 +121,9 @@ func (n *node) notOnTCP(t testing.TB, streams []*stream, want string) (not strin
 // by TCP and nothing else.
 func (n *node) mustMove(t testing.TB, what string, streams []*stream, shortcut bool) {
 	t.Helper()
-	before := n.flows(t)
+	before := n.MustFlows(t)
 	mustBecome(t, what, "", func() (not string) {
-		after := n.flows(t)
+		after := n.MustFlows(t)
 		for _, s := range streams {
 			old, now := s.flow(t, before), s.flow(t, after)
 			for _, d := range [][2]*api.Direction{{old.ToServer, now.ToServer}, {old.ToClient, now.ToClient}} {

@@ -16,6 +16,7 @@ import (
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // service is a server pod with a client pod. Of the two endpoints for streams
@@ -30,12 +31,12 @@ type service struct {
 
 func mustService(t testing.TB, n *node) *service {
 	t.Helper()
-	s := &service{client: n.MustAddPod(t, "client", sandbox.PodOptions{}), web: n.MustAddPod(t, "web", sandbox.PodOptions{})}
+	s := &service{client: sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), web: sandboxtest.MustAddPod(t, n, "web", sandbox.PodOptions{})}
 	for first, endpoints := range map[uint16]*[2]endpoint{7000: &s.streams, 7100: &s.shorts} {
 		for i := range uint16(2) {
 			own := netip.AddrPortFrom(s.web.IPv4, first+i)
 			// Of both families and all interfaces, for those who dial another address.
-			endpoints[i] = endpoint{own, s.web.MustListen(t, "tcp", fmt.Sprintf(":%d", first+i))}
+			endpoints[i] = endpoint{own, sandboxtest.MustListen(t, s.web, "tcp", fmt.Sprintf(":%d", first+i))}
 			if i == 1 {
 				endpoints[i].AddrPort = netip.AddrPortFrom(netip.MustParseAddr("10.96.0.1"), first)
 				if err := n.DNAT(endpoints[i].AddrPort, own); err != nil {
@@ -50,7 +51,7 @@ func mustService(t testing.TB, n *node) *service {
 // onShortcut tells of each stream whether both its directions are.
 func (n *node) onShortcut(t testing.TB, streams []*stream) []bool {
 	t.Helper()
-	flows := n.flows(t)
+	flows := n.MustFlows(t)
 	var is []bool
 	for _, s := range streams {
 		f := s.flow(t, flows)
@@ -73,7 +74,7 @@ func (n *node) mustShortcut(t testing.TB, streams ...*stream) {
 // server and to the client, from the pinned map: there need not be an agent.
 func (n *node) shortcutBytes(t testing.TB, streams []*stream) [][2]uint64 {
 	t.Helper()
-	pairs, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir, bpf.ShortcutMapFlows), nil)
+	pairs, err := ebpf.LoadPinnedMap(filepath.Join(n.PinDir, bpf.ShortcutMapFlows), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +108,7 @@ func mustCookie(t testing.TB, c net.Conn) (cookie uint64) {
 // comes back, and nothing is left in the end.
 func TestKilledAgent(t *testing.T) {
 	n := mustNode(t)
-	n.mustWritePods(t, "client "+on, "web "+on)
+	n.MustWritePods(t, "client "+on, "web "+on)
 	n.mustStart(t)
 	s := mustService(t, n)
 	l := newLoad(t)
@@ -118,7 +119,7 @@ func TestKilledAgent(t *testing.T) {
 	n.mustShortcut(t, l.streams...)
 
 	for range 5 {
-		n.kill(t)
+		n.Kill()
 		for _, to := range s.streams {
 			l.mustStream(t, s.client, to)
 		}
@@ -154,7 +155,7 @@ func TestKilledAgent(t *testing.T) {
 func (n *node) connections(t testing.TB) map[string]int64 {
 	t.Helper()
 	counts := map[string]int64{}
-	for _, o := range n.status(t).Outcomes {
+	for _, o := range n.MustStatus(t).Outcomes {
 		if o.Kind == api.OutcomeConnection && o.Count > 0 {
 			counts[o.String()] = int64(o.Count)
 		}

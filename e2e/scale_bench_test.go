@@ -5,6 +5,7 @@ package e2e_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,8 +18,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/podshunt/podshunt/api"
+	"golang.org/x/sys/unix"
+
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // What a large node has, and for how long it is left alone. At first the agent looks
@@ -39,21 +42,22 @@ func BenchmarkNode(b *testing.B) {
 	for i := range scalePods {
 		entries = append(entries, fmt.Sprintf("pod-%d %s", i, on))
 	}
-	n.mustWritePods(b, entries...)
+	n.MustWritePods(b, entries...)
 	n.mustStart(b, "--max-flows=65536")
 	var pods []*sandbox.Pod
 	for i := range scalePods {
-		pods = append(pods, n.MustAddPod(b, fmt.Sprintf("pod-%d", i), sandbox.PodOptions{}))
+		pods = append(pods, sandboxtest.MustAddPod(b, n, fmt.Sprintf("pod-%d", i), sandbox.PodOptions{}))
 	}
+	pid := mustAgentPID(b, n)
 	mustBecome(b, "pods that take part", scalePods, func() int { return n.entries(b, "pods")["pods"] })
 
 	b.Run("idle", func(b *testing.B) {
 		time.Sleep(scaleSettle)
-		before := mustCPUTime(b, n.cmd.Process.Pid)
+		before := mustCPUTime(b, pid)
 		for b.Loop() {
 			time.Sleep(scaleIdle)
 		}
-		used := mustCPUTime(b, n.cmd.Process.Pid) - before
+		used := mustCPUTime(b, pid) - before
 		b.ReportMetric(100*used.Seconds()/(float64(b.N)*scaleIdle.Seconds()), "%core")
 	})
 
@@ -65,16 +69,15 @@ func BenchmarkNode(b *testing.B) {
 			pods, made = pods[2:], made+more
 		}
 		b.Run(fmt.Sprintf("flows=%d", flows), func(b *testing.B) {
-			before := mustCPUTime(b, n.cmd.Process.Pid)
+			before := mustCPUTime(b, pid)
 			for b.Loop() {
-				if _, err := n.run("flows", n.runDir()); err != nil {
+				if _, err := n.Command("flows", n.RunDir()); err != nil {
 					b.Fatal(err)
 				}
 			}
-			used := mustCPUTime(b, n.cmd.Process.Pid) - before
+			used := mustCPUTime(b, pid) - before
 			b.ReportMetric(used.Seconds()/float64(b.N), "agent-cpu-s/op")
-			list := mustShow[api.FlowList](b, n, "flows")
-			if got := len(list.Items); got != flows {
+			if got := len(n.MustFlows(b)); got != flows {
 				b.Errorf("got %d flows, want %d", got, flows)
 			}
 		})
@@ -156,6 +159,26 @@ func mustHold(b *testing.B, client, server *sandbox.Pod, count int) {
 	mustRead(listener)
 	mustRead(start(client, "dial"))
 	mustRead(listener)
+}
+
+// mustAgentPID returns the process that serves the agent's socket.
+func mustAgentPID(b *testing.B, n *node) int {
+	b.Helper()
+	conn, err := net.DialTimeout("unix", n.AgentSocket, loadTimeout)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var peer *unix.Ucred
+	control := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(control, err); err != nil {
+		b.Fatal(err)
+	}
+	return int(peer.Pid)
 }
 
 // mustCPUTime returns how long a process has run on the processors, to 10 ms.

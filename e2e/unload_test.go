@@ -40,12 +40,12 @@ type objects struct {
 // mustObjects returns what the pins hold.
 func (n *node) mustObjects(t testing.TB) (pinned objects) {
 	t.Helper()
-	pins, err := os.ReadDir(n.pinDir)
+	pins, err := os.ReadDir(n.PinDir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, pin := range pins {
-		path := filepath.Join(n.pinDir, pin.Name())
+		path := filepath.Join(n.PinDir, pin.Name())
 		m, mapErr := ebpf.LoadPinnedMap(path, nil)
 		if mapErr == nil {
 			info, err := m.Info()
@@ -89,7 +89,7 @@ func (o objects) left() (left []string) {
 // TestUnloadUnderLoad: everything goes, and no connection notices.
 func TestUnloadUnderLoad(t *testing.T) {
 	n := mustNode(t)
-	n.mustWritePods(t, "client "+on, "web "+on)
+	n.MustWritePods(t, "client "+on, "web "+on)
 	n.mustStart(t)
 	s := mustService(t, n)
 	l := newLoad(t)
@@ -105,7 +105,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 		t.Fatalf("got pins %+v, want six maps and two links or more", pinned)
 	}
 
-	text, err := n.run("unload", n.places()...)
+	text, err := n.Command("unload", n.Places()...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,24 +113,24 @@ func TestUnloadUnderLoad(t *testing.T) {
 	if !strings.HasPrefix(text, "unloaded: nothing of podshunt is left in the kernel") {
 		t.Errorf("got %q, want it unloaded", text)
 	}
-	if _, err := os.Stat(n.pinDir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.PinDir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("pin directory: got %v, want it gone", err)
 	}
 	mustBecome(t, "attached programs", 0, func() int { return n.attached(t) })
 	mustBecome(t, "objects", nil, pinned.left)
 	reason := "podshunt was unloaded: restart the agent to take part again"
-	wantDiff(t, "pods", []string{"client: " + reason, "web: " + reason}, n.states(t))
-	if status := n.status(t); !status.Unloaded || len(status.Maps)+len(status.Outcomes) > 0 {
+	wantDiff(t, "pods", []string{"client: " + reason, "web: " + reason}, n.MustStates(t))
+	if status := n.MustStatus(t); !status.Unloaded || len(status.Maps)+len(status.Outcomes) > 0 {
 		t.Errorf("got %+v, want it unloaded", status)
 	}
 
 	// A restart loads anew; those that were paired before stay on TCP.
-	n.mustStop(t)
+	n.MustStop(t)
 	n.mustStart(t)
-	wantDiff(t, "pods", []string{"client: takes part", "web: takes part"}, n.states(t))
+	wantDiff(t, "pods", []string{"client: takes part", "web: takes part"}, n.MustStates(t))
 	old := l.streams
 	n.mustShortcut(t, l.mustStream(t, s.client, s.streams[0]), l.mustStream(t, s.client, s.streams[1]))
-	flows := n.flows(t)
+	flows := n.MustFlows(t)
 	for _, s := range old {
 		if f := s.flow(t, flows); f.Paired {
 			t.Errorf("got %+v, want it unpaired", f)
@@ -156,13 +156,13 @@ func TestUnloadUnderLoad(t *testing.T) {
 // TestUnloadAsksAgent: the agent of the run directory is meant, whatever the pin directory.
 func TestUnloadAsksAgent(t *testing.T) {
 	n := mustNode(t)
-	n.mustWritePods(t, "web "+on)
+	n.MustWritePods(t, "web "+on)
 	n.mustStart(t)
 	mustBecome(t, "attached programs", 1, func() int { return n.attached(t) })
-	if _, err := n.run("unload", n.runDir(), "--pin-dir="+filepath.Join(n.BPF, "other")); err != nil {
+	if _, err := n.Command("unload", n.RunDir(), "--pin-dir="+filepath.Join(n.BPF, "other")); err != nil {
 		t.Error(err)
 	}
-	if !n.status(t).Unloaded {
+	if !n.MustStatus(t).Unloaded {
 		t.Error("the agent is not unloaded")
 	}
 	mustBecome(t, "attached programs", 0, func() int { return n.attached(t) })

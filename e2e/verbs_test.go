@@ -18,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // mustHang puts a listener in the agent's place that never answers, and lets the
@@ -83,7 +84,7 @@ func (n *node) leftovers(t testing.TB) (left []string) {
 
 // TestVerbs runs every verb in each state that the agent can be in.
 func TestVerbs(t *testing.T) {
-	plain := sandbox.MustNew(t, sandbox.Config{}).MustAddPod(t, "web", sandbox.PodOptions{})
+	plain := sandboxtest.MustAddPod(t, sandboxtest.MustNew(t, sandbox.Config{}), "web", sandbox.PodOptions{})
 	for _, tc := range []struct {
 		name string
 		// before runs before ADD, after after it.
@@ -94,26 +95,26 @@ func TestVerbs(t *testing.T) {
 		{name: "hanging", before: func(t testing.TB, n *node) { n.mustHang(t) }},
 		{
 			name: "killed", before: func(t testing.TB, n *node) { n.mustStart(t) },
-			after: func(t testing.TB, n *node) { n.kill(t) },
+			after: func(t testing.TB, n *node) { n.Kill() },
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t)
-			n.mustWritePods(t, "web "+on)
+			n.MustWritePods(t, "web "+on)
 			if err := n.Status(""); err != nil {
 				t.Errorf("STATUS before: %v", err)
 			}
 			if tc.before != nil {
 				tc.before(t, n)
 			}
-			p := n.MustAddPod(t, "web", sandbox.PodOptions{})
+			p := sandboxtest.MustAddPod(t, n, "web", sandbox.PodOptions{})
 			wantDiff(t, "result", normal(plain.Result), normal(p.Result))
 			if tc.after != nil {
 				tc.after(t, n)
 			}
-			up := n.cmd != nil
+			up := n.Running()
 			if up {
-				wantDiff(t, "pods", []string{"web: takes part"}, n.states(t))
+				wantDiff(t, "pods", []string{"web: takes part"}, n.MustStates(t))
 			}
 			steps := []struct {
 				name string
@@ -132,10 +133,10 @@ func TestVerbs(t *testing.T) {
 					t.Errorf("%s: %v", step.name, err)
 				}
 				if up && step.name == "GC of others" {
-					wantDiff(t, "pods", []string{"web: takes part"}, n.states(t))
+					wantDiff(t, "pods", []string{"web: takes part"}, n.MustStates(t))
 				}
 				if up && step.name == "GC" {
-					wantDiff(t, "pods", []string(nil), n.states(t))
+					wantDiff(t, "pods", []string(nil), n.MustStates(t))
 					wantDiff(t, "entries", map[string]int{"pods": 0, "policies": 0}, n.entries(t, "pods", "policies"))
 				}
 			}
@@ -151,7 +152,7 @@ func TestHangingAgent(t *testing.T) {
 		var times []time.Duration
 		for range 3 {
 			start := time.Now()
-			n.MustAddPod(t, "web", sandbox.PodOptions{})
+			sandboxtest.MustAddPod(t, n, "web", sandbox.PodOptions{})
 			times = append(times, time.Since(start))
 		}
 		return slices.Min(times)
@@ -167,21 +168,21 @@ func TestHangingAgent(t *testing.T) {
 // TestMissedVerbs: an agent that comes back learns what it has missed.
 func TestMissedVerbs(t *testing.T) {
 	n := mustNode(t)
-	n.mustWritePods(t, "kept "+on, "gone "+on, "late "+on)
+	n.MustWritePods(t, "kept "+on, "gone "+on, "late "+on)
 	n.mustStart(t)
-	kept, gone := n.MustAddPod(t, "kept", sandbox.PodOptions{}), n.MustAddPod(t, "gone", sandbox.PodOptions{})
-	wantDiff(t, "pods", []string{"gone: takes part", "kept: takes part"}, n.states(t))
-	n.kill(t)
+	kept, gone := sandboxtest.MustAddPod(t, n, "kept", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "gone", sandbox.PodOptions{})
+	wantDiff(t, "pods", []string{"gone: takes part", "kept: takes part"}, n.MustStates(t))
+	n.Kill()
 	if err := n.DelPod(gone); err != nil {
 		t.Errorf("DEL: %v", err)
 	}
-	late := n.MustAddPod(t, "late", sandbox.PodOptions{})
+	late := sandboxtest.MustAddPod(t, n, "late", sandbox.PodOptions{})
 	n.mustStart(t)
-	mustBecome(t, "pods", []string{"kept: takes part", "late: takes part"}, func() []string { return n.states(t) })
+	mustBecome(t, "pods", []string{"kept: takes part", "late: takes part"}, func() []string { return n.MustStates(t) })
 	wantDiff(t, "entries", map[string]int{"pods": 2, "policies": 4}, n.entries(t, "pods", "policies"))
 
 	l := newLoad(t)
-	listener := kept.MustListen(t, "tcp", ":7000")
+	listener := sandboxtest.MustListen(t, kept, "tcp", ":7000")
 	n.mustShortcut(t, l.mustStream(t, late, endpoint{netip.AddrPortFrom(kept.IPv4, 7000), listener}))
 	l.finish(t)
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Installs what `make generate`, `make lint` and `make unit` need besides Go,
+# Installs what `make generate`, `make lint`, `make unit` and `make race` need besides Go,
 # from Debian's archive. Does nothing when all of it is there.
 set -euo pipefail
 

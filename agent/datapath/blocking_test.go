@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestBlockingListener: the first connections to a listener in blocking mode are
@@ -28,8 +30,8 @@ func TestBlockingListener(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			listener, err := l.(*net.TCPListener).File()
 			if err != nil {
@@ -50,7 +52,7 @@ func TestBlockingListener(t *testing.T) {
 					}
 					served <- err
 				}()
-				c := pods[0].MustDial(t, "tcp4", address.String())
+				c := sandboxtest.MustDial(t, pods[0], "tcp4", address.String())
 				for _, request := range []string{"x", "y"} {
 					mustWrite(t, c, request)
 					mustRead(t, c, request)

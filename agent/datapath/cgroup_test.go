@@ -25,6 +25,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 const (
@@ -163,15 +164,15 @@ func receiverInCgroup(t *testing.T) {
 		c.Cgroup = filepath.Dir(c.Cgroup)
 		c.Budget, c.PodBudget = 8<<20, 256<<20
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	// fill returns what the receiver holds when nobody can send more to it.
 	fill := func(t *testing.T, verdict rule.Verdict) (held int) {
-		n.mustSetPolicy(t, between(verdict, cookies...))
+		n.MustSetPolicy(t, sandbox.Between(verdict, cookies...))
 		m := mustMemoryCgroup(t, filepath.Dir(n.Sandbox.Cgroup), limit)
 		r := mustStartReceiver(t, pods[1], m)
 		var all []*backlog
 		for i := range receiverConnections {
-			c := pods[0].MustDial(t, "tcp4", r.address.String())
+			c := sandboxtest.MustDial(t, pods[0], "tcp4", r.address.String())
 			message := make([]byte, receiverSize)
 			for range receiverRounds {
 				if _, err := c.Write(message); err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // edgeReader reads as nginx does: it waits for an edge, and takes a recv that was
@@ -123,7 +124,7 @@ func TestEdges(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustWriteAll(t, c, message)
-			n.mustSetPolicy(t, between(rule.Hold, n.cookies...))
+			n.MustSetPolicy(t, sandbox.Between(rule.Hold, n.cookies...))
 			mustWriteAll(t, c, message)
 			waitUntil(t, "the second message at the receiver", func() bool {
 				info, err := tcpInfo(s)

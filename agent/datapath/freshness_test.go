@@ -24,6 +24,7 @@ import (
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestRefresh: each direction sends a message by TCP when the interval has
@@ -36,21 +37,21 @@ func TestRefresh(t *testing.T) {
 		c.RefreshInterval = interval
 	})
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 	before := n.counts(t)
 	time.Sleep(interval + 100*time.Millisecond)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_refresh": 2, "message_shortcut": 18})
 
 	// What goes by TCP for another reason keeps the connection fresh as well.
 	time.Sleep(interval - 3*time.Second)
-	n.mustSetPolicy(t, between(rule.Hold, n.cookies...))
-	pingPong(t, c, s, 1, 100)
-	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Hold, n.cookies...))
+	sandboxtest.MustPing(t, c, s, 1, 100)
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, n.cookies...))
 	before = n.counts(t)
 	time.Sleep(4 * time.Second)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 
 	// One direction alone.
@@ -172,9 +173,9 @@ func outlast(t *testing.T, refresh time.Duration) (n *node, all []*conversation)
 		atOnce(c)
 		c.RefreshInterval = refresh
 	})
-	pods, cookies := n.mustEnrol(t, "client", "server", "filtered", "other")
+	pods, cookies := n.MustEnrol(t, "client", "server", "filtered", "other")
 	client, server, filtered, other := pods[0], pods[1], pods[2], pods[3]
-	rules := between(rule.Allow, cookies...)
+	rules := sandbox.Between(rule.Allow, cookies...)
 	vip := netip.MustParseAddr("10.96.0.10")
 	var moves [][2]netip.AddrPort // services that get another endpoint
 	for i, held := range []bool{false, true} {
@@ -208,7 +209,7 @@ func outlast(t *testing.T, refresh time.Duration) (n *node, all []*conversation)
 					Client: cookies[0], Server: cookie, First: address.Port(), Last: address.Port(), Verdict: rule.Hold,
 				})
 			}
-			n.mustSetPolicy(t, rules)
+			n.MustSetPolicy(t, rules)
 			for _, act := range []string{clientSends, serverSends, clientCloses, serverCloses, serverProbes} {
 				c, s := connect(t, client.Netns, l, "tcp4", dial)
 				one := &conversation{path: path, act: act, held: held, client: c, serv: s}
@@ -256,7 +257,7 @@ func TestForgottenConnections(t *testing.T) {
 				n   *node
 				all []*conversation
 			)
-			misses := sandbox.MustMisses(t)
+			misses := sandboxtest.MustMisses(t)
 			// A connection on TCP that stands still for so long is forgotten as well.
 			for attempt := 1; ; attempt++ {
 				n, all = outlast(t, tc.refresh)
@@ -282,7 +283,7 @@ func TestForgottenConnections(t *testing.T) {
 					switch messages := d.TCPBytes / 100; {
 					case d.Verdict == rule.Hold:
 						held++
-					case d.Unread > 0 && sandbox.MustMisses(t) != misses:
+					case d.Unread > 0 && sandboxtest.MustMisses(t) != misses:
 						// A read that the kernel has not shown puts a direction on TCP (docs/limits.md).
 						t.Logf("a program was not run: got %+v", d)
 						missed[f.Client.String()] = true
@@ -322,7 +323,7 @@ func TestForgottenConnections(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			n.mustSetPolicy(t, between(rule.Hold, enrolled...))
+			n.MustSetPolicy(t, sandbox.Between(rule.Hold, enrolled...))
 			var acts []func() error
 			for _, c := range left {
 				acts = append(acts, func() error {
@@ -371,17 +372,17 @@ func TestGenerationAfterCrash(t *testing.T) {
 			change: func(policies *ebpf.Map, key bpf.ShortcutPolicyKey) error {
 				return policies.Put(key, bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(rule.Refuse)})
 			},
-			rules: func(cookies []uint64, _ uint16) []rule.Rule { return between(rule.Refuse, cookies...) },
+			rules: func(cookies []uint64, _ uint16) []rule.Rule { return sandbox.Between(rule.Refuse, cookies...) },
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustTwoPods(t, atOnce)
 			c, s := n.connect(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			n.mustCount(t, nil, paired())
 			n.mustClose(t)
 
-			policies, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, bpf.ShortcutMapPolicies), nil)
+			policies, err := ebpf.LoadPinnedMap(filepath.Join(n.Config.PinDir, bpf.ShortcutMapPolicies), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -403,10 +404,10 @@ func TestGenerationAfterCrash(t *testing.T) {
 				}
 			}
 
-			n.mustOpen(t)
-			n.mustSetPolicy(t, tc.rules(n.cookies, n.address.Port()))
+			n.MustOpen(t)
+			n.MustSetPolicy(t, tc.rules(n.cookies, n.address.Port()))
 			before := n.counts(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
 		})
 	}
@@ -417,7 +418,7 @@ func TestGenerationAfterCrash(t *testing.T) {
 func TestGenerationDue(t *testing.T) {
 	n := mustTwoPods(t, atOnce)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 	restore := n.MakeControlsReadOnly(t)
 	for i := range 2 {
@@ -426,13 +427,13 @@ func TestGenerationDue(t *testing.T) {
 		}
 	}
 	restore()
-	n.mustSetPolicy(t, nil)
+	n.MustSetPolicy(t, nil)
 	before := n.counts(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
 
 	// The same by changes to one pair.
-	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, n.cookies...))
 	restore = n.MakeControlsReadOnly(t)
 	refused := []rule.PairRules{{Client: n.cookies[0], Server: n.cookies[1]}}
 	for i := range 2 {
@@ -445,7 +446,7 @@ func TestGenerationDue(t *testing.T) {
 		t.Error(err)
 	}
 	before = n.counts(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 20})
 }
 
@@ -462,7 +463,7 @@ func TestLease(t *testing.T) {
 	}
 	lease(time.Hour)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
 	const short = 200 * time.Millisecond
@@ -473,18 +474,18 @@ func TestLease(t *testing.T) {
 			n.mustClose(t)
 		}
 		time.Sleep(short + 50*time.Millisecond)
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		other, otherS := n.connect(t)
-		pingPong(t, other, otherS, 10, 100)
+		sandboxtest.MustPing(t, other, otherS, 10, 100)
 		if !agent {
-			n.mustOpen(t)
+			n.MustOpen(t)
 		}
 		n.mustCount(t, before, map[string]uint64{"message_stale": 20, "connection_stale": 1})
 
 		before = n.counts(t)
 		lease(time.Hour)
-		pingPong(t, c, s, 10, 100)
-		pingPong(t, other, otherS, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, other, otherS, 10, 100)
 		n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 		other.Close()
 		otherS.Close()
@@ -495,9 +496,9 @@ func TestLease(t *testing.T) {
 	lease(0)
 	before := n.counts(t)
 	time.Sleep(short + 50*time.Millisecond)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	other, otherS := n.connect(t)
-	pingPong(t, other, otherS, 10, 100)
+	sandboxtest.MustPing(t, other, otherS, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 38})
 }
 
@@ -589,7 +590,7 @@ func TestLeaseUnderLoad(t *testing.T) {
 		work.mustCount(t, "message_stale", 100)
 		before := n.counts(t)
 		c, s := n.connect(t)
-		pingPong(t, c, s, 5, 100)
+		sandboxtest.MustPing(t, c, s, 5, 100)
 		got := n.since(t, before)
 		delete(got, "message_stale")
 		if diff := cmp.Diff(map[string]uint64{"connection_stale": 1}, got); diff != "" {

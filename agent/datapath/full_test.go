@@ -19,6 +19,7 @@ import (
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // wantAdvice wants an error that names the setting to raise.
@@ -32,23 +33,23 @@ func wantAdvice(tb testing.TB, err error, flag string) {
 // TestPodsFull: a pod that cannot be enrolled is left alone, the others are not.
 func TestPodsFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.SetSizes(1, 0, 0) })
-	pods, cookies := n.mustEnrol(t, "first")
-	second := n.MustAddPod(t, "second", sandbox.PodOptions{})
-	wantAdvice(t, n.Enrol(mustCookie(t, second)), "--max-policies")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "first")
+	second := sandboxtest.MustAddPod(t, n, "second", sandbox.PodOptions{})
+	wantAdvice(t, n.Enrol(sandboxtest.MustCookie(t, second)), "--max-policies")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 
 	l, address := mustListenOn(t, pods[0])
 	c, s := connect(t, second.Netns, l, "tcp4", address)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, map[string]uint64{})
 	own, ownS := connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, own, ownS, 10, 100)
+	sandboxtest.MustPing(t, own, ownS, 10, 100)
 	n.mustCount(t, nil, paired())
 
 	if err := n.Release(cookies[0]); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Enrol(mustCookie(t, second)); err != nil {
+	if err := n.Enrol(sandboxtest.MustCookie(t, second)); err != nil {
 		t.Errorf("after the release of another pod: %v", err)
 	}
 }
@@ -56,11 +57,11 @@ func TestPodsFull(t *testing.T) {
 // isPaired reports whether a new connection is paired; its bytes are checked in any case.
 func (n *node) isPaired(tb testing.TB, from *sandbox.Pod, to *sandbox.Pod, port uint16) bool {
 	tb.Helper()
-	l := to.MustListen(tb, "tcp4", fmt.Sprintf("%s:%d", to.IPv4, port))
+	l := sandboxtest.MustListen(tb, to, "tcp4", fmt.Sprintf("%s:%d", to.IPv4, port))
 	defer l.Close()
 	before := n.counts(tb)
 	c, s := connect(tb, from.Netns, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
-	pingPong(tb, c, s, 10, 100)
+	sandboxtest.MustPing(tb, c, s, 10, 100)
 	got := n.since(tb, before)
 	c.Close()
 	s.Close()
@@ -76,7 +77,7 @@ func (n *node) isPaired(tb testing.TB, from *sandbox.Pod, to *sandbox.Pod, port 
 // TestPoliciesFull: pods whose rules did not fit stay on TCP, wholly.
 func TestPoliciesFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 4 })
-	pods, cookies := n.mustEnrol(t, "first", "second", "third")
+	pods, cookies := n.MustEnrol(t, "first", "second", "third")
 	newRule := func(client, server int, first, last uint16, verdict rule.Verdict) rule.Rule {
 		return rule.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
 	}
@@ -115,7 +116,7 @@ func TestPoliciesFull(t *testing.T) {
 	}
 
 	t.Run("more pairs than fit", func(t *testing.T) {
-		rules := between(rule.Allow, cookies...)
+		rules := sandbox.Between(rule.Allow, cookies...)
 		wantAdvice(t, n.SetPolicy(rules), "--max-policies")
 		allowed := 0
 		for _, from := range pods {
@@ -136,7 +137,7 @@ func TestPoliciesFull(t *testing.T) {
 // where the map cannot hold it next to the one before.
 func TestPoliciesReplacedInFullMap(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 1 })
-	pods, cookies := n.mustEnrol(t, "first", "second")
+	pods, cookies := n.MustEnrol(t, "first", "second")
 	for _, pair := range [][2]int{{0, 1}, {1, 0}} {
 		from, to := pair[0], pair[1]
 		err := n.SetPolicy([]rule.Rule{{Client: cookies[from], Server: cookies[to], Last: 65535, Verdict: rule.Allow}})
@@ -155,7 +156,7 @@ func TestPoliciesReplacedInFullMap(t *testing.T) {
 // TestPortRanges: which ports a set of rules lets be paired.
 func TestPortRanges(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	ports := []uint16{1, 79, 80, 81, 1000, 1001, 1006, 1007, 4095, 4096, 7999, 8000, 8001, 32768, 65534, 65535}
 	for _, tc := range []struct {
 		name  string
@@ -185,7 +186,7 @@ func TestPortRanges(t *testing.T) {
 			for i := range tc.rules {
 				tc.rules[i].Client, tc.rules[i].Server = cookies[0], cookies[1]
 			}
-			n.mustSetPolicy(t, tc.rules)
+			n.MustSetPolicy(t, tc.rules)
 			var got []uint16
 			for _, port := range ports {
 				if n.isPaired(t, pods[0], pods[1], port) {
@@ -197,7 +198,7 @@ func TestPortRanges(t *testing.T) {
 			}
 		})
 	}
-	n.mustSetPolicy(t, nil)
+	n.MustSetPolicy(t, nil)
 	n.waitUsage(t, map[string]int{"pods": 2})
 }
 
@@ -230,8 +231,8 @@ func TestConnectionsFull(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, tc.change)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			for range 2 {
 				before := n.counts(t)
@@ -241,7 +242,7 @@ func TestConnectionsFull(t *testing.T) {
 					conns = append(conns, c, s)
 				}
 				for i := 0; i < len(conns); i += 2 {
-					pingPong(t, conns[i], conns[i+1], 10, 100)
+					sandboxtest.MustPing(t, conns[i], conns[i+1], 10, 100)
 				}
 				n.mustCount(t, before, tc.want)
 				if diff := cmp.Diff(tc.usage, n.usage(t)); diff != "" {
@@ -264,17 +265,17 @@ func TestFlowsFull(t *testing.T) {
 	var rules []rule.Rule
 	for i := range 3 {
 		names := []string{fmt.Sprintf("client%d", i), fmt.Sprintf("server%d", i)}
-		two, cookies := n.mustEnrol(t, names...)
+		two, cookies := n.MustEnrol(t, names...)
 		pods = append(pods, two...)
-		rules = append(rules, between(rule.Allow, cookies...)...)
+		rules = append(rules, sandbox.Between(rule.Allow, cookies...)...)
 	}
-	n.mustSetPolicy(t, rules)
+	n.MustSetPolicy(t, rules)
 	open := func(i int) []net.Conn {
 		l, address := mustListenOn(t, pods[2*i+1])
 		var conns []net.Conn
 		for range 2 {
 			c, s := connect(t, pods[2*i].Netns, l, "tcp4", address)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			conns = append(conns, c, s)
 		}
 		return conns
@@ -297,8 +298,8 @@ func TestFlowsFull(t *testing.T) {
 // are forgotten and their connections stay on TCP.
 func TestPendingFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.SetSizes(0, 8, 0) })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	const connections = 64
 	dropped, restore := mustDropSYNACKs(t, pods[0].Netns, pods[1].IPv4)
@@ -319,7 +320,7 @@ func TestPendingFull(t *testing.T) {
 		if s == nil {
 			t.Fatalf("no server's end for %s", address)
 		}
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		c.Close()
 		s.Close()
 	}
@@ -339,7 +340,7 @@ func TestPendingFull(t *testing.T) {
 // whatever order they come in, and what goes away is in force before the rest is written.
 func TestSmallPairsFirst(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 4 })
-	pods, cookies := n.mustEnrol(t, "large", "small", "other")
+	pods, cookies := n.MustEnrol(t, "large", "small", "other")
 	pair := func(client, server int, ports ...uint16) (rules []rule.Rule) {
 		for _, port := range ports {
 			rules = append(rules, rule.Rule{
@@ -381,10 +382,10 @@ func TestSmallPairsFirst(t *testing.T) {
 // TestMapsAreCounted: maps larger than a batch, and the policy map without a look at it.
 func TestMapsAreCounted(t *testing.T) {
 	n := mustNode(t, nil)
-	_, cookies := n.mustEnrol(t, "first", "second")
+	_, cookies := n.MustEnrol(t, "first", "second")
 	open := func(name string) *ebpf.Map {
 		t.Helper()
-		m, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, name), nil)
+		m, err := ebpf.LoadPinnedMap(filepath.Join(n.Config.PinDir, name), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -409,7 +410,7 @@ func TestMapsAreCounted(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"pods": 2, "syns": syns, "policies": others}, n.usage(t)); diff != "" {
 		t.Errorf("before the first policy (-want +got)\n%s", diff)
 	}
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	key := bpf.ShortcutPolicyKey{Prefixlen: 128, Client: [2]uint32{0, 1 << 31}}
 	if err := table.Put(key, bpf.ShortcutPolicy{}); err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // BenchmarkGuards has what the guards cost: calls that any program of the node
@@ -30,8 +31,8 @@ func BenchmarkGuards(b *testing.B) {
 	}
 	for _, guards := range sets {
 		n := mustNode(b, func(c *datapath.Config) { c.Guards = guards })
-		pods, cookies := n.mustEnrol(b, "client", "server")
-		n.mustSetPolicy(b, between(rule.Allow, cookies...))
+		pods, cookies := n.MustEnrol(b, "client", "server")
+		n.MustSetPolicy(b, sandbox.Between(rule.Allow, cookies...))
 		l, address := mustListenOn(b, pods[1])
 		c, s := connect(b, pods[0].Netns, l, "tcp4", address)
 		n.warmUp(b, c, s)

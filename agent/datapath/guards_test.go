@@ -25,6 +25,7 @@ import (
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // hazard reports whether this kernel has a hazard.
@@ -189,8 +190,8 @@ func TestGuards(t *testing.T) {
 	if hazard(t, "no-trampolines") {
 		for _, name := range datapath.GuardNames() {
 			n := mustNode(t, func(c *datapath.Config) { c.Guards = []string{name} })
-			pod := n.MustAddPod(t, "client", sandbox.PodOptions{})
-			if err := n.Enrol(mustCookie(t, pod)); !errors.Is(err, unix.EPERM) {
+			pod := sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{})
+			if err := n.Enrol(sandboxtest.MustCookie(t, pod)); !errors.Is(err, unix.EPERM) {
 				t.Errorf("enrol with guard %s: got error %v, want EPERM", name, err)
 			}
 			n.waitUsage(t, map[string]int{})
@@ -211,8 +212,8 @@ func TestGuards(t *testing.T) {
 							c.Guards = []string{guard}
 						}
 					})
-					pods, cookies := n.mustEnrol(t, "client", "server")
-					n.mustSetPolicy(t, between(rule.Allow, cookies...))
+					pods, cookies := n.MustEnrol(t, "client", "server")
+					n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 					l, address := mustListenOn(t, pods[1])
 					c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 					n.warmUp(t, c, s)
@@ -244,7 +245,7 @@ func TestGuards(t *testing.T) {
 					}
 					before := n.counts(t)
 					c2, s2 := connect(t, pods[0].Netns, l, "tcp4", address)
-					pingPong(t, c2, s2, 2, 100)
+					sandboxtest.MustPing(t, c2, s2, 2, 100)
 					n.mustCount(t, before, map[string]uint64{"connection_unsupported": 1})
 				})
 			}
@@ -264,7 +265,7 @@ func TestGuardsComeAndGo(t *testing.T) {
 		if got := n.Guards(); !slices.Equal(got, want) {
 			t.Errorf("guards %s: got %v, want %v", when, got, want)
 		}
-		pins, err := filepath.Glob(filepath.Join(n.cfg.PinDir, "link_guard_*"))
+		pins, err := filepath.Glob(filepath.Join(n.Config.PinDir, "link_guard_*"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -288,15 +289,15 @@ func TestGuardsComeAndGo(t *testing.T) {
 		if err := n.Datapath.Close(); err != nil {
 			t.Fatal(err)
 		}
-		n.cfg.Guards = guards
-		n.mustOpen(t)
+		n.Config.Guards = guards
+		n.MustOpen(t)
 	}
 	check("before a pod takes part")
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	check("with pods", "flags", "splice")
 	reopen("flags", "splice")
 	check("after a take-over", "flags", "splice")
-	if err := os.Remove(filepath.Join(n.cfg.PinDir, "link_guard_splice_ends")); err != nil {
+	if err := os.Remove(filepath.Join(n.Config.PinDir, "link_guard_splice_ends")); err != nil {
 		t.Fatal(err)
 	}
 	reopen("flags", "splice")
@@ -304,7 +305,7 @@ func TestGuardsComeAndGo(t *testing.T) {
 	reopen("splice")
 	check("with one switched off", "splice")
 
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	n.warmUp(t, c, s)

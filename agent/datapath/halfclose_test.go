@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestBlockingHalfClose: a program whose reads sleep sends, shuts down writing and
@@ -80,7 +81,7 @@ func TestBlockingHalfClose(t *testing.T) {
 	raw, rawAddress := mustRawListen(t, n.pods[1].Netns, n.pods[1].IPv4)
 	for range connections {
 		c, s := rawPair(t, n.pods[0], raw, rawAddress)
-		pingPong(t, c, s, 2, 100)
+		sandboxtest.MustPing(t, c, s, 2, 100)
 		if err := unix.SetNonblock(c.fd, false); err != nil {
 			t.Fatal(err)
 		}

@@ -19,12 +19,13 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // A mount hides what is below it. So there is none but on /sys/fs/bpf or on an empty
 // directory below it, and none where a bpffs is.
 func TestMountBPFFS(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
 	// A process with a mount namespace of its own stands for the node.
 	process := exec.Command("sleep", "600")
 	process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
@@ -143,7 +144,7 @@ func inMountNamespace(t testing.TB, namespace string, f func() error) {
 
 // An agent that may mount does not do so on any directory.
 func TestOpenMountsInItsPlaceOnly(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
 	dir := t.TempDir()
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup, cfg.PinDir = s.Cgroup, filepath.Join(dir, "podshunt")
@@ -157,7 +158,7 @@ func TestOpenMountsInItsPlaceOnly(t *testing.T) {
 }
 
 func TestNoMount(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup, cfg.PinDir, cfg.MountBPFFS = s.Cgroup, filepath.Join(t.TempDir(), "podshunt"), false
 	_, err := datapath.Open(cfg, slog.New(slog.DiscardHandler))

@@ -5,14 +5,9 @@
 package datapath_test
 
 import (
-	"bytes"
-	"context"
-	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -22,6 +17,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 func TestMain(m *testing.M) {
@@ -35,89 +31,21 @@ func TestMain(m *testing.M) {
 }
 
 // node is a sandbox with an open datapath.
-type node struct {
-	*sandbox.Sandbox
-	*datapath.Datapath
-	cfg datapath.Config
-	log *slog.Logger
-}
+type node struct{ *sandboxtest.Loaded }
 
 // mustNode opens a datapath in a sandbox of its own. At the end of the test it
 // is unloaded, and the test fails if that leaves pins.
 func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	tb.Helper()
-	s := sandbox.MustNew(tb, sandbox.Config{})
-	n := &node{Sandbox: s, cfg: datapath.DefaultConfig(), log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
-	n.cfg.Cgroup = s.Cgroup
-	n.cfg.PinDir = filepath.Join(s.BPF, "podshunt")
-	// Tests of other things want the shortcut from the second message on, however long they take.
-	n.cfg.TrialReads, n.cfg.TrialBytes, n.cfg.TrialDrains, n.cfg.RefreshInterval = 1, 0, 0, 0
-	if change != nil {
-		change(&n.cfg)
-	}
-	n.mustOpen(tb)
+	s := sandboxtest.MustNew(tb, sandbox.Config{})
+	n := &node{}
 	tb.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), deadline)
-		defer cancel()
-		if flows, err := n.Unload(ctx); err != nil {
-			tb.Errorf("unload: %v, waiting for %+v", err, flows)
+		if n.Loaded != nil {
+			n.wantPinned(tb)
 		}
-		if err := n.Datapath.Close(); err != nil {
-			tb.Error(err)
-		}
-		n.wantPinned(tb)
 	})
+	n.Loaded = sandboxtest.MustLoad(tb, s, change)
 	return n
-}
-
-func (n *node) mustOpen(tb testing.TB) {
-	tb.Helper()
-	d, err := datapath.Open(n.cfg, n.log)
-	if err != nil {
-		tb.Fatalf("%+v", err)
-	}
-	n.Datapath = d
-}
-
-func mustCookie(tb testing.TB, pod *sandbox.Pod) uint64 {
-	tb.Helper()
-	cookie, err := datapath.NetnsCookie(pod.Path)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return cookie
-}
-
-// mustEnrol makes pods and enrols them.
-func (n *node) mustEnrol(tb testing.TB, names ...string) (pods []*sandbox.Pod, cookies []uint64) {
-	tb.Helper()
-	for _, name := range names {
-		pod := n.MustAddPod(tb, name, sandbox.PodOptions{})
-		cookie := mustCookie(tb, pod)
-		if err := n.Enrol(cookie); err != nil {
-			tb.Fatal(err)
-		}
-		pods = append(pods, pod)
-		cookies = append(cookies, cookie)
-	}
-	return pods, cookies
-}
-
-// between returns a rule over all ports for every ordered pair.
-func between(verdict rule.Verdict, cookies ...uint64) (rules []rule.Rule) {
-	for _, client := range cookies {
-		for _, server := range cookies {
-			rules = append(rules, rule.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
-		}
-	}
-	return rules
-}
-
-func (n *node) mustSetPolicy(tb testing.TB, rules []rule.Rule) {
-	tb.Helper()
-	if err := n.SetPolicy(rules); err != nil {
-		tb.Fatal(err)
-	}
 }
 
 // counts returns the counters that are not zero.
@@ -164,34 +92,13 @@ func (n *node) waitUsage(tb testing.TB, want map[string]int) {
 	tb.Errorf("map usage (-want +got):\n%s", diff)
 }
 
-const deadline = 2 * time.Minute
+const deadline = sandboxtest.Timeout
 
 // connect dials address from client and returns both ends, which are closed at
 // the end of the test.
 func connect(tb testing.TB, from *sandbox.Netns, l net.Listener, network string, address netip.AddrPort) (client, server net.Conn) {
 	tb.Helper()
-	accepted := make(chan net.Conn, 1)
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			close(accepted)
-			return
-		}
-		accepted <- c
-	}()
-	client = from.MustDial(tb, network, address.String())
-	select {
-	case server = <-accepted:
-	case <-time.After(deadline):
-	}
-	if server == nil {
-		tb.Fatalf("connection to %s was not accepted", address)
-	}
-	tb.Cleanup(func() { server.Close() })
-	if err := server.SetDeadline(time.Now().Add(deadline)); err != nil {
-		tb.Fatal(err)
-	}
-	return client, server
+	return sandboxtest.MustConnect(tb, from, network, address.String(), l)
 }
 
 // twoPods is a node with a client and a server that may use the shortcut.
@@ -206,8 +113,8 @@ type twoPods struct {
 func mustTwoPods(tb testing.TB, change func(*datapath.Config)) *twoPods {
 	tb.Helper()
 	n := &twoPods{node: mustNode(tb, change)}
-	n.pods, n.cookies = n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(rule.Allow, n.cookies...))
+	n.pods, n.cookies = n.MustEnrol(tb, "client", "server")
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, n.cookies...))
 	n.l, n.address = mustListenOn(tb, n.pods[1])
 	return n
 }
@@ -218,27 +125,6 @@ func (n *twoPods) connect(tb testing.TB) (client, server net.Conn) {
 	return connect(tb, n.pods[0].Netns, n.l, "tcp4", n.address)
 }
 
-// pingPong exchanges messages of one size and checks every byte.
-func pingPong(tb testing.TB, a, b io.ReadWriter, rounds, size int) {
-	tb.Helper()
-	message := bytes.Repeat([]byte("podshunt"), size/8+1)[:size]
-	answer := make([]byte, size)
-	for i := range rounds {
-		message[0] = byte(i)
-		for _, way := range [][2]io.ReadWriter{{a, b}, {b, a}} {
-			if _, err := way[0].Write(message); err != nil {
-				tb.Fatalf("round %d: %v", i, err)
-			}
-			if _, err := io.ReadFull(way[1], answer); err != nil {
-				tb.Fatalf("round %d: %v", i, err)
-			}
-			if !bytes.Equal(answer, message) {
-				tb.Fatalf("round %d: bytes differ", i)
-			}
-		}
-	}
-}
-
 // listenerPort returns the port that the kernel chose.
 func listenerPort(l net.Listener) uint16 { return l.Addr().(*net.TCPAddr).AddrPort().Port() }
 
@@ -247,8 +133,8 @@ func listenerPort(l net.Listener) uint16 { return l.Addr().(*net.TCPAddr).AddrPo
 // been seen to read, and all others by the shortcut.
 func TestPairing(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	client, server := pods[0], pods[1]
 	vip4, vip6 := netip.MustParseAddrPort("10.96.0.10:80"), netip.MustParseAddrPort("[fd00:96::10]:80")
 
@@ -275,7 +161,7 @@ func TestPairing(t *testing.T) {
 			if tc.network == "tcp" {
 				bind = ":0"
 			}
-			l := server.MustListen(t, tc.network, bind)
+			l := sandboxtest.MustListen(t, server, tc.network, bind)
 			address := netip.AddrPortFrom(netip.MustParseAddr(tc.listen), listenerPort(l))
 			dial := address
 			if tc.service.IsValid() {
@@ -286,7 +172,7 @@ func TestPairing(t *testing.T) {
 			}
 			before := n.counts(t)
 			c, s := connect(t, tc.from.Netns, l, tc.network, dial)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			got := n.counts(t)
 			for name := range got {
 				if got[name] -= before[name]; got[name] == 0 {
@@ -308,7 +194,7 @@ func TestPairing(t *testing.T) {
 			}
 			wantDirection := datapath.Direction{
 				Shortcut: true, Verdict: rule.Allow, Switches: 1, ShortcutBytes: 900, TCPBytes: 100,
-				Reason: "the receiver has not been seen to read yet",
+				Reason: "not_seen",
 			}
 			wantFlow := datapath.Flow{
 				ClientNetns: clientCookie, ServerNetns: cookies[1], Joined: true,

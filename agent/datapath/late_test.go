@@ -18,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // lateReader is a server that takes heads and small bodies by recv, and the rest
@@ -254,8 +255,8 @@ func TestLate(t *testing.T) {
 					c.Guards = guards
 					c.AllowBlocking = true
 				})
-				pods, cookies := n.mustEnrol(t, "client", "server")
-				n.mustSetPolicy(t, between(rule.Allow, cookies...))
+				pods, cookies := n.MustEnrol(t, "client", "server")
+				n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 				l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 				sizes := make([]int, small)
 				for i := range sizes {

@@ -28,6 +28,7 @@ import (
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 const (
@@ -359,7 +360,7 @@ func TestLimitGrows(t *testing.T) {
 	}
 	// Reading without a spill proves nothing.
 	other, otherS := n.connect(t)
-	pingPong(t, other, otherS, 50, 64<<10)
+	sandboxtest.MustPing(t, other, otherS, 50, 64<<10)
 	if got, want := fill(other, otherS), firstLimit/cost*size; got != want {
 		t.Errorf("after reading without a spill: got %d bytes by shortcut, want %d", got, want)
 	}
@@ -421,7 +422,7 @@ func TestLimitBeginsProved(t *testing.T) {
 	if err := n.l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	n.l = n.pods[1].MustListen(t, "tcp4", n.address.String())
+	n.l = sandboxtest.MustListen(t, n.pods[1], "tcp4", n.address.String())
 	c, s = talk()
 	proved = int(n.mustFlow(t).ToServer.TCPBytes)
 	if got, want := holds(c, s), proved/cost*size; got != want {
@@ -457,7 +458,7 @@ func TestRestedReader(t *testing.T) {
 				atOnce(c)
 				c.Budget, c.PodBudget = 8<<20, 64<<20
 			})
-			pods, cookies := n.mustEnrol(t, "client", "server")
+			pods, cookies := n.MustEnrol(t, "client", "server")
 			if tc.memory != "" {
 				if err := pods[1].Sysctl("net.ipv4.tcp_rmem", tc.memory); err != nil {
 					t.Fatal(err)
@@ -483,14 +484,14 @@ func TestRestedReader(t *testing.T) {
 			// read returns how long the reader waited at most once it read again, and how
 			// many segments had no room before.
 			read := func(verdict rule.Verdict) (longest time.Duration, dropped int) {
-				n.mustSetPolicy(t, between(rule.Hold, cookies...))
+				n.MustSetPolicy(t, sandbox.Between(rule.Hold, cookies...))
 				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 				bulk := traffic{seed: 9, bytes: tc.open, maxWrite: 64 << 10, maxRead: 256 << 10}
 				if err := together(func() error { return bulk.write(c) }, func() error { return bulk.read(s) }); err != nil {
 					t.Fatal(err)
 				}
-				pingPong(t, c, s, 5, 100)
-				n.mustSetPolicy(t, between(verdict, cookies...))
+				sandboxtest.MustPing(t, c, s, 5, 100)
+				n.MustSetPolicy(t, sandbox.Between(verdict, cookies...))
 				if verdict == rule.Allow {
 					got := n.grow(t, c, s)
 					t.Logf("%d bytes may be unread", got)
@@ -573,7 +574,7 @@ func drops(tb testing.TB, pod *sandbox.Pod) (sum int) {
 // charges returns what the pods count as unread, by netns cookie.
 func (n *node) charges(tb testing.TB) map[uint64]int64 {
 	tb.Helper()
-	charges, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, bpf.ShortcutMapCharges), nil)
+	charges, err := ebpf.LoadPinnedMap(filepath.Join(n.Config.PinDir, bpf.ShortcutMapCharges), nil)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -607,19 +608,19 @@ func TestPodBudget(t *testing.T) {
 				atOnce(c)
 				c.Budget, c.PodBudget = podBudget, podBudget
 			})
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			from, listen := pods[0], pods[1].IPv4.String()
 			if tc.loopback {
 				from, listen = pods[1], "127.0.0.1"
 			}
 			// They outlive a subtest. What is learned of a port is about its listener.
 			open := func() (all []*backlog) {
-				l := pods[1].MustListen(t, "tcp4", net.JoinHostPort(listen, "0"))
+				l := sandboxtest.MustListen(t, pods[1], "tcp4", net.JoinHostPort(listen, "0"))
 				address := l.Addr().(*net.TCPAddr).AddrPort()
 				for i := range connections {
 					c, s := connect(t, from.Netns, l, "tcp4", address)
-					pingPong(t, c, s, 5, 100)
+					sandboxtest.MustPing(t, c, s, 5, 100)
 					all = append(all, newBacklog(c, s, byte(i)))
 				}
 				return all
@@ -742,7 +743,7 @@ func TestPodBudget(t *testing.T) {
 				{"read while no process owns the pins", func(t *testing.T) {
 					n.mustClose(t)
 					readAll(t, all)
-					n.mustOpen(t)
+					n.MustOpen(t)
 				}},
 				{"read after the pod was released and enrolled again", func(t *testing.T) {
 					if err := n.Release(cookies[1]); err != nil {
@@ -815,16 +816,16 @@ func disconnect(fd int) error {
 // once more is unread than the direction's limit.
 func TestUserTimeout(t *testing.T) {
 	n := mustNode(t, atOnce)
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
 	for _, tc := range []struct {
 		name    string
 		verdict rule.Verdict
 	}{{"TCP", rule.Hold}, {"shortcut", rule.Allow}} {
 		t.Run(tc.name, func(t *testing.T) {
-			n.mustSetPolicy(t, between(tc.verdict, cookies...))
+			n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-			pingPong(t, c, s, 5, 100)
+			sandboxtest.MustPing(t, c, s, 5, 100)
 			if got := n.mustFlow(t).ToServer.Shortcut; got != (tc.verdict == rule.Allow) {
 				t.Fatalf("got the shortcut %v", got)
 			}

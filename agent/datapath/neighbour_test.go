@@ -18,6 +18,8 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // mustReplaceCallbacks attaches a sock_ops program that asks for callbacks of its
@@ -71,14 +73,14 @@ func mustReplaceCallbacks(tb testing.TB, cgroup string) (detach func()) {
 func TestOtherProgram(t *testing.T) {
 	const share = 20
 	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 2 * share })
-	detach := mustReplaceCallbacks(t, n.cfg.Cgroup)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	detach := mustReplaceCallbacks(t, n.Config.Cgroup)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	open, accepted := rawPair(t, pods[0], l, address)
 	for range share - 1 {
 		c, s := rawPair(t, pods[0], l, address)
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		// Unread when it is closed: charged to the pod.
 		mustWrite(t, c, "unread")
 		c.mustClose(t)
@@ -114,8 +116,8 @@ func TestOtherProgram(t *testing.T) {
 	detach()
 	before = n.counts(t)
 	c, s := rawPair(t, pods[0], l, address)
-	pingPong(t, c, s, 10, 100)
-	pingPong(t, open, accepted, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, open, accepted, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"connection_paired": 1, "message_not_seen": 4, "message_shortcut": 36})
 	for _, cookie := range cookies {
 		if got := n.mustShare(t, cookie).Flows; got != 2 {
@@ -143,7 +145,7 @@ func TestOtherProgram(t *testing.T) {
 // mustPinned opens a map that is pinned.
 func (n *node) mustPinned(tb testing.TB, name string) *ebpf.Map {
 	tb.Helper()
-	m, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, name), nil)
+	m, err := ebpf.LoadPinnedMap(filepath.Join(n.Config.PinDir, name), nil)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -173,8 +175,8 @@ func (n *node) mustCharge(tb testing.TB, netns uint64) (bytes int64) {
 // have, when two sweeps have found the same difference.
 func TestSharesAreSettled(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	rawPair(t, pods[0], l, address)
 	shares := n.mustPinned(t, bpf.ShortcutMapShares)
@@ -213,8 +215,8 @@ func TestSharesAreSettled(t *testing.T) {
 // started again.
 func TestLearnedShare(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "hostile", "other")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "hostile", "other")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	control := n.mustPinned(t, bpf.ShortcutMapControl)
 	const share, ports = 4, 10
 	limit := func(change bool) {
@@ -275,7 +277,7 @@ func TestLearnedShare(t *testing.T) {
 	if err := n.Datapath.Close(); err != nil {
 		t.Fatal(err)
 	}
-	n.mustOpen(t)
+	n.MustOpen(t)
 	limit(true)
 	for range 3 {
 		if err := n.Sweep(time.Hour); err != nil {

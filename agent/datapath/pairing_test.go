@@ -25,6 +25,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // Codes of datapath.Direction.Reason.
@@ -217,8 +218,8 @@ func mustDropSYNACKs(tb testing.TB, in *sandbox.Netns, from netip.Addr) (dropped
 // for the moment to say, but each is with its own server or stays on TCP.
 func TestOnePortTwoServers(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "first", "second")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "first", "second")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l1, first := mustListenOn(t, pods[1])
 	l2, second := mustListenOn(t, pods[2])
 	const rounds = 100
@@ -229,8 +230,8 @@ func TestOnePortTwoServers(t *testing.T) {
 		c1, s1 := d1.mustFinish(t)
 		c2, s2 := d2.mustFinish(t)
 		for range 2 {
-			pingPong(t, c1, s1, 3, 100)
-			pingPong(t, c2, s2, 3, 200)
+			sandboxtest.MustPing(t, c1, s1, 3, 100)
+			sandboxtest.MustPing(t, c2, s2, 3, 200)
 		}
 		flows, err := n.Flows()
 		if err != nil {
@@ -269,8 +270,8 @@ func TestSynReplaced(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "first", "second")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "first", "second")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			var (
 				attempts [2]dialling
 				restore  [2]func()
@@ -290,10 +291,10 @@ func TestSynReplaced(t *testing.T) {
 				restore[i]()
 				clients[i], servers[i] = attempts[i].mustFinish(t)
 			}
-			pingPong(t, clients[0], servers[0], 10, 100)
+			sandboxtest.MustPing(t, clients[0], servers[0], 10, 100)
 			n.mustCount(t, nil, tc.want)
 			before := n.counts(t)
-			pingPong(t, clients[1], servers[1], 10, 200)
+			sandboxtest.MustPing(t, clients[1], servers[1], 10, 200)
 			n.mustCount(t, before, map[string]uint64{"message_not_seen": 2, "message_shortcut": 18})
 			for i := range clients {
 				clients[i].Close()
@@ -330,14 +331,14 @@ func netstat(tb testing.TB, pod *sandbox.Pod, name string) string {
 // program for a SYN that it answers with a cookie, so there is no entry in `syns`.
 func TestSYNCookies(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	if err := pods[1].Sysctl("net.ipv4.tcp_syncookies", "2"); err != nil {
 		t.Fatal(err)
 	}
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	if got := netstat(t, pods[1], "SyncookiesRecv"); got != "1" {
 		t.Errorf("got %s SYN cookies back, want 1", got)
 	}
@@ -350,8 +351,8 @@ func TestSYNCookies(t *testing.T) {
 // cookie is paired.
 func TestFastOpen(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	for _, pod := range pods {
 		if err := pod.Sysctl("net.ipv4.tcp_fastopen", "3"); err != nil {
 			t.Fatal(err)
@@ -395,7 +396,7 @@ func TestFastOpen(t *testing.T) {
 			if _, err := io.ReadFull(s, got); err != nil || !bytes.Equal(got, hello) {
 				t.Fatalf("got %q, %v; want %q", got, err, hello)
 			}
-			pingPong(t, s, c, 9, 100)
+			sandboxtest.MustPing(t, s, c, 9, 100)
 			if _, err := s.Write(hello); err != nil {
 				t.Fatal(err)
 			}
@@ -451,7 +452,7 @@ func TestNotPaired(t *testing.T) {
 			pods := map[string]*sandbox.Pod{}
 			var cookies []uint64
 			for _, name := range []string{"client", "server"} {
-				pods[name] = n.MustAddPod(t, name, sandbox.PodOptions{})
+				pods[name] = sandboxtest.MustAddPod(t, n, name, sandbox.PodOptions{})
 				cookie, err := datapath.NetnsCookie(pods[name].Path)
 				if err != nil {
 					t.Fatal(err)
@@ -459,11 +460,11 @@ func TestNotPaired(t *testing.T) {
 				cookies = append(cookies, cookie)
 			}
 			for _, name := range tc.enrol {
-				if err := n.Enrol(mustCookie(t, pods[name])); err != nil {
+				if err := n.Enrol(sandboxtest.MustCookie(t, pods[name])); err != nil {
 					t.Fatal(err)
 				}
 			}
-			n.mustSetPolicy(t, between(tc.verdict, cookies...))
+			n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
 			empty := n.usage(t)
 			l, address := mustListenOn(t, pods["server"])
 			dial := address
@@ -474,7 +475,7 @@ func TestNotPaired(t *testing.T) {
 				}
 			}
 			c, s := connect(t, pods["client"].Netns, l, "tcp4", dial)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			if seen := s.RemoteAddr().String() != c.LocalAddr().String(); seen != tc.masquerade {
 				t.Errorf("server sees %s of %s: got masqueraded %v, want %v", s.RemoteAddr(), c.LocalAddr(), seen, tc.masquerade)
 			}
@@ -492,7 +493,7 @@ func TestNotPaired(t *testing.T) {
 func TestRelease(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
 	// What is on its way by the shortcut is read before what follows by TCP.
@@ -502,7 +503,7 @@ func TestRelease(t *testing.T) {
 	if err := n.Release(n.cookies[1]); err != nil {
 		t.Fatal(err)
 	}
-	n.mustSetPolicy(t, nil)
+	n.MustSetPolicy(t, nil)
 	before := n.counts(t)
 	if _, err := c.Write([]byte("two")); err != nil {
 		t.Fatal(err)
@@ -511,7 +512,7 @@ func TestRelease(t *testing.T) {
 	if _, err := io.ReadFull(s, got); err != nil || string(got) != "one two" {
 		t.Fatalf("got %q, %v; want %q", got, err, "one two")
 	}
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_not_allowed": 21})
 	f := n.mustFlow(t)
 	for _, d := range []datapath.Direction{f.ToServer, f.ToClient} {
@@ -521,7 +522,7 @@ func TestRelease(t *testing.T) {
 	}
 	before = n.counts(t)
 	c2, s2 := n.connect(t)
-	pingPong(t, c2, s2, 3, 100)
+	sandboxtest.MustPing(t, c2, s2, 3, 100)
 	n.mustCount(t, before, map[string]uint64{})
 	c.Close()
 	s.Close()
@@ -586,8 +587,8 @@ func TestAbortedConnections(t *testing.T) {
 // entry in syns, which a sweep deletes.
 func TestUnfinishedHandshake(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	_, address := mustListenOn(t, pods[1])
 	_, restore := mustDropSYNACKs(t, pods[0].Netns, pods[1].IPv4)
 	defer restore()
@@ -663,7 +664,7 @@ func TestWaitall(t *testing.T) {
 func TestLowat(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	setLowat := func(bytes int) {
 		control(t, s.(*net.TCPConn), func(fd int) error {
 			return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, bytes)
@@ -702,7 +703,7 @@ func TestLowat(t *testing.T) {
 	n.mustCount(t, before, map[string]uint64{"message_lowat": 1, "message_draining": 1})
 	setLowat(1)
 	before = n.counts(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 }
 
@@ -711,7 +712,7 @@ func TestLowat(t *testing.T) {
 func TestHalfClose(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	if _, err := c.Write([]byte("last")); err != nil {
 		t.Fatal(err)
 	}
@@ -743,17 +744,17 @@ func TestHalfClose(t *testing.T) {
 // TestPeerCloses: who writes to a connection that the other end has closed is told as on TCP.
 func TestPeerCloses(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	for _, tc := range []struct {
 		name    string
 		verdict rule.Verdict
 	}{{"TCP", rule.Refuse}, {"shortcut", rule.Allow}} {
 		t.Run(tc.name, func(t *testing.T) {
-			n.mustSetPolicy(t, between(tc.verdict, cookies...))
+			n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 			before := n.counts(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			if got := n.since(t, before)["message_shortcut"]; (got > 0) != (tc.verdict == rule.Allow) {
 				t.Errorf("got %d messages by shortcut", got)
 			}

@@ -28,6 +28,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // taskEnv makes the test binary run a task instead of tests.
@@ -88,7 +89,7 @@ func (t task) run() error {
 // came by. It must be killed at killAt, or end well if that is 0.
 func (n *node) mustRunTask(tb testing.TB, unload bool, killAt int) (steps []string) {
 	tb.Helper()
-	text, err := json.Marshal(task{Unload: unload, Cgroup: n.cfg.Cgroup, PinDir: n.cfg.PinDir, KillAt: killAt})
+	text, err := json.Marshal(task{Unload: unload, Cgroup: n.Config.Cgroup, PinDir: n.Config.PinDir, KillAt: killAt})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -139,7 +140,7 @@ func (n *node) wantPinned(tb testing.TB, want ...string) {
 	}
 	var got []string
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), filepath.Base(n.cfg.PinDir)) {
+		if strings.HasPrefix(e.Name(), filepath.Base(n.Config.PinDir)) {
 			got = append(got, e.Name())
 		}
 	}
@@ -225,7 +226,7 @@ func closedUnread(tb testing.TB, n *node, from *sandbox.Netns, l net.Listener) (
 	message = traffic{seed: 9, bytes: 20_000, maxWrite: 5000, maxRead: 7000}
 	before, pairs := n.counts(tb), n.usage(tb)["flows"]
 	c, s := connect(tb, from, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
-	pingPong(tb, c, s, 2, 100)
+	sandboxtest.MustPing(tb, c, s, 2, 100)
 	if err := errors.Join(closeWrite(s), wantEOF(c), message.write(c), c.Close()); err != nil {
 		tb.Fatal(err)
 	}
@@ -256,20 +257,20 @@ type load struct {
 
 func (n *node) mustLoad(tb testing.TB, pods []*sandbox.Pod) load {
 	tb.Helper()
-	w := load{pods: pods, old: mustObjects(tb, n.cfg.PinDir)}
+	w := load{pods: pods, old: mustObjects(tb, n.Config.PinDir)}
 	var cookies []uint64
 	for _, pod := range pods {
-		cookie := mustCookie(tb, pod)
+		cookie := sandboxtest.MustCookie(tb, pod)
 		if err := n.Enrol(cookie); err != nil {
 			tb.Fatal(err)
 		}
 		cookies = append(cookies, cookie)
 	}
-	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(tb, pods[1])
 	w.c, w.s = connect(tb, pods[0].Netns, l, "tcp4", address)
 	before := n.counts(tb)
-	pingPong(tb, w.c, w.s, 10, 100)
+	sandboxtest.MustPing(tb, w.c, w.s, 10, 100)
 	if got := n.since(tb, before)["message_shortcut"]; got != 18 {
 		tb.Fatalf("got %d messages by shortcut, want 18", got)
 	}
@@ -281,10 +282,10 @@ func (n *node) mustLoad(tb testing.TB, pods []*sandbox.Pod) load {
 // the closed connection's program has closed it.
 func (w load) mustEnd(tb testing.TB) {
 	tb.Helper()
-	pingPong(tb, w.c, w.s, 10, 1000)
+	sandboxtest.MustPing(tb, w.c, w.s, 10, 1000)
 	readClosed(tb, w.unread, w.message)
 	w.old.waitGone(tb)
-	pingPong(tb, w.c, w.s, 10, 1000)
+	sandboxtest.MustPing(tb, w.c, w.s, 10, 1000)
 	w.c.Close()
 	w.s.Close()
 }
@@ -297,7 +298,7 @@ func (n *node) mustFinish(tb testing.TB, unload bool) {
 		n.mustUnloadPins(tb)
 		n.wantPinned(tb)
 	}
-	n.mustOpen(tb)
+	n.MustOpen(tb)
 	n.wantPinned(tb, "podshunt", "podshunt_lock")
 }
 
@@ -306,7 +307,7 @@ func (n *node) mustUnloadPins(tb testing.TB) {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(tb.Context(), deadline)
 	defer cancel()
-	d, err := datapath.OpenPins(n.cfg.PinDir, n.log)
+	d, err := datapath.OpenPins(n.Config.PinDir, n.Log)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}
@@ -323,13 +324,13 @@ func (n *node) mustUnloadPins(tb testing.TB) {
 // start, and by the next unload. No connection loses a byte.
 func TestUnloadKilled(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	w := n.mustLoad(t, pods)
 	n.mustClose(t)
 	steps := n.mustRunTask(t, true, 0)
 	n.wantPinned(t)
 	w.mustEnd(t)
-	n.mustOpen(t)
+	n.MustOpen(t)
 	for _, step := range []string{"drained", "renamed", "track_detached", "take_out_a_socket", "delete_a_pin", "delete_the_directory"} {
 		if !slices.Contains(steps, step) {
 			t.Fatalf("got steps %q, want %s among them", steps, step)
@@ -342,7 +343,7 @@ func TestUnloadKilled(t *testing.T) {
 				n.mustClose(t)
 				n.mustRunTask(t, true, at)
 				// Whatever was left is as good for connections as what was there before.
-				pingPong(t, w.c, w.s, 2, 100)
+				sandboxtest.MustPing(t, w.c, w.s, 2, 100)
 				n.mustFinish(t, unload)
 				if steps[at-1] == "drained" && !unload {
 					// The pins had not been touched: they are taken over.
@@ -370,19 +371,19 @@ func (n *node) mustUnloadPinsOf(tb testing.TB, w load) {
 // complete, taken over; a take-over that is killed can be done again.
 func TestOpenKilled(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	for _, published := range []bool{false, true} {
 		prepare := func(t *testing.T) {
 			n.mustClose(t)
 			n.mustUnloadPins(t)
 			if published {
-				n.mustOpen(t)
+				n.MustOpen(t)
 				n.mustClose(t)
 			}
 		}
 		prepare(t)
 		steps := n.mustRunTask(t, false, 0)
-		n.mustOpen(t)
+		n.MustOpen(t)
 		want := []string{"directory_made", "map_pinned", "next_attachment", "all_attached", "published"}
 		if published {
 			want = []string{"next_attachment"}
@@ -401,7 +402,7 @@ func TestOpenKilled(t *testing.T) {
 					prepare(t)
 					n.mustRunTask(t, false, at)
 					complete := published || steps[at-1] == "published"
-					dir := n.cfg.PinDir
+					dir := n.Config.PinDir
 					if complete {
 						n.wantPinned(t, "podshunt", "podshunt_lock")
 					} else {
@@ -417,7 +418,7 @@ func TestOpenKilled(t *testing.T) {
 					n.mustClose(t)
 					n.mustUnloadPins(t)
 					w.mustEnd(t)
-					n.mustOpen(t)
+					n.MustOpen(t)
 				})
 			}
 		}
@@ -428,7 +429,7 @@ func TestOpenKilled(t *testing.T) {
 // pin before all sockets are out; the next one goes on.
 func TestUnloadGoesOn(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	n.mustClose(t)
 	errBroken := errors.New("broken on purpose")
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
@@ -436,7 +437,7 @@ func TestUnloadGoesOn(t *testing.T) {
 	for at, last := 1, false; !last; at++ {
 		calls, failed := 0, ""
 		counting := false
-		d, err := datapath.OpenInSteps(n.cfg, n.log, func(step string) error {
+		d, err := datapath.OpenInSteps(n.Config, n.Log, func(step string) error {
 			if counting {
 				if calls++; calls == at {
 					failed = step
@@ -462,13 +463,13 @@ func TestUnloadGoesOn(t *testing.T) {
 				t.Fatalf("%s: got %v, want %v", failed, err, errBroken)
 			}
 			if failed == "take out a socket" {
-				left := mustObjects(t, n.cfg.PinDir+"_old")
+				left := mustObjects(t, n.Config.PinDir+"_old")
 				if len(left.maps) != pinned {
 					t.Errorf("got %d maps pinned, want all %d: a socket is still in the SOCKHASH", len(left.maps), pinned)
 				}
 			}
-			pingPong(t, w.c, w.s, 2, 100)
-			if err := n.Enrol(mustCookie(t, pods[0])); failed != "" && !errors.Is(err, datapath.ErrUnloaded) {
+			sandboxtest.MustPing(t, w.c, w.s, 2, 100)
+			if err := n.Enrol(sandboxtest.MustCookie(t, pods[0])); failed != "" && !errors.Is(err, datapath.ErrUnloaded) {
 				t.Errorf("%s: enrol: got %v, want %v", failed, err, datapath.ErrUnloaded)
 			}
 			if waiting, err := n.Unload(ctx); err != nil {
@@ -484,7 +485,7 @@ func TestUnloadGoesOn(t *testing.T) {
 			t.Fatal("no unload came to its end")
 		}
 	}
-	n.mustOpen(t)
+	n.MustOpen(t)
 }
 
 // TestOpenedAtOnce: who comes while another one makes the pins, or takes them
@@ -496,24 +497,24 @@ func TestOpenedAtOnce(t *testing.T) {
 	steps := map[string]int{}
 	intrude := func(step string) error {
 		steps[step]++
-		if d, err := datapath.Open(n.cfg, n.log); !errors.Is(err, datapath.ErrInUse) {
+		if d, err := datapath.Open(n.Config, n.Log); !errors.Is(err, datapath.ErrInUse) {
 			return fmt.Errorf("%s: a second Open: got %v %v, want %w", step, d, err, datapath.ErrInUse)
 		}
-		if d, err := datapath.OpenPins(n.cfg.PinDir, n.log); !errors.Is(err, datapath.ErrInUse) {
+		if d, err := datapath.OpenPins(n.Config.PinDir, n.Log); !errors.Is(err, datapath.ErrInUse) {
 			return fmt.Errorf("%s: OpenPins: got %v %v, want %w", step, d, err, datapath.ErrInUse)
 		}
 		return nil
 	}
-	d, err := datapath.OpenInSteps(n.cfg, n.log, intrude)
+	d, err := datapath.OpenInSteps(n.Config, n.Log, intrude)
 	if err != nil {
 		t.Fatal(err)
 	}
 	n.Datapath = d
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
@@ -521,7 +522,7 @@ func TestOpenedAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.wantPinned(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	for _, step := range []string{"directory made", "map pinned", "all attached", "renamed", "take out a socket", "delete a pin"} {
 		if steps[step] == 0 {
 			t.Errorf("got steps %v, want %s among them", steps, step)
@@ -538,7 +539,7 @@ func TestOpenedAtOnce(t *testing.T) {
 		results := make(chan opened, agents)
 		for range agents {
 			go func() {
-				d, err := datapath.Open(n.cfg, n.log)
+				d, err := datapath.Open(n.Config, n.Log)
 				results <- opened{d, err}
 			}()
 		}
@@ -560,16 +561,16 @@ func TestOpenedAtOnce(t *testing.T) {
 		}
 		n.wantPinned(t)
 	}
-	n.mustOpen(t)
+	n.MustOpen(t)
 }
 
 // TestDeletedMap: the pin of a map that somebody has deleted is made again from
 // the programs that have the map, by the next start and by an unload.
 func TestDeletedMap(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	w := n.mustLoad(t, pods)
-	pins, err := os.ReadDir(n.cfg.PinDir)
+	pins, err := os.ReadDir(n.Config.PinDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -578,14 +579,14 @@ func TestDeletedMap(t *testing.T) {
 			continue
 		}
 		n.mustClose(t)
-		if err := os.Remove(filepath.Join(n.cfg.PinDir, pin.Name())); err != nil {
+		if err := os.Remove(filepath.Join(n.Config.PinDir, pin.Name())); err != nil {
 			t.Fatal(err)
 		}
-		n.mustOpen(t)
+		n.MustOpen(t)
 		before := n.counts(t)
-		pingPong(t, w.c, w.s, 10, 100)
+		sandboxtest.MustPing(t, w.c, w.s, 10, 100)
 		n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
-		if got := mustObjects(t, n.cfg.PinDir); len(got.maps) != len(w.old.maps) {
+		if got := mustObjects(t, n.Config.PinDir); len(got.maps) != len(w.old.maps) {
 			t.Errorf("%s: got %d maps pinned, want %d", pin.Name(), len(got.maps), len(w.old.maps))
 		}
 	}
@@ -599,7 +600,7 @@ func TestDeletedMap(t *testing.T) {
 		t.Run("unload without "+pin.Name(), func(t *testing.T) {
 			w := n.mustLoad(t, pods)
 			n.mustClose(t)
-			if err := os.Remove(filepath.Join(n.cfg.PinDir, pin.Name())); err != nil {
+			if err := os.Remove(filepath.Join(n.Config.PinDir, pin.Name())); err != nil {
 				t.Fatal(err)
 			}
 			n.mustFinish(t, true)
@@ -613,17 +614,17 @@ func TestDeletedMap(t *testing.T) {
 // redirecting cannot be turned off, which is an error until no socket is left.
 func TestDeletedPins(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	remove := func(t *testing.T, name string) {
 		t.Helper()
-		links, err := filepath.Glob(filepath.Join(n.cfg.PinDir, "link_*"))
+		links, err := filepath.Glob(filepath.Join(n.Config.PinDir, "link_*"))
 		if err != nil || len(links) == 0 {
 			t.Fatalf("got pins %q, %v; want some", links, err)
 		}
 		for _, l := range links {
 			mustDetach(t, l)
 		}
-		if err := os.Remove(filepath.Join(n.cfg.PinDir, name)); err != nil {
+		if err := os.Remove(filepath.Join(n.Config.PinDir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -650,7 +651,7 @@ func TestDeletedPins(t *testing.T) {
 				if err := errors.Join(later.write(w.c), unread.read(w.s), later.read(w.s)); err != nil {
 					t.Fatal(err)
 				}
-				pingPong(t, w.c, w.s, 10, 1000)
+				sandboxtest.MustPing(t, w.c, w.s, 10, 1000)
 				readClosed(t, w.unread, w.message)
 				w.c.Close()
 				w.s.Close()
@@ -664,25 +665,25 @@ func TestDeletedPins(t *testing.T) {
 		remove(t, "control")
 		wantAdvice := func(err error) {
 			t.Helper()
-			if err == nil || !strings.Contains(err.Error(), "the pin of map control is gone") || !strings.Contains(err.Error(), "then delete "+n.cfg.PinDir) {
+			if err == nil || !strings.Contains(err.Error(), "the pin of map control is gone") || !strings.Contains(err.Error(), "then delete "+n.Config.PinDir) {
 				t.Errorf("got %v, want an error that says what to do", err)
 			}
 		}
-		_, err := datapath.Open(n.cfg, n.log)
+		_, err := datapath.Open(n.Config, n.Log)
 		wantAdvice(err)
-		d, err := datapath.OpenPins(n.cfg.PinDir, n.log)
+		d, err := datapath.OpenPins(n.Config.PinDir, n.Log)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, err = d.Unload(t.Context())
 		wantAdvice(errors.Join(err, d.Close()))
 		n.wantPinned(t, "podshunt", "podshunt_lock")
-		pingPong(t, w.c, w.s, 10, 1000)
+		sandboxtest.MustPing(t, w.c, w.s, 10, 1000)
 		readClosed(t, w.unread, w.message)
 		w.c.Close()
 		w.s.Close()
 		waitUntil(t, "an open after the last socket is closed", func() bool {
-			d, err = datapath.Open(n.cfg, n.log)
+			d, err = datapath.Open(n.Config, n.Log)
 			return err == nil
 		})
 		n.Datapath = d
@@ -693,13 +694,13 @@ func TestDeletedPins(t *testing.T) {
 // TestAllPinsDeleted: an agent whose pins somebody has deleted can still unload.
 func TestAllPinsDeleted(t *testing.T) {
 	n := mustNode(t, nil)
-	pods := []*sandbox.Pod{n.MustAddPod(t, "client", sandbox.PodOptions{}), n.MustAddPod(t, "server", sandbox.PodOptions{})}
+	pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, n, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, n, "server", sandbox.PodOptions{})}
 	w := n.mustLoad(t, pods)
-	if err := os.RemoveAll(n.cfg.PinDir); err != nil {
+	if err := os.RemoveAll(n.Config.PinDir); err != nil {
 		t.Fatal(err)
 	}
 	before := n.counts(t)
-	pingPong(t, w.c, w.s, 10, 100)
+	sandboxtest.MustPing(t, w.c, w.s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
@@ -708,18 +709,18 @@ func TestAllPinsDeleted(t *testing.T) {
 	}
 	n.wantPinned(t)
 	w.mustEnd(t)
-	n.mustOpen(t)
+	n.MustOpen(t)
 }
 
 // TestUnloadClosedUnread: what was redirected and is unread when a connection has
 // ended at both ends is still its program's to read after an unload.
 func TestUnloadClosedUnread(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, _ := mustListenOn(t, pods[1])
 	s, message := closedUnread(t, n, pods[0].Netns, l)
-	old := mustObjects(t, n.cfg.PinDir)
+	old := mustObjects(t, n.Config.PinDir)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	if _, err := n.Unload(ctx); err != nil {
@@ -731,5 +732,5 @@ func TestUnloadClosedUnread(t *testing.T) {
 	n.wantPinned(t)
 	readClosed(t, s, message)
 	old.waitGone(t)
-	n.mustOpen(t)
+	n.MustOpen(t)
 }

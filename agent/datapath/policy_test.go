@@ -13,12 +13,14 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // generation reads that of the policy in the kernel.
 func (n *node) generation(tb testing.TB) uint32 {
 	tb.Helper()
-	control, err := ebpf.LoadPinnedMap(filepath.Join(n.cfg.PinDir, bpf.ShortcutMapControl), nil)
+	control, err := ebpf.LoadPinnedMap(filepath.Join(n.Config.PinDir, bpf.ShortcutMapControl), nil)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -34,8 +36,8 @@ func (n *node) generation(tb testing.TB) uint32 {
 // connections and for live ones, and about no others.
 func TestUpdatePolicy(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "first", "second", "third")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "first", "second", "third")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	newRule := func(client, server int, first, last uint16, verdict rule.Verdict) rule.Rule {
 		return rule.Rule{Client: cookies[client], Server: cookies[server], First: first, Last: last, Verdict: verdict}
 	}
@@ -45,7 +47,7 @@ func TestUpdatePolicy(t *testing.T) {
 	base := newRule(0, 1, 0, 65535, rule.Allow)
 	l, address := mustListenOn(t, pods[1])
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	port := address.Port()
 
 	for _, tc := range []struct {
@@ -75,9 +77,9 @@ func TestUpdatePolicy(t *testing.T) {
 			if got := n.generation(t) != generation; got != tc.raised {
 				t.Errorf("got the generation raised: %v, want %v", got, tc.raised)
 			}
-			pingPong(t, c, s, 5, 100) // comes to rest on the way that the policy says
+			sandboxtest.MustPing(t, c, s, 5, 100) // comes to rest on the way that the policy says
 			before := n.counts(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			want := map[string]uint64{"message_not_allowed": 20}
 			if tc.live {
 				want = map[string]uint64{"message_shortcut": 20}
@@ -104,7 +106,7 @@ func TestUpdatePolicy(t *testing.T) {
 		if err := n.Datapath.Close(); err != nil {
 			t.Fatal(err)
 		}
-		n.mustOpen(t)
+		n.MustOpen(t)
 		if err := n.UpdatePolicy([]rule.PairRules{pair(0, 1)}); err != nil {
 			t.Fatal(err)
 		}
@@ -116,7 +118,7 @@ func TestUpdatePolicy(t *testing.T) {
 		}
 	})
 	t.Run("then the whole policy", func(t *testing.T) {
-		n.mustSetPolicy(t, []rule.Rule{base})
+		n.MustSetPolicy(t, []rule.Rule{base})
 		if !n.isPaired(t, pods[0], pods[1], 80) || n.isPaired(t, pods[1], pods[0], 80) {
 			t.Error("want the one pair of the policy allowed, and no other")
 		}
@@ -130,8 +132,8 @@ func TestUpdatePolicy(t *testing.T) {
 // pairs that do not stay on TCP until there is room.
 func TestUpdatePolicyFull(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.MaxPolicies = 2 })
-	pods, cookies := n.mustEnrol(t, "first", "second")
-	all := between(rule.Allow, cookies...) // first to itself, first to second, back, second to itself
+	pods, cookies := n.MustEnrol(t, "first", "second")
+	all := sandbox.Between(rule.Allow, cookies...) // first to itself, first to second, back, second to itself
 	pair := func(r rule.Rule, more ...rule.Rule) rule.PairRules {
 		for i := range more {
 			more[i].Client, more[i].Server = r.Client, r.Server

@@ -14,6 +14,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // messageSize is that of all messages of a oneWay.
@@ -41,8 +42,8 @@ func mustOneWay(tb testing.TB, guard, blocking bool) *oneWay {
 	if guard && refused {
 		n.mustPretendGuard(tb)
 	}
-	pods, cookies := n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(tb, "client", "server")
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(tb, pods[0], l, address)
 	return &oneWay{node: n, cookies: cookies, c: c, s: s}
@@ -156,10 +157,10 @@ func TestRecount(t *testing.T) {
 
 			// On the way back from TCP.
 			w.MissReads(t, func() { w.miss(t) })
-			w.mustSetPolicy(t, between(rule.Hold, w.cookies...))
+			w.MustSetPolicy(t, sandbox.Between(rule.Hold, w.cookies...))
 			before = w.counts(t)
 			w.say(t, 1)
-			w.mustSetPolicy(t, between(rule.Allow, w.cookies...))
+			w.MustSetPolicy(t, sandbox.Between(rule.Allow, w.cookies...))
 			w.say(t, 10)
 			w.mustCount(t, before, map[string]uint64{"message_not_allowed": 1, "message_shortcut": 10})
 			w.wantAllRead(t)

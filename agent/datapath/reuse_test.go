@@ -16,6 +16,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestReusedSocket: a socket of a flow that ends its connection, whatever state
@@ -38,7 +39,7 @@ func TestReusedSocket(t *testing.T) {
 		used.mustListenOn(t, netip.AddrPortFrom(own.IPv4, 0))
 		c := mustSocket(t, outside.Netns, unix.AF_INET, 0)
 		c.mustConnect(t, used.mustAddress(t))
-		pingPong(t, c, used.mustAccept(t), 5, 100)
+		sandboxtest.MustPing(t, c, used.mustAccept(t), 5, 100)
 		if err := used.disconnect(); err != nil {
 			t.Fatal(err)
 		}
@@ -61,14 +62,14 @@ func TestReusedSocket(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			outside := n.MustAddPod(t, "outside", sandbox.PodOptions{})
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			outside := sandboxtest.MustAddPod(t, n, "outside", sandbox.PodOptions{})
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			c := mustSocket(t, pods[0].Netns, unix.AF_INET, 0)
 			c.mustConnect(t, address)
 			s := l.mustAccept(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			n.mustCount(t, nil, paired())
 
 			used, peer, own := c, s, pods[0]
@@ -96,7 +97,7 @@ func TestReusedSocket(t *testing.T) {
 			if n, err := again.Read(got); err != nil || string(got[:n]) != "hello" {
 				t.Errorf("got %q (%v) from the new connection, want %q", got[:max(n, 0)], err, "hello")
 			}
-			pingPong(t, again, other, 5, 100)
+			sandboxtest.MustPing(t, again, other, 5, 100)
 			if got := n.since(t, before)["socket_reused"]; got != tc.reused {
 				t.Errorf("got %d sockets used again, want %d", got, tc.reused)
 			}
@@ -113,11 +114,11 @@ func TestReusedSocket(t *testing.T) {
 func TestReusedID(t *testing.T) {
 	const late, unread = "sent to the first", "sent to second"
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, first := rawPair(t, pods[0], l, address)
-	pingPong(t, c, first, 10, 100)
+	sandboxtest.MustPing(t, c, first, 10, 100)
 	id := n.mustFlow(t).ID
 	mustWrite(t, c, late)
 	if err := c.disconnect(); err != nil {
@@ -126,7 +127,7 @@ func TestReusedID(t *testing.T) {
 	n.closeAll(t) // the reset ends it at the server
 	c.mustConnect(t, address)
 	second := l.mustAccept(t)
-	pingPong(t, c, second, 10, 100)
+	sandboxtest.MustPing(t, c, second, 10, 100)
 	if got := n.mustFlow(t).ID; got != id {
 		t.Fatalf("got a flow with id %d, want %d as before: the test shows nothing", got, id)
 	}
@@ -144,5 +145,5 @@ func TestReusedID(t *testing.T) {
 	if _, err := unix.Write(first.fd, []byte("x")); err == nil {
 		t.Error("a write to the first connection gives no error")
 	}
-	pingPong(t, c, second, 10, 100)
+	sandboxtest.MustPing(t, c, second, 10, 100)
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // hasSMC reports whether this kernel has AF_SMC. One that has its module must have it.
@@ -121,8 +122,8 @@ func TestKernelSockets(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			log := mustFollowKernelLog(t)
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l := mustSocket(t, pods[1].Netns, tc.server, 0)
 			l.mustListenOn(t, netip.AddrPortFrom(pods[1].IPv4, 0))
 			address := l.mustAddress(t)
@@ -151,7 +152,7 @@ func oneConnection(tb testing.TB, from *sandbox.Pod, family int, l *rawSocket, t
 	c := mustSocket(tb, from.Netns, family, 0)
 	c.mustConnect(tb, to)
 	s := l.mustAccept(tb)
-	pingPong(tb, c, s, 10, 100)
+	sandboxtest.MustPing(tb, c, s, 10, 100)
 	c.mustClose(tb)
 	if err := wantEOF(s); err != nil {
 		tb.Error(err)

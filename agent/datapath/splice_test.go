@@ -17,14 +17,16 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // spliceNode has the guard against splice, and a connection of two sockets.
 func spliceNode(tb testing.TB) (n *node, c, s *rawSocket, connect func() (c, s *rawSocket)) {
 	tb.Helper()
 	n = mustNode(tb, func(c *datapath.Config) { c.Guards = []string{datapath.GuardSplice} })
-	pods, cookies := n.mustEnrol(tb, "client", "server")
-	n.mustSetPolicy(tb, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(tb, "client", "server")
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
 	connect = func() (c, s *rawSocket) { return rawPair(tb, pods[0], l, address) }
 	c, s = connect()
@@ -89,7 +91,7 @@ func TestSendfileFromSocket(t *testing.T) {
 	}
 	n, c, s, connect := spliceNode(t)
 	r, w := mustPipe(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	mustWrite(t, c, "hello") // redirected
 	if err := s.wait(unix.POLLIN); err != nil {
 		t.Fatal(err)
@@ -123,8 +125,8 @@ func TestSpliceMarkStays(t *testing.T) {
 	n, c, s, connect := spliceNode(t)
 	c2, s2 := connect()
 	for range 5 {
-		pingPong(t, c, s, 1, 100)
-		pingPong(t, c2, s2, 1, 100)
+		sandboxtest.MustPing(t, c, s, 1, 100)
+		sandboxtest.MustPing(t, c2, s2, 1, 100)
 	}
 	if err := n.DropGuardLink(datapath.GuardSplice, bpf.GuardProgSpliceEnds); err != nil {
 		t.Fatal(err)
@@ -169,8 +171,8 @@ func TestNoReads(t *testing.T) {
 	}
 	start := func(t *testing.T) (n *node, cookies []uint64, c, s *rawSocket) {
 		n = mustNode(t, nil)
-		pods, cookies := n.mustEnrol(t, "client", "server")
-		n.mustSetPolicy(t, between(rule.Allow, cookies...))
+		pods, cookies := n.MustEnrol(t, "client", "server")
+		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 		c, s = rawPair(t, pods[0], l, address)
 		return n, cookies, c, s
@@ -181,7 +183,7 @@ func TestNoReads(t *testing.T) {
 		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPING, stamps); err != nil {
 			t.Fatal(err)
 		}
-		pingPong(t, c, s, 5, 100)
+		sandboxtest.MustPing(t, c, s, 5, 100)
 		mustWrite(t, c, "hello") // redirected
 		if err := s.wait(unix.POLLERR); err != nil {
 			t.Fatal(err)
@@ -200,8 +202,8 @@ func TestNoReads(t *testing.T) {
 	})
 	t.Run("MSG_OOB", func(t *testing.T) {
 		n, cookies, c, s := start(t)
-		pingPong(t, c, s, 5, 100)
-		n.mustSetPolicy(t, between(rule.Hold, cookies...))
+		sandboxtest.MustPing(t, c, s, 5, 100)
+		n.MustSetPolicy(t, sandbox.Between(rule.Hold, cookies...))
 		if err := unix.Sendto(c.fd, []byte("!"), unix.MSG_OOB, nil); err != nil {
 			t.Fatal(err)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/bpf"
+	"github.com/podshunt/podshunt/e2e/sandbox"
 )
 
 // BenchmarkSweep has how long a sweep of 9,000 flows takes, and how long a call that
@@ -18,8 +19,8 @@ import (
 func BenchmarkSweep(b *testing.B) {
 	const flows = 9000
 	n := mustNode(b, nil)
-	pods, cookies := n.mustEnrol(b, "client", "server")
-	n.mustSetPolicy(b, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(b, "client", "server")
+	n.MustSetPolicy(b, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(b, pods[1].Netns, pods[1].IPv4)
 	rawPair(b, pods[0], l, address)
 	open := n.mustFlow(b)

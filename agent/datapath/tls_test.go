@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestRefusedTLS: on a kernel whose version says that it refuses kTLS on a socket of
@@ -45,5 +47,5 @@ func TestRefusedTLS(t *testing.T) {
 	mustRead(t, s, "after")
 	mustWrite(t, s, "answer")
 	mustRead(t, c, "answer")
-	pingPong(t, c, s, 5, 100)
+	sandboxtest.MustPing(t, c, s, 5, 100)
 }

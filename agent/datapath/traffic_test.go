@@ -29,6 +29,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // traffic is one direction of a connection: bytes that only the seed decides,
@@ -182,7 +183,7 @@ func (fd blockingSocket) CloseWrite() error { return unix.Shutdown(int(fd), unix
 // mustListenOn listens on the pod's IPv4 address.
 func mustListenOn(tb testing.TB, pod *sandbox.Pod) (net.Listener, netip.AddrPort) {
 	tb.Helper()
-	l := pod.MustListen(tb, "tcp4", net.JoinHostPort(pod.IPv4.String(), "0"))
+	l := sandboxtest.MustListen(tb, pod, "tcp4", net.JoinHostPort(pod.IPv4.String(), "0"))
 	return l, netip.AddrPortFrom(pod.IPv4, listenerPort(l))
 }
 
@@ -340,12 +341,12 @@ func onThread(f func() error) func() error {
 // sleep: a client's is not paired, and a server's leaves with its first message.
 func TestBlockingKeptOut(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, blocking(t, s), 20, 100)
+	sandboxtest.MustPing(t, c, blocking(t, s), 20, 100)
 	want := map[string]uint64{"connection_paired": 1, "socket_evicted": 1}
 	got := n.counts(t)
 	if diff := gocmp.Diff(want, map[string]uint64{"connection_paired": got["connection_paired"], "socket_evicted": got["socket_evicted"]}); diff != "" {
@@ -362,14 +363,14 @@ func TestBlockingKeptOut(t *testing.T) {
 		t.Errorf("got %v, want one connection paired", got)
 	}
 	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, s, 2, 100)
+	sandboxtest.MustPing(t, c, s, 2, 100)
 	if got := n.counts(t); got["connection_unsupported"] != 1 || got["connection_paired"] != 1 {
 		t.Errorf("got %v, want connection_unsupported 1 and connection_paired still 1", got)
 	}
 	l.Close()
-	l = pods[1].MustListen(t, "tcp4", address.String())
+	l = sandboxtest.MustListen(t, pods[1], "tcp4", address.String())
 	c, s = connect(t, pods[0].Netns, l, "tcp4", address)
-	pingPong(t, c, s, 2, 100)
+	sandboxtest.MustPing(t, c, s, 2, 100)
 	if got := n.counts(t); got["connection_unsupported"] != 1 || got["connection_paired"] != 2 {
 		t.Errorf("after another listen: got %v, want connection_unsupported 1 and connection_paired 2", got)
 	}
@@ -395,8 +396,8 @@ func TestBlockingKeptOut(t *testing.T) {
 // connect, 16 at a time.
 func TestShortConnections(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	const connections, workers = 5000, 16
@@ -463,9 +464,9 @@ func shortConnection(from *sandbox.Netns, address netip.AddrPort, message []byte
 // byte for byte.
 func TestPolicyFlips(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	verdicts := []rule.Verdict{rule.Allow, rule.Hold, rule.Allow, rule.Refuse}
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustListenOn(t, pods[1])
 
 	var stop atomic.Bool
@@ -499,10 +500,10 @@ func TestPolicyFlips(t *testing.T) {
 		if i >= 1000 && switches() >= 100 {
 			break
 		}
-		n.mustSetPolicy(t, between(verdicts[i%len(verdicts)], cookies...))
+		n.MustSetPolicy(t, sandbox.Between(verdicts[i%len(verdicts)], cookies...))
 		time.Sleep(500 * time.Microsecond)
 	}
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	stop.Store(true)
 	wg.Wait()
 	counts := n.counts(t)
@@ -520,12 +521,12 @@ var ownMachine = flag.Bool("own-machine", false, "run also what changes settings
 func TestStalledReader(t *testing.T) {
 	const budget = 256 << 10
 	n := mustNode(t, func(c *datapath.Config) { c.Budget = budget })
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
 	fill := func(verdict rule.Verdict) (accepted int) {
-		n.mustSetPolicy(t, between(verdict, cookies...))
+		n.MustSetPolicy(t, sandbox.Between(verdict, cookies...))
 		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		accepted = writeUnread(t, c)
 		readUnread(t, c, s, accepted)
 		return accepted
@@ -550,8 +551,8 @@ func TestStalledReader(t *testing.T) {
 // as on TCP, and the shortcut goes on when there is memory again.
 func shortOfMemory(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.Budget, c.PodBudget = 16<<20, 64<<20 })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	// Other limits are far away.
 	if err := pods[1].Sysctl("net.ipv4.tcp_rmem", "4096 131072 67108864"); err != nil {
 		t.Fatal(err)

@@ -14,6 +14,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // onTrial gives receivers the trial that the agent's defaults have.
@@ -79,14 +80,14 @@ func (n *node) toServer(tb testing.TB, c, s io.ReadWriter, messages ...int) (red
 // from TCP, and no burst that is larger than those it has taken.
 func TestTrial(t *testing.T) {
 	n := mustNode(t, onTrial)
-	reads, bulk := uint64(n.cfg.TrialReads), uint64(n.cfg.TrialBytes)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	reads, bulk := uint64(n.Config.TrialReads), uint64(n.Config.TrialBytes)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(t, pods[0], l, address)
 
 	const small = 100
-	pingPong(t, c, s, int(reads)+8, small)
+	sandboxtest.MustPing(t, c, s, int(reads)+8, small)
 	n.mustCount(t, nil, map[string]uint64{
 		"connection_paired": 1, "message_not_seen": 2, "message_trial": 2 * (reads - 1), "message_shortcut": 2 * 8,
 	})
@@ -133,8 +134,8 @@ func TestTrial(t *testing.T) {
 // TestTrialStream: a receiver of a stream that is never answered has its trial too.
 func TestTrialStream(t *testing.T) {
 	n := mustNode(t, onTrial)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(t, pods[0], l, address)
 	p := make([]byte, 8000)
@@ -147,8 +148,8 @@ func TestTrialStream(t *testing.T) {
 		}
 	}
 	got := n.mustFlow(t).ToServer
-	if !got.Shortcut || got.TCPBytes < uint64(n.cfg.TrialBytes) || got.TCPBytes > 2*uint64(n.cfg.TrialBytes) {
-		t.Errorf("got %+v, want %d bytes by TCP, less than twice that, and then the shortcut", got, n.cfg.TrialBytes)
+	if !got.Shortcut || got.TCPBytes < uint64(n.Config.TrialBytes) || got.TCPBytes > 2*uint64(n.Config.TrialBytes) {
+		t.Errorf("got %+v, want %d bytes by TCP, less than twice that, and then the shortcut", got, n.Config.TrialBytes)
 	}
 }
 
@@ -157,16 +158,16 @@ func TestTrialStream(t *testing.T) {
 // program listens or it is forgotten.
 func TestTrialIsLearned(t *testing.T) {
 	n := mustNode(t, onTrial)
-	reads := uint64(n.cfg.TrialReads)
-	pods, cookies := n.mustEnrol(t, "client", "server", "neighbour")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	reads := uint64(n.Config.TrialReads)
+	pods, cookies := n.MustEnrol(t, "client", "server", "neighbour")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	const rounds = 10
 	talk := func(when string, from *sandbox.Pod, l *rawSocket, to netip.AddrPort, serverProved, clientProved bool) {
 		t.Helper()
 		before := n.counts(t)
 		c, s := rawPair(t, from, l, to)
-		pingPong(t, c, s, rounds, 100)
+		sandboxtest.MustPing(t, c, s, rounds, 100)
 		want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2}
 		for _, proved := range []bool{serverProved, clientProved} {
 			if proved {
@@ -182,7 +183,7 @@ func TestTrialIsLearned(t *testing.T) {
 	prove := func(from *sandbox.Pod) {
 		t.Helper()
 		c, s := rawPair(t, from, l, address)
-		pingPong(t, c, s, int(reads)+2, 100)
+		sandboxtest.MustPing(t, c, s, int(reads)+2, 100)
 		n.mustEnd(t, c, s)
 	}
 	talk("at first", pods[0], l, address, false, false)
@@ -195,7 +196,7 @@ func TestTrialIsLearned(t *testing.T) {
 	if err := n.Datapath.Close(); err != nil {
 		t.Fatal(err)
 	}
-	n.mustOpen(t)
+	n.MustOpen(t)
 	if err := n.Sweep(0); err != nil {
 		t.Fatal(err)
 	}
@@ -219,8 +220,8 @@ func TestTrialIsLearned(t *testing.T) {
 // TestTrialOfLargeBursts: a connection begins with what others have proved.
 func TestTrialOfLargeBursts(t *testing.T) {
 	n := mustNode(t, onTrial)
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	tcpBytes := func(size int) uint64 {
 		c, s := rawPair(t, pods[0], l, address)
@@ -236,7 +237,7 @@ func TestTrialOfLargeBursts(t *testing.T) {
 	}
 	const size = 64 << 10
 	first := tcpBytes(size)
-	if want := uint64(n.cfg.TrialBytes); first < want {
+	if want := uint64(n.Config.TrialBytes); first < want {
 		t.Errorf("first connection: got %d bytes by TCP, want at least the %d of a trial", first, want)
 	}
 	if got := tcpBytes(size); got != size {

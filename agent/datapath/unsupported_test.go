@@ -22,6 +22,7 @@ import (
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // unsupported returns what is remembered, without the times.
@@ -43,7 +44,7 @@ func (n *node) unsupported(tb testing.TB) []datapath.UnsupportedPort {
 // warmUp makes both directions take the shortcut.
 func (n *node) warmUp(tb testing.TB, c, s net.Conn) {
 	tb.Helper()
-	pingPong(tb, c, s, 5, 100)
+	sandboxtest.MustPing(tb, c, s, 5, 100)
 	flow := n.mustFlow(tb)
 	if !flow.ToServer.Shortcut || !flow.ToClient.Shortcut {
 		tb.Fatalf("got %+v, want the shortcut both ways", flow)
@@ -80,7 +81,7 @@ func TestUnsupported(t *testing.T) {
 	}{
 		{"MSG_WAITALL", recv(unix.MSG_WAITALL), "msg_waitall", "message_unsupported", false},
 		{"MSG_TRUNC", recv(unix.MSG_TRUNC), "recv_flags", "message_unsupported", false},
-		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "SO_RCVLOWAT", "message_lowat", false},
+		{"SO_RCVLOWAT", setServer(unix.SO_RCVLOWAT, 2), "so_rcvlowat", "message_lowat", false},
 		{"SO_ZEROCOPY of the server", setServer(unix.SO_ZEROCOPY, 1), "so_zerocopy", "message_zerocopy", false},
 		{"SO_ZEROCOPY of the client", func(t *testing.T, c, _ net.Conn) {
 			setServer(unix.SO_ZEROCOPY, 1)(t, nil, c)
@@ -88,15 +89,15 @@ func TestUnsupported(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, nil)
-			pods, cookies := n.mustEnrol(t, "client", "server", "neighbour")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server", "neighbour")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustListenOn(t, pods[1])
 			other, otherAddress := mustListenOn(t, pods[1])
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 			n.warmUp(t, c, s)
 			before := n.counts(t)
 			tc.use(t, c, s)
-			pingPong(t, c, s, 5, 100)
+			sandboxtest.MustPing(t, c, s, 5, 100)
 			if got := n.since(t, before); got[tc.outcome] < 5 {
 				t.Errorf("got %v, want at least 5 of %s", got, tc.outcome)
 			}
@@ -119,7 +120,7 @@ func TestUnsupported(t *testing.T) {
 			if err := n.Datapath.Close(); err != nil {
 				t.Fatal(err)
 			}
-			n.mustOpen(t)
+			n.MustOpen(t)
 			if err := n.Sweep(time.Hour); err != nil {
 				t.Fatal(err)
 			}
@@ -129,7 +130,7 @@ func TestUnsupported(t *testing.T) {
 				t.Helper()
 				before := n.counts(t)
 				c, s := connect(t, from.Netns, l, "tcp4", l.Addr().(*net.TCPAddr).AddrPort())
-				pingPong(t, c, s, 5, 100)
+				sandboxtest.MustPing(t, c, s, 5, 100)
 				n.mustCount(t, before, want)
 				n.closeAll(t, c, s)
 			}
@@ -247,8 +248,8 @@ func TestMPTCPListener(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) { c.SetNoMPTCPListeners(tc.keepOut) })
-			pods, cookies := n.mustEnrol(t, "client", "server")
-			n.mustSetPolicy(t, between(rule.Allow, cookies...))
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l := mustListenMPTCP(t, pods[1], tc.mptcp)
 			address := l.Addr().(*net.TCPAddr).AddrPort()
 			want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2, "message_shortcut": 8}
@@ -262,7 +263,7 @@ func TestMPTCPListener(t *testing.T) {
 			for _, want := range []map[string]uint64{want, again} {
 				before := n.counts(t)
 				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-				pingPong(t, c, s, 5, 100)
+				sandboxtest.MustPing(t, c, s, 5, 100)
 				n.mustCount(t, before, want)
 				c.Close()
 				s.Close()
@@ -280,8 +281,8 @@ func TestMPTCPListener(t *testing.T) {
 // again, for as long as it keeps them out.
 func TestMPTCPListenerRace(t *testing.T) {
 	n := mustNode(t, func(c *datapath.Config) { c.SetNoMPTCPListeners(true) })
-	pods, cookies := n.mustEnrol(t, "client", "server")
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l := mustListenMPTCP(t, pods[1], true)
 	address := l.Addr().(*net.TCPAddr).AddrPort()
 	connectAndForget := func(connections int, want string) {
@@ -303,11 +304,11 @@ func TestMPTCPListenerRace(t *testing.T) {
 	}
 	connectAndForget(500, "connection_unsupported")
 	n.mustClose(t)
-	n.mustOpen(t)
+	n.MustOpen(t)
 	connectAndForget(10, "connection_unsupported")
-	if n.cfg.SetNoMPTCPListeners(false); !hazard(t, hazards.MPTCPListener) {
+	if n.Config.SetNoMPTCPListeners(false); !hazard(t, hazards.MPTCPListener) {
 		n.mustClose(t)
-		n.mustOpen(t)
+		n.MustOpen(t)
 		connectAndForget(10, "connection_paired")
 	}
 }

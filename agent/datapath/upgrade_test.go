@@ -27,6 +27,7 @@ import (
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // mustClose gives the datapath up as the end of the agent does.
@@ -63,8 +64,8 @@ func talk(a, b net.Conn, stop *atomic.Bool) error {
 // the last one says.
 func TestTakeOver(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server", "refused")
-	n.mustSetPolicy(t, between(rule.Allow, cookies[:2]...))
+	pods, cookies := n.MustEnrol(t, "client", "server", "refused")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies[:2]...))
 	l, address := mustListenOn(t, pods[1])
 	refusedL, refusedAddress := mustListenOn(t, pods[2])
 
@@ -75,28 +76,28 @@ func TestTakeOver(t *testing.T) {
 	const streams, restarts = 2, 5
 	for range streams {
 		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-		pingPong(t, c, s, 2, 100)
+		sandboxtest.MustPing(t, c, s, 2, 100)
 		loads = append(loads, func() error { return talk(c, s, &stop) })
 	}
 	done := make(chan error, 1)
 	go func() { done <- together(loads...) }()
 
-	moved, misses := uint64(0), sandbox.MustMisses(t)
+	moved, misses := uint64(0), sandboxtest.MustMisses(t)
 	for i := range restarts {
 		before := n.counts(t)
 		n.mustClose(t)
 		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		refusedC, refusedS := connect(t, pods[0].Netns, refusedL, "tcp4", refusedAddress)
-		pingPong(t, refusedC, refusedS, 10, 100)
-		n.mustOpen(t)
+		sandboxtest.MustPing(t, refusedC, refusedS, 10, 100)
+		n.MustOpen(t)
 
 		after := n.since(t, before)
 		if after["connection_paired"] != 1 || after["connection_policy_refused"] != 1 {
 			t.Errorf("restart %d: got %v without a process, want one connection paired and one refused", i, after)
 		}
 		// Reads that the kernel has not shown put a direction on TCP (docs/limits.md).
-		missed := sandbox.MustMisses(t) != misses
+		missed := sandboxtest.MustMisses(t) != misses
 		if missed {
 			t.Logf("restart %d: a program was not run; %v", i, after)
 		} else if after["message_not_seen"] != 2 {
@@ -128,10 +129,10 @@ func TestTakeOver(t *testing.T) {
 		t.Error(err)
 	}
 	// The policy of before is what changes are made to.
-	n.mustSetPolicy(t, between(rule.Allow, cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	before := n.counts(t)
 	c, s := connect(t, pods[0].Netns, refusedL, "tcp4", refusedAddress)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, paired())
 	enrolled, err := n.Enrolled()
 	if err != nil || len(enrolled) != 3 {
@@ -168,18 +169,18 @@ func TestDeletedLink(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := mustTwoPods(t, nil)
 			old, oldS := n.connect(t)
-			pingPong(t, old, oldS, 10, 100)
-			pins, err := filepath.Glob(filepath.Join(n.cfg.PinDir, name+"*"))
+			sandboxtest.MustPing(t, old, oldS, 10, 100)
+			pins, err := filepath.Glob(filepath.Join(n.Config.PinDir, name+"*"))
 			if err != nil || len(pins) != 1 {
 				t.Fatalf("got pins %q, %v; want one", pins, err)
 			}
 			before := n.counts(t)
 			n.mustClose(t)
 			mustDetach(t, pins[0])
-			pingPong(t, old, oldS, 10, 100)
+			sandboxtest.MustPing(t, old, oldS, 10, 100)
 			middle, middleS := n.connect(t)
-			pingPong(t, middle, middleS, 10, 100)
-			n.mustOpen(t)
+			sandboxtest.MustPing(t, middle, middleS, 10, 100)
+			n.MustOpen(t)
 			// The old flow's socket has the program even if the map has none.
 			if got := n.since(t, before)["message_shortcut"]; got > 20 {
 				t.Errorf("got %d messages by shortcut without the link, want none of the new connection", got)
@@ -187,10 +188,10 @@ func TestDeletedLink(t *testing.T) {
 
 			before = n.counts(t)
 			c, s := n.connect(t)
-			pingPong(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, c, s, 10, 100)
 			n.mustCount(t, before, paired())
-			pingPong(t, old, oldS, 10, 100)
-			pingPong(t, middle, middleS, 10, 100)
+			sandboxtest.MustPing(t, old, oldS, 10, 100)
+			sandboxtest.MustPing(t, middle, middleS, 10, 100)
 			for _, c := range []net.Conn{c, s, old, oldS, middle, middleS} {
 				c.Close()
 			}
@@ -205,10 +206,10 @@ func TestDetachedTrack(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	for _, open := range []bool{true, false} {
 		old, oldS := n.connect(t)
-		pingPong(t, old, oldS, 10, 100)
-		objects := mustObjects(t, n.cfg.PinDir)
+		sandboxtest.MustPing(t, old, oldS, 10, 100)
+		objects := mustObjects(t, n.Config.PinDir)
 		n.mustClose(t)
-		track, err := link.LoadPinnedLink(filepath.Join(n.cfg.PinDir, "link_track"), nil)
+		track, err := link.LoadPinnedLink(filepath.Join(n.Config.PinDir, "link_track"), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -218,18 +219,18 @@ func TestDetachedTrack(t *testing.T) {
 		if !open {
 			n.mustUnloadPins(t)
 			objects.waitGone(t)
-			pingPong(t, old, oldS, 10, 100)
-			n.mustOpen(t)
+			sandboxtest.MustPing(t, old, oldS, 10, 100)
+			n.MustOpen(t)
 			return
 		}
 		plain, plainS := n.connect(t)
-		pingPong(t, plain, plainS, 10, 100)
-		n.mustOpen(t)
+		sandboxtest.MustPing(t, plain, plainS, 10, 100)
+		n.MustOpen(t)
 		before := n.counts(t)
 		c, s := n.connect(t)
-		pingPong(t, c, s, 10, 100)
+		sandboxtest.MustPing(t, c, s, 10, 100)
 		n.mustCount(t, before, paired())
-		pingPong(t, old, oldS, 10, 100)
+		sandboxtest.MustPing(t, old, oldS, 10, 100)
 	}
 }
 
@@ -238,7 +239,7 @@ func TestDetachedTrack(t *testing.T) {
 func TestConfigChanges(t *testing.T) {
 	n := mustTwoPods(t, func(c *datapath.Config) { c.MaxFlows = 7 })
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 5000)
+	sandboxtest.MustPing(t, c, s, 10, 5000)
 	n.mustCount(t, nil, paired())
 
 	for _, tc := range []struct {
@@ -253,15 +254,15 @@ func TestConfigChanges(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n.mustClose(t)
-			tc.change(&n.cfg)
+			tc.change(&n.Config)
 			var text bytes.Buffer
-			n.log = slog.New(slog.NewTextHandler(&text, nil))
-			n.mustOpen(t)
+			n.Log = slog.New(slog.NewTextHandler(&text, nil))
+			n.MustOpen(t)
 			if got := text.String(); !strings.Contains(got, tc.wantLog) || tc.wantLog == "" && got != "" {
 				t.Errorf("got log %q, want %q in it", got, tc.wantLog)
 			}
 			before := n.counts(t)
-			pingPong(t, c, s, 1, 5000)
+			sandboxtest.MustPing(t, c, s, 1, 5000)
 			n.mustCount(t, before, map[string]uint64{tc.wantMessage: 2})
 		})
 	}
@@ -282,7 +283,7 @@ func TestConfigChanges(t *testing.T) {
 func TestUnfinishedPins(t *testing.T) {
 	n := mustNode(t, nil)
 	leave := func() string {
-		dir := n.cfg.PinDir + "_new"
+		dir := n.Config.PinDir + "_new"
 		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
 		if err != nil {
 			t.Fatal(err)
@@ -301,11 +302,11 @@ func TestUnfinishedPins(t *testing.T) {
 		}
 		n.mustClose(t)
 		dir := leave()
-		n.mustOpen(t)
+		n.MustOpen(t)
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("unload %v: got %v for %s, want it gone", unload, err, dir)
 		}
-		if _, err := os.Stat(n.cfg.PinDir); err != nil {
+		if _, err := os.Stat(n.Config.PinDir); err != nil {
 			t.Errorf("unload %v: %v", unload, err)
 		}
 	}
@@ -317,7 +318,7 @@ func TestUnfinishedPins(t *testing.T) {
 func TestUnload(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, nil, paired())
 
 	unread := traffic{seed: 1, bytes: 100_000, maxWrite: 10_000, maxRead: 10_000}
@@ -330,7 +331,7 @@ func TestUnload(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || len(waiting) != 1 {
 			t.Fatalf("unload: got %d flows and %v, want 1 and a timeout", len(waiting), err)
 		}
-		if _, err := os.Stat(n.cfg.PinDir); err != nil {
+		if _, err := os.Stat(n.Config.PinDir); err != nil {
 			t.Errorf("pins: %v", err)
 		}
 		if diff := cmp.Diff(map[string]int{"pods": 2, "policies": 4, "flows": 1, "sockets": 2}, n.usage(t)); diff != "" {
@@ -367,13 +368,13 @@ func TestUnload(t *testing.T) {
 			t.Fatalf("unload %d: got %d flows and %v, want none", i, len(waiting), err)
 		}
 	}
-	if _, err := os.Stat(n.cfg.PinDir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.Config.PinDir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("pins: got %v, want them gone", err)
 	}
 	if err := later.read(s); err != nil {
 		t.Fatal(err)
 	}
-	pingPong(t, c, s, 100, 1000)
+	sandboxtest.MustPing(t, c, s, 100, 1000)
 	if err := n.Enrol(n.cookies[0]); !errors.Is(err, datapath.ErrUnloaded) {
 		t.Errorf("enrol: got %v, want %v", err, datapath.ErrUnloaded)
 	}
@@ -387,7 +388,7 @@ func TestUnload(t *testing.T) {
 		t.Errorf("got flows %v, %v; want none", flows, err)
 	}
 
-	n.mustOpen(t)
+	n.MustOpen(t)
 	if diff := cmp.Diff(map[string]int{}, n.usage(t)); diff != "" {
 		t.Errorf("map usage after loading anew (-want +got):\n%s", diff)
 	}
@@ -397,10 +398,10 @@ func TestUnload(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n.mustSetPolicy(t, between(rule.Allow, n.cookies...))
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, n.cookies...))
 	c2, s2 := n.connect(t)
-	pingPong(t, c2, s2, 10, 100)
-	pingPong(t, c, s, 10, 100) // on TCP until it reconnects
+	sandboxtest.MustPing(t, c2, s2, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100) // on TCP until it reconnects
 	n.mustCount(t, nil, paired())
 }
 
@@ -409,7 +410,7 @@ func TestUnload(t *testing.T) {
 func TestUnloadGivenUp(t *testing.T) {
 	n := mustTwoPods(t, nil)
 	c, s := n.connect(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	message := traffic{seed: 1, bytes: 1000, maxWrite: 1000, maxRead: 1000}
 	if err := message.write(c); err != nil {
 		t.Fatal(err)
@@ -423,19 +424,19 @@ func TestUnloadGivenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := n.counts(t)
-	pingPong(t, c, s, 1, 100)
+	sandboxtest.MustPing(t, c, s, 1, 100)
 	n.mustCount(t, before, map[string]uint64{"message_switched_off": 2})
 	n.mustClose(t)
-	n.mustOpen(t)
+	n.MustOpen(t)
 	before = n.counts(t)
-	pingPong(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 }
 
 // TestUnloadUnderLoad: streams do not notice an unload, nor the load anew.
 func TestUnloadUnderLoad(t *testing.T) {
 	n := mustNode(t, nil)
-	pods, cookies := n.mustEnrol(t, "client", "server")
+	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustListenOn(t, pods[1])
 	for range 3 {
 		for _, cookie := range cookies {
@@ -443,14 +444,14 @@ func TestUnloadUnderLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		n.mustSetPolicy(t, between(rule.Allow, cookies...))
+		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 		var (
 			stop  atomic.Bool
 			loads []func() error
 		)
 		for range 2 {
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-			pingPong(t, c, s, 2, 100)
+			sandboxtest.MustPing(t, c, s, 2, 100)
 			loads = append(loads, func() error { return talk(c, s, &stop) })
 		}
 		done := make(chan error, 1)
@@ -464,7 +465,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 			t.Errorf("unload: %v, waiting for %+v", err, waiting)
 		}
 		time.Sleep(20 * time.Millisecond) // so that the streams go on without it
-		n.mustOpen(t)
+		n.MustOpen(t)
 		stop.Store(true)
 		if err := <-done; err != nil {
 			t.Error(err)

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build !unit
+
 package diag_test
 
 import (
@@ -16,6 +18,7 @@ import (
 
 	"github.com/podshunt/podshunt/agent/diag"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
@@ -23,13 +26,13 @@ func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
 // TestList compares a list with the sockets of a pod, whose addresses and cookies are
 // known from the sockets themselves. The server's is of IPv6, and serves both families.
 func TestList(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
-	pod, other := s.MustAddPod(t, "pod", sandbox.PodOptions{}), s.MustAddPod(t, "other", sandbox.PodOptions{})
-	l := pod.MustListen(t, "tcp", ":8080")
-	other.MustListen(t, "tcp", ":8081")
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	pod, other := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, s, "other", sandbox.PodOptions{})
+	l := sandboxtest.MustListen(t, pod, "tcp", ":8080")
+	sandboxtest.MustListen(t, other, "tcp", ":8081")
 	var want []diag.Socket
 	for _, ip := range []string{pod.IPv4.String(), pod.IPv6.String(), "127.0.0.1"} {
-		client := pod.MustDial(t, "tcp", net.JoinHostPort(ip, "8080"))
+		client := sandboxtest.MustDial(t, pod, "tcp", net.JoinHostPort(ip, "8080"))
 		server, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)
@@ -74,9 +77,9 @@ func TestList(t *testing.T) {
 
 // TestReset resets one of two connections between the same addresses.
 func TestReset(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
-	pod := s.MustAddPod(t, "pod", sandbox.PodOptions{})
-	l := pod.MustListen(t, "tcp", ":8080")
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	pod := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
+	l := sandboxtest.MustListen(t, pod, "tcp", ":8080")
 	conn, err := diag.Open(pod.Path)
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +88,7 @@ func TestReset(t *testing.T) {
 	for _, ip := range []string{pod.IPv4.String(), pod.IPv6.String()} {
 		var clients []net.Conn
 		for range 2 {
-			clients = append(clients, pod.MustDial(t, "tcp", net.JoinHostPort(ip, "8080")))
+			clients = append(clients, sandboxtest.MustDial(t, pod, "tcp", net.JoinHostPort(ip, "8080")))
 			server, err := l.Accept()
 			if err != nil {
 				t.Fatal(err)

@@ -13,13 +13,14 @@ import (
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestHazards: every probe can be run, and every guard works where trampolines
 // are allowed. What the probes find is the kernel's affair, but for what no
 // kernel serves so far.
 func TestHazards(t *testing.T) {
-	sandbox.MustNew(t, sandbox.Config{}) // for root
+	sandboxtest.MustNew(t, sandbox.Config{}) // for root
 	found := map[string]api.Hazard{}
 	for _, h := range hazards.Measure(datapath.GuardNames()) {
 		t.Logf("%-20s present=%-5v fatal=%-5v guard=%q %s | %s", h.Name, h.Present, h.Fatal, h.Guard, h.Detail, h.Action)

@@ -16,11 +16,12 @@ import (
 
 	"github.com/podshunt/podshunt/agent/nat"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestRedirects looks at pods with real rules.
 func TestRedirects(t *testing.T) {
-	s := sandbox.MustNew(t, sandbox.Config{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
 	port := func(register uint32) expr.Any {
 		return &expr.Immediate{Register: register, Data: binaryutil.BigEndian.PutUint16(15006)}
 	}
@@ -65,7 +66,7 @@ func TestRedirects(t *testing.T) {
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			pod := s.MustAddPod(t, fmt.Sprint("pod", i), sandbox.PodOptions{})
+			pod := sandboxtest.MustAddPod(t, s, fmt.Sprint("pod", i), sandbox.PodOptions{})
 			defer func() {
 				if err := s.DelPod(pod); err != nil {
 					t.Error(err)

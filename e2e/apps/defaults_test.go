@@ -105,7 +105,7 @@ func (p program) defaults(t *testing.T, n *node) {
 		return
 	}
 	pods := n.mustCast(t, p.namespace())
-	for _, pod := range mustShow[api.Status](t, n, "status").Pods {
+	for _, pod := range n.MustStatus(t).Pods {
 		if !pod.Enrolled {
 			t.Fatalf("a pod does not take part: %+v", pod)
 		}
@@ -113,7 +113,7 @@ func (p program) defaults(t *testing.T, n *node) {
 	for i, name := range []string{"first", "again"} {
 		t.Run(name, func(t *testing.T) {
 			s := newStage(t, n, pods)
-			before := mustShow[api.Status](t, n, "status")
+			before := n.MustStatus(t)
 			// Of a run that fails, too.
 			defer func() { *[]*taken{&o.First, &o.Again}[i] = s.taken(before) }()
 			p.run(s)
@@ -130,7 +130,7 @@ func (p program) defaults(t *testing.T, n *node) {
 
 // taken is what has been counted since a status.
 func (s *stage) taken(before api.Status) taken {
-	after := mustShow[api.Status](s, s.node, "status")
+	after := s.node.MustStatus(s)
 	sum := between(before, after)
 	way := taken{Sent: sum.sent, Shortcut: sum.shortcut, Paired: sum.paired, Counted: map[string]counted{}}
 	for i, o := range after.Outcomes { // in a fixed order
@@ -146,7 +146,7 @@ func (s *stage) taken(before api.Status) taken {
 		way.Unsupported = append(way.Unsupported, unsupported)
 	}
 	bytesBy := map[string]uint64{}
-	for _, f := range mustShow[api.FlowList](s, s.node, "flows").Items {
+	for _, f := range s.node.MustFlows(s) {
 		if !f.Paired {
 			bytesBy[f.Message]++
 			continue

@@ -5,110 +5,41 @@ package apps_test
 import (
 	"bytes"
 	"cmp"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // node is a sandbox whose agent is a process.
-type node struct {
-	*sandbox.Sandbox
-	binary string
-}
+type node struct{ sandboxtest.Agent }
 
 func mustNode(t *testing.T) *node {
 	t.Helper()
-	bin, err := filepath.Abs(cmp.Or(os.Getenv("PODSHUNT_BIN"), "../../bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := sandbox.MustNew(t, sandbox.Config{Podshunt: true, BinDir: bin})
-	return &node{Sandbox: s, binary: filepath.Join(bin, "podshunt-agent")}
+	return &node{sandboxtest.MustNewAgent(t, sandbox.Config{BinDir: cmp.Or(os.Getenv("PODSHUNT_BIN"), "../../bin")})}
 }
 
 // mustStart runs the agent, with more flags, until the test ends, and returns its
 // first status. The annotations are those of pods, by namespace/name.
 func (n *node) mustStart(t *testing.T, annotations map[string]string, flags ...string) api.Status {
 	t.Helper()
-	podsFile := filepath.Join(n.Base, "pods.yaml")
-	text := "pods:\n"
+	var entries []string
 	for pod, a := range annotations {
-		namespace, name, _ := strings.Cut(pod, "/")
-		text += fmt.Sprintf("- {namespace: %s, name: %s, annotations: {%s}}\n", namespace, name, a)
+		entries = append(entries, pod+" "+a)
 	}
-	if err := os.WriteFile(podsFile, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(n.binary, append([]string{
-		"run", "--pods-file=" + podsFile, "--cgroup=" + n.Cgroup, n.runDir(),
-		"--pin-dir=" + filepath.Join(n.BPF, "podshunt"),
-	}, flags...)...)
+	n.MustWritePods(t, entries...)
 	var log bytes.Buffer
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // it fails if the agent has ended, which Wait tells
-		select {
-		case err := <-ended:
-			if err != nil {
-				t.Errorf("agent: %v", err)
-			}
-		case <-time.After(*programTimeout):
-			t.Errorf("the agent does not end; kill: %v; %v", cmd.Process.Kill(), <-ended)
-		}
+	n.Log = &log
+	t.Cleanup(func() { // once the agent has ended
 		if t.Failed() {
 			t.Logf("log of the agent:\n%s", &log)
 		}
 	})
-	for deadline := time.Now().Add(*programTimeout); ; time.Sleep(20 * time.Millisecond) {
-		status, err := show[api.Status](n, "status")
-		if err == nil {
-			return status
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the agent does not answer: %v", err)
-		}
-	}
-}
-
-func (n *node) runDir() string { return "--run-dir=" + filepath.Dir(n.AgentSocket) }
-
-// show runs one of the agent's other commands.
-func show[T any](n *node, command string) (answer T, err error) {
-	text, err := exec.Command(n.binary, command, "-o", "json", n.runDir()).Output()
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-		err = fmt.Errorf("%w: %s", err, exit.Stderr)
-	}
-	if err == nil {
-		err = json.Unmarshal(text, &answer)
-	}
-	if err != nil {
-		err = fmt.Errorf("podshunt-agent %s: %w", command, err)
-	}
-	return answer, err
-}
-
-func mustShow[T any](t testing.TB, n *node, command string) T {
-	t.Helper()
-	answer, err := show[T](n, command)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return answer
+	n.MustStart(t, flags...)
+	return n.MustStatus(t)
 }
 
 // traffic is what the kernel programs have counted in a time.

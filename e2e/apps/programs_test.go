@@ -19,6 +19,7 @@ import (
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // bare shows what the advice is for.
@@ -182,7 +183,7 @@ func TestPrograms(t *testing.T) {
 				if diff := gocmp.Diff(answers[i], s.answers); diff != "" {
 					t.Errorf("answers (-tcp +shortcut):\n%s", diff)
 				}
-				flows := slices.DeleteFunc(mustShow[api.FlowList](t, n, "flows").Items, func(f api.Flow) bool {
+				flows := slices.DeleteFunc(n.MustFlows(t), func(f api.Flow) bool {
 					return f.Client.Pod.Namespace != p.namespace()
 				})
 				switch {
@@ -206,8 +207,8 @@ func TestPrograms(t *testing.T) {
 // on TCP.
 func (n *node) mustRefuseFatal(t *testing.T, hazards []api.Hazard) {
 	t.Helper()
-	p := n.MustAddPod(t, "opted-in", sandbox.PodOptions{})
-	for _, pod := range mustShow[api.Status](t, n, "status").Pods {
+	p := sandboxtest.MustAddPod(t, n, "opted-in", sandbox.PodOptions{})
+	for _, pod := range n.MustStatus(t).Pods {
 		if want := !fatal(hazards); pod.Enrolled != want {
 			t.Errorf("pod takes part: got %v (%s), want %v, as the kernel's hazards say: %+v", pod.Enrolled, pod.Message, want, hazards)
 		}
@@ -220,9 +221,9 @@ func (n *node) mustRefuseFatal(t *testing.T, hazards []api.Hazard) {
 // perform runs a program and returns what was counted meanwhile.
 func (s *stage) perform(p program) traffic {
 	s.Helper()
-	before := mustShow[api.Status](s, s.node, "status")
+	before := s.node.MustStatus(s)
 	p.run(s)
-	return between(before, mustShow[api.Status](s, s.node, "status"))
+	return between(before, s.node.MustStatus(s))
 }
 
 // wantRefused sees that the advice was followed, and that the agent says so.

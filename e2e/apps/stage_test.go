@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // programTimeout is how long one run of a program may take: a connection that stalls fails by it.
@@ -50,7 +51,7 @@ type cast struct{ client, proxy, server *sandbox.Pod }
 func (n *node) mustCast(t testing.TB, namespace string) (c cast) {
 	t.Helper()
 	for name, pod := range map[string]**sandbox.Pod{"client": &c.client, "proxy": &c.proxy, "server": &c.server} {
-		*pod = n.MustAddPod(t, name, sandbox.PodOptions{Namespace: namespace})
+		*pod = sandboxtest.MustAddPod(t, n, name, sandbox.PodOptions{Namespace: namespace})
 		t.Cleanup(func() {
 			if err := n.DelPod(*pod); err != nil {
 				t.Errorf("delete pod: %v", err)
@@ -97,7 +98,7 @@ func (s *stage) watch() {
 func (s *stage) logFlows() {
 	s.Helper()
 	for _, format := range []string{"text", "json"} {
-		out, err := exec.Command(s.node.binary, "flows", "-o", format, s.node.runDir()).CombinedOutput()
+		out, err := s.node.Command("flows", "-o", format, s.node.RunDir())
 		s.Logf("flows (%v):\n%s", err, out)
 	}
 }
@@ -237,7 +238,7 @@ func (s *stage) listening(p *sandbox.Pod, port uint16) netip.AddrPort {
 func (s *stage) listen(p *sandbox.Pod, port uint16) (net.Listener, netip.AddrPort) {
 	s.Helper()
 	address := netip.AddrPortFrom(p.IPv4, port)
-	return p.MustListen(s, "tcp", address.String()), address
+	return sandboxtest.MustListen(s, p, "tcp", address.String()), address
 }
 
 // dial connects from a pod; the connection has the deadline of the run.

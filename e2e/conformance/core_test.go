@@ -9,13 +9,10 @@
 package conformance_test
 
 import (
-	"context"
 	"flag"
 	"fmt"
-	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -30,6 +27,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 const (
@@ -172,8 +170,7 @@ func rows() []row {
 
 // suite is a node with a pair of pods for each way.
 type suite struct {
-	*sandbox.Sandbox
-	*datapath.Datapath
+	*sandboxtest.Loaded
 	blocking bool
 	content  content
 	// port is the last one that a row has listened on. None is used twice:
@@ -192,58 +189,32 @@ type suite struct {
 // mustSuite opens a datapath in which sockets in blocking mode take part, or do not.
 func mustSuite(t *testing.T, blocking bool) *suite {
 	t.Helper()
-	s := &suite{
-		Sandbox: sandbox.MustNew(t, sandbox.Config{}), blocking: blocking, content: newContent(),
-		pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{},
-	}
-	cfg := datapath.DefaultConfig()
-	cfg.Cgroup, cfg.PinDir, cfg.AllowBlocking = s.Sandbox.Cgroup, filepath.Join(s.BPF, "podshunt"), blocking
+	s := &suite{blocking: blocking, content: newContent(), pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{}}
 	// What a receiver does from its first message on is what rows are about.
-	cfg.TrialReads, cfg.TrialBytes, cfg.TrialDrains, cfg.RefreshInterval = 1, 0, 0, 0
-	var err error
-	if s.Datapath, err = datapath.Open(cfg, slog.New(slog.NewTextHandler(t.Output(), nil))); err != nil {
-		t.Fatalf("%+v", err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), deadline)
-		defer cancel()
-		if flows, err := s.Unload(ctx); err != nil {
-			t.Errorf("unload: %v, waiting for %+v", err, flows)
-		}
-		s.Datapath.Close()
-	})
+	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) { c.AllowBlocking = blocking })
 	s.port.Store(1024)
 	var rules []rule.Rule
 	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow} {
 		var pods [2]*sandbox.Pod
 		var cookies []uint64
 		for i, name := range []string{"client", "server"} {
-			pods[i] = s.MustAddPod(t, strings.ReplaceAll(string(w), " ", "-")+"-"+name, sandbox.PodOptions{})
+			pods[i] = sandboxtest.MustAddPod(t, s, strings.ReplaceAll(string(w), " ", "-")+"-"+name, sandbox.PodOptions{})
 			if err := pods[i].Sysctl("net.ipv4.tcp_fastopen", "3"); err != nil {
 				t.Fatal(err)
 			}
 			if w == plain {
 				continue
 			}
-			cookie, err := datapath.NetnsCookie(pods[i].Path)
-			if err != nil {
-				t.Fatal(err)
-			}
+			cookie := sandboxtest.MustCookie(t, pods[i])
 			if err := s.Enrol(cookie); err != nil {
 				t.Fatal(err)
 			}
 			cookies = append(cookies, cookie)
 		}
 		s.pods[w] = pods
-		for _, client := range cookies {
-			for _, server := range cookies {
-				rules = append(rules, rule.Rule{Client: client, Server: server, Last: 65535, Verdict: verdict})
-			}
-		}
+		rules = append(rules, sandbox.Between(verdict, cookies...)...)
 	}
-	if err := s.SetPolicy(rules); err != nil {
-		t.Fatal(err)
-	}
+	s.MustSetPolicy(t, rules)
 	return s
 }
 
@@ -733,5 +704,5 @@ func (s *suite) summarise(t *testing.T) {
 		text.WriteString("\n")
 	}
 	t.Logf("compared with plain TCP on Linux %s:\n%s", release(t), &text)
-	t.Logf("%d connections did not go where they should, %d times a program was not run", s.unproved.Load(), sandbox.MustMisses(t))
+	t.Logf("%d connections did not go where they should, %d times a program was not run", s.unproved.Load(), sandboxtest.MustMisses(t))
 }

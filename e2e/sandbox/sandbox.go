@@ -9,8 +9,9 @@
 // sockets of this run alone, and mounts and named network namespaces end with
 // the run. Nothing in the machine's own network namespace is touched.
 //
-// It runs no kubelet and no agent; those who need an agent start one with the
-// paths of the Sandbox.
+// It runs no kubelet. Agent is the one place where tests and the demo start an
+// agent, and OpenDatapath where a datapath is opened without one; package
+// sandboxtest has both for tests.
 package sandbox
 
 import (
@@ -34,8 +35,9 @@ var ErrNotRoot = errors.New("root is needed for network namespaces, mounts, a cg
 
 // Config has the settings of a Sandbox; the zero value is useful.
 type Config struct {
-	// BinDir holds the CNI plugins. Default: the environment's PODSHUNT_BIN,
-	// else bin in the directory with the go.mod at or above the working one.
+	// BinDir holds the CNI plugins and podshunt-agent. Default: the environment's
+	// PODSHUNT_BIN, else bin in the directory with the go.mod at or above the
+	// working one.
 	BinDir string
 	// Podshunt chains our plugin in the conflist.
 	Podshunt bool
@@ -46,8 +48,12 @@ type Sandbox struct {
 	// Base is a directory of the sandbox's own; its path is short enough for
 	// unix sockets. Whatever is mounted below it is unmounted by Close.
 	Base string
+	// BinDir holds the CNI plugins and podshunt-agent.
+	BinDir string
 	// BPF is an empty bpffs.
 	BPF string
+	// PinDir is where in BPF an agent or a datapath has its pins.
+	PinDir string
 	// Cgroup holds this process and all that it starts. Sandboxes of one
 	// process share it.
 	Cgroup string
@@ -91,7 +97,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	}
 	s := &Sandbox{
 		Base:           base,
+		BinDir:         binDir,
 		BPF:            filepath.Join(base, "bpf"),
+		PinDir:         filepath.Join(base, "bpf", "podshunt"),
 		Cgroup:         r.cgroup,
 		AgentSocket:    filepath.Join(base, "agent.sock"),
 		AgentTimeout:   api.PluginTimeout,
@@ -150,6 +158,10 @@ func findPlugins(cfg Config) (string, error) {
 		}
 		dir = filepath.Join(root, "bin")
 	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
 	plugins := []string{"bridge", "host-local"}
 	if cfg.Podshunt {
 		plugins = append(plugins, api.PluginType)
@@ -198,5 +210,5 @@ func (s *Sandbox) Close() error {
 			}
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(s.Base))...)
+	return errors.Join(append(errs, removeCgroup(s.ownCgroup()), os.RemoveAll(s.Base))...)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package sandbox
+package sandbox_test
 
 import (
 	"bufio"
@@ -20,6 +20,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // bodyEnv makes the test binary a run of another kind, for tests of Main.
@@ -33,16 +36,16 @@ func TestMain(m *testing.M) {
 	case "leak":
 		body = func() int { return report(leak) }
 	}
-	os.Exit(Main(body))
+	os.Exit(sandbox.Main(body))
 }
 
-func report(fn func(*Sandbox, *Pod) error) int {
-	s, err := New(Config{})
+func report(fn func(*sandbox.Sandbox, *sandbox.Pod) error) int {
+	s, err := sandbox.New(sandbox.Config{})
 	if err != nil {
 		fmt.Println(err)
 		return 3
 	}
-	p, err := s.AddPod("pod", PodOptions{})
+	p, err := s.AddPod("pod", sandbox.PodOptions{})
 	if err == nil {
 		err = fn(s, p)
 	}
@@ -54,7 +57,7 @@ func report(fn func(*Sandbox, *Pod) error) int {
 }
 
 // hang prints what it owns and leaves the rest to the test.
-func hang(s *Sandbox, p *Pod) error {
+func hang(s *sandbox.Sandbox, p *sandbox.Pod) error {
 	cmd := exec.Command("sleep", "60")
 	if err := p.Start(cmd); err != nil {
 		return err
@@ -65,7 +68,7 @@ func hang(s *Sandbox, p *Pod) error {
 }
 
 // leak leaves one thing of each kind.
-func leak(s *Sandbox, p *Pod) error {
+func leak(s *sandbox.Sandbox, p *sandbox.Pod) error {
 	if err := os.Mkdir(filepath.Join(s.Cgroup, "child"), 0o755); err != nil {
 		return err
 	}
@@ -80,8 +83,8 @@ func leak(s *Sandbox, p *Pod) error {
 func rerun(t *testing.T, body string) *exec.Cmd {
 	t.Helper()
 	// Without root it ends the test here.
-	MustNew(t, Config{})
-	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+	sandboxtest.MustNew(t, sandbox.Config{})
+	ctx, cancel := context.WithTimeout(t.Context(), sandboxtest.Timeout)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^$")
 	cmd.Env = append(os.Environ(), bodyEnv+"="+body)
@@ -125,7 +128,7 @@ func (h hanging) mustBeGone(t *testing.T) {
 		}
 	}
 	for _, pid := range []int{h.main, h.sleeper} {
-		if name, err := processName(pid); !errors.Is(err, fs.ErrNotExist) {
+		if name, err := sandbox.ProcessName(pid); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("process %d: got %q, %v; want it gone", pid, name, err)
 		}
 	}
@@ -133,9 +136,9 @@ func (h hanging) mustBeGone(t *testing.T) {
 
 // exchange connects from client to address, behind which listener is, sends a
 // byte each way and returns the address that the server sees.
-func exchange(t *testing.T, client *Netns, listener net.Listener, address string) netip.AddrPort {
+func exchange(t *testing.T, client *sandbox.Netns, listener net.Listener, address string) netip.AddrPort {
 	t.Helper()
-	if err := listener.(*net.TCPListener).SetDeadline(time.Now().Add(testTimeout)); err != nil {
+	if err := listener.(*net.TCPListener).SetDeadline(time.Now().Add(sandboxtest.Timeout)); err != nil {
 		t.Fatal(err)
 	}
 	seen := make(chan netip.AddrPort, 1)
@@ -146,7 +149,7 @@ func exchange(t *testing.T, client *Netns, listener net.Listener, address string
 			return
 		}
 		defer conn.Close()
-		if conn.SetDeadline(time.Now().Add(testTimeout)) != nil {
+		if conn.SetDeadline(time.Now().Add(sandboxtest.Timeout)) != nil {
 			return
 		}
 		if _, err := io.CopyN(conn, conn, 1); err != nil {
@@ -154,7 +157,7 @@ func exchange(t *testing.T, client *Netns, listener net.Listener, address string
 		}
 		seen <- conn.RemoteAddr().(*net.TCPAddr).AddrPort()
 	}()
-	conn := client.MustDial(t, "tcp", address)
+	conn := sandboxtest.MustDial(t, client, "tcp", address)
 	if _, err := conn.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
@@ -169,11 +172,11 @@ func exchange(t *testing.T, client *Netns, listener net.Listener, address string
 }
 
 func TestPaths(t *testing.T) {
-	s := MustNew(t, Config{})
-	client, server := s.MustAddPod(t, "client", PodOptions{}), s.MustAddPod(t, "server", PodOptions{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	client, server := sandboxtest.MustAddPod(t, s, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, s, "server", sandbox.PodOptions{})
 	for _, tc := range []struct {
 		name   string
-		from   *Netns
+		from   *sandbox.Netns
 		to     netip.Addr
 		source netip.Addr
 	}{
@@ -185,14 +188,14 @@ func TestPaths(t *testing.T) {
 		{"node to pod", s.Node, server.IPv4, netip.MustParseAddr("10.244.0.1")},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			l := server.MustListen(t, "tcp", net.JoinHostPort(tc.to.String(), "0"))
+			l := sandboxtest.MustListen(t, server, "tcp", net.JoinHostPort(tc.to.String(), "0"))
 			if got := exchange(t, tc.from, l, l.Addr().String()).Addr(); got != tc.source {
 				t.Errorf("source: got %v, want %v", got, tc.source)
 			}
 		})
 	}
 	t.Run("not from outside", func(t *testing.T) {
-		l := server.MustListen(t, "tcp", "127.0.0.1:0")
+		l := sandboxtest.MustListen(t, server, "tcp", "127.0.0.1:0")
 		if conn, err := net.DialTimeout("tcp", l.Addr().String(), time.Second); err == nil {
 			conn.Close()
 			t.Error("the machine's own loopback reaches a pod's")
@@ -201,8 +204,8 @@ func TestPaths(t *testing.T) {
 }
 
 func TestServiceAddress(t *testing.T) {
-	s := MustNew(t, Config{})
-	client, server := s.MustAddPod(t, "client", PodOptions{}), s.MustAddPod(t, "server", PodOptions{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	client, server := sandboxtest.MustAddPod(t, s, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, s, "server", sandbox.PodOptions{})
 	for _, tc := range []struct {
 		name       string
 		vip        string
@@ -216,7 +219,7 @@ func TestServiceAddress(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			vip := netip.MustParseAddrPort(tc.vip)
-			l := server.MustListen(t, "tcp", net.JoinHostPort(tc.to.String(), "0"))
+			l := sandboxtest.MustListen(t, server, "tcp", net.JoinHostPort(tc.to.String(), "0"))
 			if err := s.DNAT(vip, l.Addr().(*net.TCPAddr).AddrPort()); err != nil {
 				t.Fatal(err)
 			}
@@ -233,9 +236,9 @@ func TestServiceAddress(t *testing.T) {
 }
 
 func TestProcess(t *testing.T) {
-	s := MustNew(t, Config{})
-	p := s.MustAddPod(t, "pod", PodOptions{})
-	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	p := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
+	ctx, cancel := context.WithTimeout(t.Context(), sandboxtest.Timeout)
 	defer cancel()
 	// It ends with its standard input.
 	cmd := exec.CommandContext(ctx, "cat")
@@ -279,12 +282,12 @@ func mustReadlink(t *testing.T, path string) string {
 }
 
 func TestDo(t *testing.T) {
-	s := MustNew(t, Config{})
-	home := mustReadlink(t, threadNetns)
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	home := mustReadlink(t, sandbox.ThreadNetns)
 	wrong := errors.New("wrong")
 	var inside string
 	err := s.Node.Do(func() error {
-		inside = mustReadlink(t, threadNetns)
+		inside = mustReadlink(t, sandbox.ThreadNetns)
 		return wrong
 	})
 	if !errors.Is(err, wrong) {
@@ -307,9 +310,9 @@ func TestDo(t *testing.T) {
 }
 
 func TestVerbs(t *testing.T) {
-	s := MustNew(t, Config{})
-	kept := s.MustAddPod(t, "pod", PodOptions{Namespace: "shop", UID: "a-b-c"})
-	stale := s.MustAddPod(t, "pod", PodOptions{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	kept := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{Namespace: "shop", UID: "a-b-c"})
+	stale := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
 	if err := errors.Join(s.Status(""), s.Check(kept), s.Check(stale)); err != nil {
 		t.Fatal(err)
 	}
@@ -333,18 +336,18 @@ func TestVerbs(t *testing.T) {
 }
 
 func TestFailedAdd(t *testing.T) {
-	s := MustNew(t, Config{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
 	for _, tc := range []struct{ name, conflist, want string }{
 		{"no plugin", s.Conflist(`{"type":"absent"}`), `"absent"`},
 		{"no JSON", s.Conflist(`{`), "invalid character"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if _, err := s.AddPod("pod", PodOptions{Conflist: tc.conflist}); err == nil || !strings.Contains(err.Error(), tc.want) {
+			if _, err := s.AddPod("pod", sandbox.PodOptions{Conflist: tc.conflist}); err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got %v, want an error with %s", err, tc.want)
 			}
 		})
 	}
-	left, err := os.ReadDir(s.netnsPath(""))
+	left, err := os.ReadDir(filepath.Dir(s.Node.Path))
 	if err != nil || len(left) != 1 {
 		t.Errorf("namespaces: got %v, %v; want only the node's", left, err)
 	}
@@ -352,8 +355,8 @@ func TestFailedAdd(t *testing.T) {
 
 // The plugin lets the pod start without an agent.
 func TestPodshuntChained(t *testing.T) {
-	s := MustNew(t, Config{Podshunt: true})
-	p := s.MustAddPod(t, "pod", PodOptions{})
+	s := sandboxtest.MustNew(t, sandbox.Config{Podshunt: true})
+	p := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
 	if !p.IPv4.Is4() || !p.IPv6.Is6() {
 		t.Errorf("addresses: got %v and %v, want one of each family", p.IPv4, p.IPv6)
 	}
@@ -363,16 +366,16 @@ func TestPodshuntChained(t *testing.T) {
 }
 
 func TestMissingPlugins(t *testing.T) {
-	s := MustNew(t, Config{})
-	_, err := New(Config{BinDir: s.Base})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	_, err := sandbox.New(sandbox.Config{BinDir: s.Base})
 	if err == nil || !strings.Contains(err.Error(), "make build cni") {
 		t.Errorf("got %v, want an error that says how to build them", err)
 	}
 }
 
 func TestClose(t *testing.T) {
-	s := MustNew(t, Config{})
-	s.MustAddPod(t, "pod", PodOptions{})
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
 	for range 2 {
 		if err := s.Close(); err != nil {
 			t.Errorf("close: %v", err)
@@ -420,7 +423,7 @@ func TestMainSweepsDeadRuns(t *testing.T) {
 	}
 	dead.mustBeGone(t)
 
-	if _, err := processName(live.sleeper); err != nil {
+	if _, err := sandbox.ProcessName(live.sleeper); err != nil {
 		t.Errorf("process of the live run: %v", err)
 	}
 	if err := live.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -453,9 +456,9 @@ func TestMainReportsLeaks(t *testing.T) {
 }
 
 func BenchmarkAddPod(b *testing.B) {
-	s := MustNew(b, Config{})
+	s := sandboxtest.MustNew(b, sandbox.Config{})
 	for b.Loop() {
-		p := s.MustAddPod(b, "pod", PodOptions{})
+		p := sandboxtest.MustAddPod(b, s, "pod", sandbox.PodOptions{})
 		b.StopTimer()
 		if err := s.DelPod(p); err != nil {
 			b.Fatal(err)

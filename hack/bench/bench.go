@@ -12,14 +12,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/measure"
 	"github.com/podshunt/podshunt/e2e/sandbox"
-	"github.com/podshunt/podshunt/hack/measure"
 )
 
 // port is the server's.
@@ -111,9 +110,8 @@ func newBench(s settings) (_ *bench, err error) {
 			err = errors.Join(err, b.close())
 		}
 	}()
-	b.plain, b.watched = filepath.Join(b.sandbox.Cgroup, "plain"), filepath.Join(b.sandbox.Cgroup, "watched")
-	for _, dir := range []string{b.plain, b.watched} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
+	for name, dir := range map[string]*string{"plain": &b.plain, "watched": &b.watched} {
+		if *dir, err = b.sandbox.AddCgroup(name); err != nil {
 			return nil, err
 		}
 	}
@@ -141,42 +139,36 @@ func (b *bench) close() error {
 		defer cancel()
 		errs = append(errs, b.unload(ctx))
 	}
-	for _, dir := range []string{b.plain, b.watched} {
-		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
 	return errors.Join(append(errs, b.sandbox.Close())...)
 }
 
-// load attaches podshunt to the watched cgroup and allows all connections from
-// the client to the server, once both are enrolled.
+// load attaches podshunt to the watched cgroup and allows all connections of the
+// client and the server, once both are enrolled.
 func (b *bench) load() error {
 	cfg := datapath.DefaultConfig()
-	cfg.Cgroup, cfg.PinDir = b.watched, filepath.Join(b.sandbox.BPF, "podshunt")
+	cfg.Cgroup = b.watched
 	cfg.Budget, cfg.PodBudget = uint32(b.settings.budget), max(cfg.PodBudget, uint64(b.settings.budget))
 	cfg.AllowBlocking = true // ping-pong and connections wait inside of read
-	d, err := datapath.Open(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	d, err := b.sandbox.OpenDatapath(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
 	}
 	b.datapath, b.observer = d, d.Observer()
-	client, err := datapath.NetnsCookie(b.client.Path)
+	client, err := b.client.Cookie()
 	if err != nil {
 		return err
 	}
-	server, err := datapath.NetnsCookie(b.server.Path)
+	server, err := b.server.Cookie()
 	if err != nil {
 		return err
 	}
-	return d.SetPolicy([]rule.Rule{{Client: client, Server: server, First: 0, Last: 65535, Verdict: rule.Allow}})
+	return d.SetPolicy(sandbox.Between(rule.Allow, client, server))
 }
 
 func (b *bench) unload(ctx context.Context) error {
-	_, err := b.datapath.Unload(ctx)
-	err = errors.Join(err, b.datapath.Close())
+	d := b.datapath
 	b.datapath = nil
-	return err
+	return sandbox.UnloadDatapath(ctx, d)
 }
 
 // alternate measures the variants in turn. Every second round goes backwards,
@@ -241,7 +233,7 @@ func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sam
 
 // enrol makes a pod take part or not.
 func (b *bench) enrol(p *sandbox.Pod, takesPart bool) error {
-	cookie, err := datapath.NetnsCookie(p.Path)
+	cookie, err := p.Cookie()
 	if err != nil {
 		return err
 	}
@@ -253,15 +245,7 @@ func (b *bench) enrol(p *sandbox.Pod, takesPart bool) error {
 
 // in places an end in a pod, a cgroup and on a CPU.
 func in(p *sandbox.Pod, cgroup string, cpu int) measure.End {
-	return measure.End{CPU: cpu, Start: func(cmd *exec.Cmd) error {
-		dir, err := os.Open(cgroup)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
-		return p.Start(cmd)
-	}}
+	return measure.End{CPU: cpu, Start: func(cmd *exec.Cmd) error { return sandbox.StartIn(cgroup, p.Start, cmd) }}
 }
 
 // counts are what the kernel programs have counted: connections, and bytes that

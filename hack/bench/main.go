@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/e2e/measure"
 	"github.com/podshunt/podshunt/e2e/sandbox"
-	"github.com/podshunt/podshunt/hack/measure"
 )
 
 func main() {

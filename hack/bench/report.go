@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshunt/podshunt/hack/measure"
+	"github.com/podshunt/podshunt/e2e/measure"
 )
 
 // none fills the cell of what was not measured.

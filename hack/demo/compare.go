@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
-	"github.com/podshunt/podshunt/hack/measure"
+	"github.com/podshunt/podshunt/e2e/measure"
 )
 
 // warmUp lets TCP open its windows and the shortcut see the receivers read.
@@ -73,7 +73,9 @@ func (d *demo) compare(ctx context.Context) error {
 	if err := d.writePods("enabled"); err != nil {
 		return err
 	}
-	err := d.agent.await(ctx, "enrol both pods", func(s api.Status) bool {
+	soon, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	err := d.agent.Await(soon, "enrol both pods", func(s api.Status) bool {
 		enrolled := 0
 		for _, p := range s.Pods {
 			if p.Enrolled {
@@ -88,7 +90,7 @@ func (d *demo) compare(ctx context.Context) error {
 	d.say("the pods file now says %s=enabled; measuring the shortcut, and a unix socket ...", api.AnnotationShortcut)
 	for i := range rows {
 		r := &rows[i]
-		before, err := d.agent.status(ctx)
+		before, err := d.status(ctx)
 		if err != nil {
 			return err
 		}
@@ -98,7 +100,7 @@ func (d *demo) compare(ctx context.Context) error {
 		if r.service, err = run(*r, address, d.service.String()); err != nil {
 			return err
 		}
-		after, err := d.agent.status(ctx)
+		after, err := d.status(ctx)
 		if err != nil {
 			return err
 		}

@@ -19,7 +19,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -29,8 +28,8 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/measure"
 	"github.com/podshunt/podshunt/e2e/sandbox"
-	"github.com/podshunt/podshunt/hack/measure"
 )
 
 const (
@@ -65,28 +64,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	dir, err := filepath.Abs(*bin)
+	s, err := sandbox.New(sandbox.Config{BinDir: *bin, Podshunt: true})
 	if err != nil {
 		return err
 	}
-	s, err := sandbox.New(sandbox.Config{BinDir: dir, Podshunt: true})
-	if err != nil {
-		return err
-	}
-	d := &demo{
-		out: stdout, sandbox: s, duration: *duration,
-		podsFile: filepath.Join(s.Base, "pods.yaml"), pinDir: filepath.Join(s.BPF, "podshunt"),
-	}
+	var log bytes.Buffer
+	d := &demo{out: stdout, sandbox: s, agent: s.NewAgent(), duration: *duration}
+	d.agent.Log = &log
 	// After a failure or an interrupt this is the whole clean-up: the pins go with the sandbox's bpffs.
-	defer func() { err = errors.Join(err, d.agent.stop(), s.Close()) }()
-	if d.agent, err = newAgent(filepath.Join(dir, "podshunt-agent"), s.Base); err != nil {
-		return err
-	}
+	defer func() { err = errors.Join(err, s.Close()) }()
 	if err := d.show(ctx); err != nil {
+		err = errors.Join(err, d.agent.Stop())
 		if ctx.Err() != nil {
 			return errors.New("interrupted; cleaned up")
 		}
-		return errors.Join(err, d.agent.story())
+		return errors.Join(err, fmt.Errorf("log of the agent:\n%s", &log))
 	}
 	if err := s.Close(); err != nil {
 		return err
@@ -100,9 +92,7 @@ type demo struct {
 	out            io.Writer
 	sandbox        *sandbox.Sandbox
 	duration       time.Duration
-	podsFile       string
-	pinDir         string
-	agent          *agent
+	agent          *sandbox.Agent
 	client, server *sandbox.Pod
 	service        netip.AddrPort
 }
@@ -152,15 +142,14 @@ func (d *demo) startAgent(ctx context.Context) error {
 	if err := d.writePods("disabled"); err != nil {
 		return err
 	}
-	args := []string{
-		"run", "--run-dir=" + d.sandbox.Base, "--pods-file=" + d.podsFile, "--cgroup=" + d.sandbox.Cgroup,
-		"--pin-dir=" + d.pinDir, "--kernel-hazards=accept",
-	}
-	d.say("podshunt-agent %s", strings.Join(args, " \\\n   "))
-	if err := d.agent.start(ctx, args...); err != nil {
+	const accept = "--kernel-hazards=accept"
+	d.say("podshunt-agent %s", strings.Join(d.agent.RunArgs(accept), " \\\n   "))
+	soon, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := d.agent.Start(soon, accept); err != nil {
 		return err
 	}
-	status, err := d.agent.status(ctx)
+	status, err := d.status(ctx)
 	if err != nil {
 		return err
 	}
@@ -191,21 +180,28 @@ func newTable(w io.Writer, flags uint) *tabwriter.Writer {
 	return tabwriter.NewWriter(w, 0, 0, 2, ' ', flags)
 }
 
-// writePods writes the pods file with both pods opted in ("enabled") or out
-// ("disabled"), in one step as an editor would.
-func (d *demo) writePods(shortcut string) error {
-	text := fmt.Sprintf(`pods:
-- namespace: default
-  name: client
-  annotations: {%[1]s: %[2]s}
-- namespace: default
-  name: server
-  annotations: {%[1]s: %[2]s, %[3]s: "%[4]d"}
-`, api.AnnotationShortcut, shortcut, api.AnnotationExcludePorts, excludedPort)
-	if err := os.WriteFile(d.podsFile+".new", []byte(text), 0o600); err != nil {
+func (d *demo) status(ctx context.Context) (api.Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return sandbox.Show[api.Status](ctx, d.agent, "status")
+}
+
+// command runs a command of the agent and prints what it prints.
+func (d *demo) command(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	text, err := d.agent.Run(ctx, name, d.agent.RunDir())
+	if err != nil {
 		return err
 	}
-	return os.Rename(d.podsFile+".new", d.podsFile)
+	d.quote(text)
+	return nil
+}
+
+// writePods writes the pods file with both pods opted in ("enabled") or out ("disabled").
+func (d *demo) writePods(shortcut string) error {
+	opted := api.AnnotationShortcut + ": " + shortcut
+	return d.agent.WritePods("client "+opted, fmt.Sprintf("server %s, %s: '%d'", opted, api.AnnotationExcludePorts, excludedPort))
 }
 
 func (d *demo) addPods() (err error) {
@@ -252,7 +248,7 @@ func (d *demo) showFlows(ctx context.Context) (*conversation, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := d.printFlows(ctx); err != nil {
+	if err := d.command(ctx, "flows"); err != nil {
 		c.close()
 		return nil, err
 	}
@@ -266,21 +262,12 @@ func (d *demo) showExcluded(ctx context.Context) error {
 		return err
 	}
 	defer c.close()
-	return d.printFlows(ctx)
-}
-
-func (d *demo) printFlows(ctx context.Context) error {
-	text, err := d.agent.command(ctx, "flows", "--run-dir="+d.sandbox.Base)
-	if err != nil {
-		return err
-	}
-	d.quote(text)
-	return nil
+	return d.command(ctx, "flows")
 }
 
 func (d *demo) showCounters(ctx context.Context) error {
 	d.section("What the kernel programs have counted (from `podshunt-agent status`)")
-	status, err := d.agent.status(ctx)
+	status, err := d.status(ctx)
 	if err != nil {
 		return err
 	}
@@ -299,20 +286,18 @@ func (d *demo) showCounters(ctx context.Context) error {
 
 func (d *demo) unload(ctx context.Context, open *conversation) error {
 	d.section("podshunt-agent unload")
-	text, err := d.agent.command(ctx, "unload", "--run-dir="+d.sandbox.Base)
-	if err != nil {
+	if err := d.command(ctx, "unload"); err != nil {
 		return err
 	}
-	d.quote(text)
 	if err := open.exchange(); err != nil {
 		return fmt.Errorf("use the open connection after the unload: %w", err)
 	}
 	d.say("   the open connection went on, by TCP")
-	if err := d.agent.stop(); err != nil {
+	if err := d.agent.Stop(); err != nil {
 		return err
 	}
-	if _, err := os.Stat(d.pinDir); !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(fmt.Errorf("unload left %s", d.pinDir), err)
+	if _, err := os.Stat(d.sandbox.PinDir); !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(fmt.Errorf("unload left %s", d.sandbox.PinDir), err)
 	}
 	cgroup, err := os.Open(d.sandbox.Cgroup)
 	if err != nil {
