@@ -12,41 +12,21 @@ package cluster_test
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
-	"regexp"
 	"runtime"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/podshunt/podshunt/e2e/cluster/supervise"
 )
-
-const (
-	// runEnv names the run to the process that TestMain starts inside it.
-	runEnv = "PODSHUNT_CLUSTER_RUN"
-	// removeTimeout is how long killed processes may take to leave their cgroups.
-	removeTimeout = 10 * time.Second
-)
-
-// runPattern matches the name of a run: the pid of its owner and the time that
-// process started, which together are never used twice before a reboot.
-var runPattern = regexp.MustCompile(`^podshunt-cluster-([0-9]+)-[0-9]+$`)
 
 // TestMain runs the tests in a second process and cleans up after it, however it
 // ends: a test that takes too long has no chance to do so itself.
 func TestMain(m *testing.M) {
-	half := supervise
-	if owner, err := processName(os.Getppid()); err == nil && os.Getenv(runEnv) == owner {
-		half = func() (int, error) { return runTests(m, run(owner)) }
-	}
-	status, err := half()
+	status, err := runHalf(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "cluster:", err)
 		if status == 0 {
@@ -56,88 +36,32 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
+// runHalf is what TestMain does outside of a run, or inside.
+func runHalf(m *testing.M) (int, error) {
+	if os.Geteuid() != 0 {
+		return 1, errors.New("needs root: run `make test-cluster`")
+	}
+	// The processes, mounts and network namespaces of a node go with its process 1.
+	all := supervise.Runs{Prefix: "podshunt-cluster", Hierarchies: hierarchies()}
+	if r, err := all.Current(); err == nil {
+		return runTests(m, run(r.Name))
+	}
+	return all.Supervise(
+		// Users of the nodes look into it.
+		func(r supervise.Run, _ *exec.Cmd) error { return os.Chmod(r.Dir, 0o755) },
+		func(r supervise.Run, end *os.ProcessState) error {
+			if end.Success() {
+				return nil
+			}
+			return run(r.Name).keepLogs()
+		})
+}
+
 // run is the name of what one call of TestMain owns.
 type run string
 
 // directory holds the state of its nodes.
 func (r run) directory() string { return filepath.Join(os.TempDir(), string(r)) }
-
-// processName names the run of a process. A process that has ended gives fs.ErrNotExist.
-func processName(pid int) (string, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if errors.Is(err, unix.ESRCH) {
-		return "", fs.ErrNotExist
-	}
-	if err != nil {
-		return "", err
-	}
-	// The command's name, in parentheses, may contain anything; after it come the
-	// state, field 3 of proc(5), and as field 22 the start time.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	if len(fields) < 20 {
-		return "", fmt.Errorf("parse /proc/%d/stat: %q", pid, stat)
-	}
-	if fields[0] == "Z" || fields[0] == "X" {
-		return "", fs.ErrNotExist
-	}
-	return fmt.Sprintf("podshunt-cluster-%d-%s", pid, fields[19]), nil
-}
-
-// supervise runs this program again, and removes what the run has left.
-func supervise() (status int, err error) {
-	if os.Geteuid() != 0 {
-		return 1, errors.New("needs root: run `make test-cluster`")
-	}
-	// Pdeathsig is sent when the thread ends that started the child.
-	runtime.LockOSThread()
-	name, err := processName(os.Getpid())
-	if err != nil {
-		return 1, err
-	}
-	r := run(name)
-	if err := sweep(); err != nil {
-		return 1, err
-	}
-	defer func() { err = errors.Join(err, r.remove()) }()
-	if err := os.Mkdir(r.directory(), 0o755); err != nil {
-		return 1, err
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		return 1, err
-	}
-	cmd := exec.Command(exe, os.Args[1:]...)
-	cmd.Env = append(os.Environ(), runEnv+"="+name)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	// A terminal's interrupt then reaches it once, from us.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
-	defer signal.Stop(signals)
-	if err := cmd.Start(); err != nil {
-		return 1, err
-	}
-	ended := make(chan struct{})
-	defer close(ended)
-	go func() {
-		for {
-			select {
-			case s := <-signals:
-				_ = cmd.Process.Signal(s) // fails only when the process has just ended
-			case <-ended:
-				return
-			}
-		}
-	}()
-	err = cmd.Wait()
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-		err = r.keepLogs()
-	}
-	if ws := cmd.ProcessState.Sys().(syscall.WaitStatus); ws.Signaled() {
-		return 128 + int(ws.Signal()), errors.Join(err, fmt.Errorf("run ended by signal: %v", ws.Signal()))
-	}
-	return cmd.ProcessState.ExitCode(), err
-}
 
 // keepLogs copies the logs of a failed run's daemons to where they outlive it.
 func (r run) keepLogs() error {
@@ -153,43 +77,6 @@ func (r run) keepLogs() error {
 	return os.CopyFS(kept, os.DirFS(filepath.Join(r.directory(), "logs")))
 }
 
-// sweep removes what runs have left whose owner is dead.
-func sweep() error {
-	parents := append(hierarchies(), os.TempDir())
-	var errs []error
-	for _, parent := range parents {
-		entries, err := os.ReadDir(parent)
-		errs = append(errs, err)
-		for _, e := range entries {
-			match := runPattern.FindStringSubmatch(e.Name())
-			if match == nil || !e.IsDir() {
-				continue
-			}
-			pid, err := strconv.Atoi(match[1])
-			if err != nil {
-				continue
-			}
-			owner, err := processName(pid)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				errs = append(errs, err)
-			} else if owner != e.Name() {
-				errs = append(errs, run(e.Name()).remove())
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// remove removes the cgroups and the directory of a run. Its processes, mounts
-// and network namespaces have gone with process 1 of each node.
-func (r run) remove() error {
-	var errs []error
-	for _, hierarchy := range hierarchies() {
-		errs = append(errs, removeCgroup(filepath.Join(hierarchy, string(r))))
-	}
-	return errors.Join(append(errs, os.RemoveAll(r.directory()))...)
-}
-
 // hierarchies returns where cgroup hierarchies, of both versions, are mounted.
 func hierarchies() []string {
 	mounts, err := os.ReadFile("/proc/self/mounts")
@@ -203,35 +90,6 @@ func hierarchies() []string {
 		}
 	}
 	return points
-}
-
-// removeCgroup removes a cgroup with its children. One that does not exist is no error.
-func removeCgroup(path string) error {
-	for deadline := time.Now().Add(removeTimeout); ; time.Sleep(20 * time.Millisecond) {
-		err := removeTree(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		// EBUSY until the killed processes have left.
-		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
-			return err
-		}
-	}
-}
-
-func removeTree(cgroup string) error {
-	entries, err := os.ReadDir(cgroup)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeTree(filepath.Join(cgroup, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	return os.Remove(cgroup)
 }
 
 // runTests is the inner half of TestMain.

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
+	"github.com/podshunt/podshunt/e2e/supervise"
 )
 
 // ErrNotRoot is returned by New for a process that is not root's.
@@ -91,7 +92,7 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, err
 	}
-	base, err := os.MkdirTemp(r.dir, "")
+	base, err := os.MkdirTemp(r.Dir, "")
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +101,7 @@ func New(cfg Config) (_ *Sandbox, err error) {
 		BinDir:         binDir,
 		BPF:            filepath.Join(base, "bpf"),
 		PinDir:         filepath.Join(base, "bpf", "podshunt"),
-		Cgroup:         r.cgroup,
+		Cgroup:         r.Cgroups[0],
 		AgentSocket:    filepath.Join(base, "agent.sock"),
 		AgentTimeout:   api.PluginTimeout,
 		AttachmentsDir: filepath.Join(base, "attachments"),
@@ -210,5 +211,5 @@ func (s *Sandbox) Close() error {
 			}
 		}
 	}
-	return errors.Join(append(errs, removeCgroup(s.ownCgroup()), os.RemoveAll(s.Base))...)
+	return errors.Join(append(errs, supervise.RemoveCgroup(s.ownCgroup()), os.RemoveAll(s.Base))...)
 }
