@@ -84,9 +84,6 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
 	$(HELM_UNITTEST) charts/podshunt
 
-test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
-	$(HELM_UNITTEST) charts/podshunt
-
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
 	$(BUILD) -o bin/podshunt-agent ./agent
