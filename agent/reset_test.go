@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -135,6 +136,11 @@ func testForce(t *testing.T, family string, running bool) {
 	l := sandboxtest.MustListen(t, web, network, listen)
 	good, bad := mustDial(t, client, l, network, host), mustDial(t, client, l, network, host)
 	for _, c := range []connection{good, bad} {
+		for _, end := range []net.Conn{c.client, c.server} { // what follows takes its time in QEMU
+			if err := end.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
+				t.Fatal(err)
+			}
+		}
 		c.mustPing(t)
 	}
 	before := a.MustStatus(t)
