@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The commands' side of the agent's socket.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What `run` is configured with, and its validation.
+
 package main
 
 import (

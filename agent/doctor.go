@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The command doctor, and the flags by which run and doctor judge a kernel.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Flags that several commands have, and errors of flags that say what is accepted.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The command forget.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The lease of the policy, which the agent renews while it knows what pods ask for.
+
 package main
 
 import (

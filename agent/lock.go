@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The lock of a run directory: one agent for each.
+
 package main
 
 import (

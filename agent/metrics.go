@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Metrics for Prometheus.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The agent's answers to the commands.
+
 package main
 
 import (

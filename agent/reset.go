@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Resetting the connections that do not read, for `unload --force`.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The command run: the agent's parts, and how they are joined.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Tables on the terminal.
+
 package main
 
 import (

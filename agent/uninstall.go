@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The command uninstall, on one node or on all.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The annotations by which users opt in and out.
+
 package api
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The plugin's section of the CNI configuration.
+
 package api
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The state of a pod, and the codes that say why.
+
 package api
 
 import (

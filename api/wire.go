@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The agent's HTTP service: its routes, requests and answers.
+
 package api
 
 import (

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
-#ifndef PODSHUNT_OUTCOME_H
-#define PODSHUNT_OUTCOME_H
-
 /*
  * What became of a message (one for each run of deliver), of a connection or of
  * a socket (decisions of track). Each is counted once, under one of these.
  * agent/datapath/outcome.go has their codes; a test walks to OUTCOME_MAX.
  */
+
+#ifndef PODSHUNT_OUTCOME_H
+#define PODSHUNT_OUTCOME_H
+
 enum outcome {
 	/* Messages, in bytes and number. The first is the shortcut, all others went by TCP. */
 	OUTCOME_SHORTCUT,

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The plugin's side of the agent's socket.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The verbs of CNI.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What the runtime hands to the plugin.
+
 package main
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The plugin's binary in the directory that the runtime starts plugins from.
+
 package cniconf
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The directory of CNI configuration: which file the runtime uses, and writing it in one step.
+
 package cniconf
 
 import (

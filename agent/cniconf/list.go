@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// A conflist, into which the plugin's entry goes with all other bytes left as they are.
+
 package cniconf
 
 import (

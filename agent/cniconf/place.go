@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// A directory of the node as the agent sees it through a mount, and whether the node still has the same one.
+
 package cniconf
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Attaching programs: links that are pinned with them, and taken over.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The life of a datapath: made anew or taken over, and closed.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Enrolling pods, by the cookies of their network namespaces.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The flows map, for people.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The guards: tracing programs that are attached while a pod takes part.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What the host has to offer: a cgroup2, a bpffs, cookies of network namespaces.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What a kernel needs to run the programs at all.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// How full the maps are, and sweeping entries whose sockets are gone.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The counters of the programs, and how full the maps are, for Prometheus.
+
 package datapath
 
 import (

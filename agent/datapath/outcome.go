@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The code of each outcome that the programs count.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Pins while they are made or taken down, so that an agent that is killed at any step leaves nothing behind.
+
 package datapath
 
 import (

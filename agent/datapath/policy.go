@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The policy map: rules as longest-prefix entries, and the order in which they are changed.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What each pod has of the maps that connections fill, counted anew.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// A flow as the datapath tells it.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Unload: everything out of the kernel without losing a byte.
+
 package datapath
 
 import (

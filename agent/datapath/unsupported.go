@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What was learned of server ports, and forgetting it.
+
 package datapath
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Who is at the other end of a socket.
+
 package explain
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The sockets of a pod, as the kernel lists them.
+
 package explain
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The words for people beside each code.
+
 package explain
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// TCP connections on loopback for the probes, with and without the shortcut.
+
 package hazards
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The proof that a guard works on this kernel.
+
 package hazards
 
 import (

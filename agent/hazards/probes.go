@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// One probe for each hazard.
+
 package hazards
 
 import (

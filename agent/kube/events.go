@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Events on pods and on the node.
+
 package kube
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Commands in the agents' pods, for `uninstall --all-nodes`.
+
 package kube
 
 import (

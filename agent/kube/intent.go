@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What a pod asks for, by its annotations and its namespace's.
+
 package kube
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The labels of namespaces whose pods are opted in.
+
 package kube
 
 import (

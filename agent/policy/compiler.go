@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Compiler: the rules between all pods, and which of them a change touches.
+
 package policy
 
 import (

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// NetworkPolicy: for which ports one holds between two pods.
+
 package policy
 
 import (

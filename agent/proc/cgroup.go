@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Which pod a cgroup belongs to, and whether the kubelet has made it.
+
 package proc
 
 import (

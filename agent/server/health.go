@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Health and metrics over TCP.
+
 package server
 
 import (
