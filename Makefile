@@ -39,7 +39,7 @@ PLUGINS := github.com/containernetworking/plugins/plugins
 UNIT := ./api ./plugin ./agent/...
 # Tests of race. The ones left out kill a process at every step that it takes, or sit
 # a time out, on one thread: make test has them.
-RACE := ./agent ./agent/datapath ./agent/hazards ./agent/nat
+RACE := ./agent ./agent/datapath ./agent/diag ./agent/hazards ./agent/nat ./agent/proc
 RACE_SKIP := ^(TestOpenKilled|TestUnloadKilled|TestUnloadGoesOn|TestDeletedMap|TestRestedReader|TestForgottenConnections|TestRefresh)$$
 # How long each fuzz target is fuzzed.
 FUZZTIME ?= 20s
