@@ -100,6 +100,10 @@ type bench struct {
 	observer       string
 }
 
+// receiveBuffer is the kernel's own tcp_rmem on machines with some gigabytes of memory.
+// A machine may be tuned, as that of the tests is, but users' mostly are not.
+const receiveBuffer = "4096 131072 6291456"
+
 func newBench(s settings) (_ *bench, err error) {
 	b := &bench{settings: s}
 	if b.sandbox, err = sandbox.New(sandbox.Config{}); err != nil {
@@ -122,6 +126,9 @@ func newBench(s settings) (_ *bench, err error) {
 		return nil, err
 	}
 	for _, p := range []*sandbox.Pod{b.client, b.server} {
+		if err := p.Sysctl("net.ipv4.tcp_rmem", receiveBuffer); err != nil {
+			return nil, err
+		}
 		// Else the thousands of connections of one measurement would still be
 		// around, in TIME_WAIT, to take ports and time from the next.
 		if err := p.Sysctl("net.ipv4.tcp_max_tw_buckets", "0"); err != nil {
