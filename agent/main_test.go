@@ -429,6 +429,10 @@ func TestWriteManyFlows(t *testing.T) {
 	if len(out.text) != 1+len(flows) {
 		t.Fatalf("got %d lines, want %d", len(out.text), 1+len(flows))
 	}
+	// A write for each cell takes longer than all the rest.
+	if out.writes > 10 {
+		t.Errorf("got %d writes of %d lines, want some for each page", out.writes, len(out.text))
+	}
 	at := strings.Index(out.text[0], "LAST REASON")
 	for _, line := range out.text[1:] {
 		if strings.Index(line, "why") != at {
@@ -454,12 +458,14 @@ func TestWriteManyFlows(t *testing.T) {
 
 // lines are what is written to them, or refuse it with an error.
 type lines struct {
-	text []string
-	part string
-	err  error
+	text   []string
+	part   string
+	err    error
+	writes int
 }
 
 func (l *lines) Write(p []byte) (int, error) {
+	l.writes++
 	whole := strings.Split(l.part+string(p), "\n")
 	l.text, l.part = append(l.text, whole[:len(whole)-1]...), whole[len(whole)-1]
 	return len(p), l.err

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"fmt"
 	"io"
@@ -19,20 +20,26 @@ import (
 
 // table writes rows of columns aligned, by what kubectl aligns its columns with.
 type table struct {
-	w   *tabwriter.Writer
-	err error // the first of w
+	w        *tabwriter.Writer
+	buffered *bufio.Writer // what w writes to, as it writes each cell and its padding alone
+	err      error         // the first of both
 }
 
 // newTable makes a table whose columns are as wide as the widest cell of the rows up to
 // one without cells.
 func newTable(w io.Writer) *table {
-	return &table{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
+	return makeTable(w, 0)
 }
 
 // newPagedTable makes a table of one set of columns that may be flushed many times. They
 // are at least as wide as those that are written already.
 func newPagedTable(w io.Writer) *table {
-	return &table{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.RememberWidths)}
+	return makeTable(w, tabwriter.RememberWidths)
+}
+
+func makeTable(w io.Writer, flags uint) *table {
+	buffered := bufio.NewWriterSize(w, 64<<10)
+	return &table{w: tabwriter.NewWriter(buffered, 0, 0, 2, ' ', flags), buffered: buffered}
 }
 
 // row adds a line, whatever the cells hold: some quote what users have written. All
@@ -55,6 +62,9 @@ func (t *table) row(cells ...string) {
 func (t *table) flush() error {
 	if t.err == nil {
 		t.err = t.w.Flush()
+	}
+	if t.err == nil {
+		t.err = t.buffered.Flush()
 	}
 	return t.err
 }
