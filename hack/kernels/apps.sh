@@ -56,16 +56,8 @@ build=$(mktemp -d -p "$cache/apps")
 trap 'rm -rf "$build"' EXIT
 (cd "$top" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$build/" ./plugin ./agent)
 (cd "$top/e2e/apps" && CGO_ENABLED=0 go test -trimpath -buildvcs=false -c -o "$build/apps.test" .)
-fetched=()
-for one in "$@"; do
-	status=0
-	"$top/hack/kernels/fetch.sh" "$one" || status=$?
-	case $status in
-	0) fetched+=("$one") ;;
-	3) echo "== Linux $one is SKIPPED: it cannot be fetched" ;;
-	*) exit "$status" ;;
-	esac
-done
+list=$("$top/hack/kernels/fetch-all.sh" "$@")
+read -ra fetched <<<"${list//$'\n'/ }"
 "$top/hack/kernels/root.sh"
 key=$(cat "$build"/* "$cache/root.made-by" | sha256sum | cut -c1-16)
 results=$cache/apps/$key

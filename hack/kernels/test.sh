@@ -54,16 +54,8 @@ build agent ./agent
 build chain ./e2e
 build conformance ./e2e/conformance
 status=0
-fetched=()
-for one in "$@"; do
-	missing=0
-	"$top/hack/kernels/fetch.sh" "$one" || missing=$?
-	case $missing in
-	0) fetched+=("$one") ;;
-	3) echo "== Linux $one is SKIPPED: it cannot be fetched" ;;
-	*) exit "$missing" ;;
-	esac
-done
+list=$("$top/hack/kernels/fetch-all.sh" "$@")
+read -ra fetched <<<"${list//$'\n'/ }"
 # The longest first, so that both have work until the end.
 running=0
 logs=()
