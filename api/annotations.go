@@ -124,16 +124,18 @@ const maxFaults = 8
 const mostOfValue = 200
 
 // Shorten cuts a text of a user's, which may be of any length, to at most so many
-// bytes for a log, an Event or a table.
+// bytes for a log, an Event or a table, and says so with "...". It cuts between
+// characters; a text that is not UTF-8 may have none, e.g. "\x80\x80\x80\x80".
 func Shorten(text string, most int) string {
 	if len(text) <= most {
 		return text
 	}
-	end := most
-	for !utf8.RuneStart(text[end]) {
-		end--
+	for end := most; end >= 0 && end > most-utf8.UTFMax; end-- {
+		if utf8.RuneStart(text[end]) {
+			return text[:end] + "..."
+		}
 	}
-	return text[:end] + "..."
+	return text[:most] + "..."
 }
 
 // parsePorts reads a list such as "6379, 8000-8010".

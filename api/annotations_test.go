@@ -135,7 +135,32 @@ func TestParseAnnotationsLimits(t *testing.T) {
 	}
 }
 
+func TestShorten(t *testing.T) {
+	for _, test := range []struct {
+		text string
+		most int
+		want string
+	}{
+		{"", 0, ""},
+		{"abc", 3, "abc"},
+		{"abc", 2, "ab..."},
+		{"abc", 0, "..."},
+		{"aü", 2, "a..."},
+		{"ü", 1, "..."},
+		{"a\U0001f600", 4, "a..."},
+		// No character begins here.
+		{"\x80\x80\x80\x80\x80\x80", 5, "\x80\x80\x80\x80\x80..."},
+		{"\x80\x80\x80", 2, "\x80\x80..."},
+		{"\x80", 0, "..."},
+	} {
+		if got := api.Shorten(test.text, test.most); got != test.want {
+			t.Errorf("Shorten(%q, %d): got %q, want %q", test.text, test.most, got, test.want)
+		}
+	}
+}
+
 func FuzzParseAnnotations(f *testing.F) {
+	f.Add("podshunt.io/shortcut", "\xff", strings.Repeat("\x80", 4096))
 	f.Add("podshunt.io/shortcut", "enabled", "80,8000-8010")
 	f.Add("podshunt.io/paused-until", "2026-01-31T18:00:00Z", "1-65535")
 	f.Add("podshunt.io/exclude-ports", "80-", "080")
