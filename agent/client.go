@@ -54,8 +54,14 @@ func writeJSON(w io.Writer, v any) error {
 }
 
 // ask sends a request without a body to the agent of a run directory, and decodes
-// its answer. It returns errNoAgent if nobody listens on its socket.
+// its answer. Its errors are those of request.
 func ask(ctx context.Context, runDir, method, path string, timeout time.Duration, answer any) error {
+	return request(ctx, runDir, method, path, timeout, func(body io.Reader) error { return json.NewDecoder(body).Decode(answer) })
+}
+
+// request sends a request without a body to the agent of a run directory, and has read
+// read its answer. It returns errNoAgent if nobody listens on its socket.
+func request(ctx context.Context, runDir, method, path string, timeout time.Duration, read func(io.Reader) error) error {
 	socket := socketIn(runDir)
 	// Without this a path that is too long looks as if no agent ran there.
 	if err := api.CheckSocket(socket); err != nil {
@@ -88,8 +94,8 @@ func ask(ctx context.Context, runDir, method, path string, timeout time.Duration
 		}
 		return fmt.Errorf("agent at %s: %s", socket, failure.Error)
 	}
-	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
-		return unanswered("decode the answer of the agent", socket, timeout, err)
+	if err := read(resp.Body); err != nil {
+		return unanswered("read the answer of the agent", socket, timeout, err)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net/http"
 
 	"github.com/spf13/cobra"
 
@@ -34,7 +35,7 @@ server's own, as with a Service.`,
 			if err := checkPod(chosen.Pod); chosen.Pod != "" && err != nil {
 				return usageError(fmt.Errorf("--pod: %w", err))
 			}
-			return show(cmd, runDir, api.PathFlows+"?"+chosen.Query(), output, func(w io.Writer, l api.FlowList) error { return writeFlows(w, l.Items) })
+			return showFlows(cmd, runDir, chosen, output)
 		},
 	}
 	runDirVar(cmd, &runDir)
@@ -47,36 +48,81 @@ server's own, as with a Service.`,
 // pageFlows is how many connections are aligned at once.
 const pageFlows = 500
 
-func writeFlows(w io.Writer, flows []api.Flow) error {
-	if len(flows) == 0 {
-		_, err := fmt.Fprintln(w, "no connections")
+// flowWriter writes flows one at a time.
+type flowWriter interface {
+	Write(api.Flow) error
+	// Close writes what is not written yet.
+	Close() error
+}
+
+// showFlows prints flows while the agent still sends them.
+func showFlows(cmd *cobra.Command, runDir string, chosen api.Selector, output string) error {
+	var w flowWriter = newFlowTable(cmd.OutOrStdout())
+	if output == "json" {
+		var err error
+		if w, err = api.NewFlowListWriter(cmd.OutOrStdout(), "  "); err != nil {
+			return err
+		}
+	}
+	err := request(cmd.Context(), runDir, http.MethodGet, api.PathFlows+"?"+chosen.Query(), askTimeout,
+		func(body io.Reader) error { return api.ReadFlowList(body, w.Write) })
+	if err != nil {
 		return err
 	}
-	t := newPagedTable(w)
-	t.row("CLIENT", "SERVER", "DIRECTION", "PATH", "SHORTCUT", "TCP", "LAST REASON FOR TCP")
-	for i, f := range flows {
-		// To align tens of thousands of rows at once takes more memory than the agent has to spare.
-		if i%pageFlows == pageFlows-1 {
-			if err := t.flush(); err != nil {
-				return err
-			}
+	return w.Close()
+}
+
+func writeFlows(w io.Writer, flows []api.Flow) error {
+	t := newFlowTable(w)
+	for _, f := range flows {
+		if err := t.Write(f); err != nil {
+			return err
 		}
-		client, server := endText(f.Client), endText(f.Server)
-		via := ""
-		if f.OrigDst != f.Server.Address {
-			via = "  via " + f.OrigDst.String()
-		}
-		if !f.Paired {
-			t.row(client, server, "both", "tcp", "", "", f.Message)
-			if via != "" {
-				t.row("", via, "", "", "", "", "")
-			}
-			continue
-		}
-		t.row(append([]string{client, server, "to server"}, directionCells(f.ToServer)...)...)
-		t.row(append([]string{"", via, "to client"}, directionCells(f.ToClient)...)...)
 	}
-	return t.flush()
+	return t.Close()
+}
+
+// flowTable writes flows for people.
+type flowTable struct {
+	w     io.Writer
+	table *table // nil before the first flow
+	flows int
+}
+
+func newFlowTable(w io.Writer) *flowTable { return &flowTable{w: w} }
+
+func (t *flowTable) Write(f api.Flow) error {
+	if t.table == nil {
+		t.table = newPagedTable(t.w)
+		t.table.row("CLIENT", "SERVER", "DIRECTION", "PATH", "SHORTCUT", "TCP", "LAST REASON FOR TCP")
+	}
+	client, server := endText(f.Client), endText(f.Server)
+	via := ""
+	if f.OrigDst != f.Server.Address {
+		via = "  via " + f.OrigDst.String()
+	}
+	if f.Paired {
+		t.table.row(append([]string{client, server, "to server"}, directionCells(f.ToServer)...)...)
+		t.table.row(append([]string{"", via, "to client"}, directionCells(f.ToClient)...)...)
+	} else {
+		t.table.row(client, server, "both", "tcp", "", "", f.Message)
+		if via != "" {
+			t.table.row("", via, "", "", "", "", "")
+		}
+	}
+	// To align tens of thousands of rows at once takes more memory than the agent has to spare.
+	if t.flows++; t.flows%pageFlows == 0 {
+		return t.table.flush()
+	}
+	return nil
+}
+
+func (t *flowTable) Close() error {
+	if t.table == nil {
+		_, err := fmt.Fprintln(t.w, "no connections")
+		return err
+	}
+	return t.table.flush()
 }
 
 // directionCells returns the cells from PATH on.

@@ -579,7 +579,7 @@ func TestAskFailures(t *testing.T) {
 	for _, tc := range []struct{ name, answer, want string }{
 		{"error", "HTTP/1.1 500 x\r\nContent-Length: 16\r\n\r\n{\"error\":\"boom\"}", "boom"},
 		{"no error body", "HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "502 Bad Gateway"},
-		{"nonsense", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "decode the answer"},
+		{"nonsense", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "read the answer"},
 		{"silence", "", "ask the agent"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

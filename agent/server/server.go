@@ -7,8 +7,6 @@
 package server
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -258,28 +256,17 @@ func answer(w http.ResponseWriter, log *slog.Logger, body any, err error) {
 	}
 }
 
-// writeFlows writes a FlowList one flow at a time: tens of thousands of flows take tens
-// of MiB as text.
 func writeFlows(w io.Writer, flows []api.Flow) error {
-	head, err := json.Marshal(api.TypeMeta{APIVersion: api.Version, Kind: api.KindFlowList})
+	list, err := api.NewFlowListWriter(w, "")
 	if err != nil {
 		return err
 	}
-	buffered := bufio.NewWriter(w)
-	// Flush returns an error if this has failed.
-	_, _ = buffered.Write(bytes.TrimSuffix(head, []byte("}")))
-	_, _ = buffered.WriteString(`,"items":[`)
-	encoder := json.NewEncoder(buffered)
-	for i := range flows {
-		if i > 0 {
-			_ = buffered.WriteByte(',')
-		}
-		if err := encoder.Encode(&flows[i]); err != nil {
+	for _, f := range flows {
+		if err := list.Write(f); err != nil {
 			return err
 		}
 	}
-	_, _ = buffered.WriteString("]}\n")
-	return buffered.Flush()
+	return list.Close()
 }
 
 func refuse(w http.ResponseWriter, code int, err error) {
