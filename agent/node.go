@@ -131,7 +131,7 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 		return nil, err
 	}
 	flows := view.Paired(paired)
-	flows = append(flows, view.Unpaired(sockets, append(before, paired...))...)
+	flows = append(flows, view.Unpaired(sockets, before, paired)...)
 	flows = slices.DeleteFunc(flows, func(f api.Flow) bool { return !chosen.Chooses(f) })
 	explain.Sort(flows)
 	return flows, nil

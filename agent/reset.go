@@ -183,7 +183,8 @@ func resetSockets(path string, wanted, done map[uint64]bool) error {
 // list, which may then lack some.
 func listAll(conn *diag.Conn) (found []diag.Socket, err error) {
 	for range 10 {
-		found, err = conn.List(diag.All)
+		found = nil
+		err = conn.Each(diag.All, func(s *diag.Socket) { found = append(found, *s) })
 		if !errors.Is(err, diag.ErrInterrupted) {
 			break
 		}

@@ -68,10 +68,11 @@ func TestFlowList(t *testing.T) {
 }
 
 func readFlows(text string) (flows []api.Flow, err error) {
-	return flows, api.ReadFlowList(strings.NewReader(text), func(f api.Flow) error {
+	err = api.ReadFlowList(strings.NewReader(text), func(f api.Flow) error {
 		flows = append(flows, f)
 		return nil
 	})
+	return flows, err
 }
 
 func TestReadFlowList(t *testing.T) {

@@ -28,13 +28,9 @@ func (d *Datapath) flows() ([]Flow, error) {
 	if d.unloaded || d.objects.Maps[bpf.ShortcutMapFlows] == nil {
 		return nil, nil
 	}
-	records, err := entries[uint64, bpf.ShortcutFlow](d.objects.Maps[bpf.ShortcutMapFlows])
-	if err != nil {
-		return nil, fmt.Errorf("read the flows map: %w", err)
-	}
+	var flows []Flow
 	boot := time.Now().Add(-monotonic())
-	flows := make([]Flow, 0, len(records))
-	for id, p := range records {
+	add := func(id uint64, p *bpf.ShortcutFlow) {
 		flows = append(flows, Flow{
 			ID:          id,
 			ServerID:    p.Cookie[server],
@@ -46,9 +42,17 @@ func (d *Datapath) flows() ([]Flow, error) {
 			Joined:      p.State&uint64(bpf.ShortcutFlowStateFLOW_SERVER_JOINED) != 0,
 			Since:       boot.Add(time.Duration(p.SinceNs)),
 			Unsupported: reasons(p.Unsupported[client] | p.Unsupported[server]),
-			ToServer:    direction(&p, client),
-			ToClient:    direction(&p, server),
+			ToServer:    direction(p, client),
+			ToClient:    direction(p, server),
 		})
+	}
+	err := eachBatch(d.objects.Maps[bpf.ShortcutMapFlows], func(ids []uint64, records []bpf.ShortcutFlow) {
+		for i, id := range ids {
+			add(id, &records[i])
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the flows map: %w", err)
 	}
 	return flows, nil
 }

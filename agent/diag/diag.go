@@ -21,7 +21,7 @@ import (
 // timeoutSeconds bounds a question to the kernel.
 const timeoutSeconds = 10
 
-// States of a socket, for List.
+// States of a socket, for Each.
 const (
 	Established = 1 << unix.BPF_TCP_ESTABLISHED
 	Listening   = 1 << unix.BPF_TCP_LISTEN
@@ -73,20 +73,19 @@ func Open(path string) (*Conn, error) {
 // Close closes c.
 func (c *Conn) Close() { c.handle.Close() }
 
-// List returns the sockets of both families that are in one of the states, which are
-// joined by |. It returns what it has with ErrInterrupted.
-func (c *Conn) List(states uint32) ([]Socket, error) {
-	var sockets []Socket
+// Each calls visit with each socket of both families that is in one of the states, which
+// are joined by |. It returns ErrInterrupted after the last of them.
+func (c *Conn) Each(states uint32, visit func(*Socket)) error {
 	err := c.request(getSock, unix.NLM_F_DUMP, listRequest(states)).ExecuteIter(unix.NETLINK_INET_DIAG, 0, func(message []byte) bool {
 		if s, ok := parse(message); ok {
-			sockets = append(sockets, s)
+			visit(&s)
 		}
 		return true
 	})
 	if err != nil {
-		return sockets, fmt.Errorf("list sockets of netns %s: %w", c.path, err)
+		return fmt.Errorf("list sockets of netns %s: %w", c.path, err)
 	}
-	return sockets, nil
+	return nil
 }
 
 // Reset closes a connection as if its peer had sent a RST. It returns unix.ENOENT if the

@@ -208,7 +208,7 @@ func (v *View) direction(f datapath.Flow, d datapath.Direction, client, server *
 // Unpaired describes the connections of sockets that are not among known and have an
 // end in a pod that wants to take part. A connection is listed once, also if both of
 // its ends are among sockets.
-func (v *View) Unpaired(sockets []Socket, known []datapath.Flow) []api.Flow {
+func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 	m := newSocketMatcher(sockets, known)
 	var flows []api.Flow
 	describe := func(client, server *Socket) {

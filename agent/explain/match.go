@@ -39,16 +39,19 @@ func newTuple(netns uint64, local, remote netip.AddrPort) tuple {
 	return tuple{netns, local, remote}
 }
 
-func newSocketMatcher(sockets []Socket, known []datapath.Flow) *socketMatcher {
+func newSocketMatcher(sockets []Socket, known [][]datapath.Flow) *socketMatcher {
 	type end struct {
 		netns  uint64
 		port   uint16
 		remote netip.AddrPort
 	}
 	clients, servers := map[uint64]bool{}, map[end]bool{}
-	for _, f := range known {
-		clients[f.ID] = true
-		servers[end{f.ServerNetns, f.Server.Port(), f.Client}] = true
+	for _, flows := range known {
+		for i := range flows {
+			f := &flows[i]
+			clients[f.ID] = true
+			servers[end{f.ServerNetns, f.Server.Port(), f.Client}] = true
+		}
 	}
 	m := &socketMatcher{
 		used: map[*Socket]bool{}, listeners: map[netnsPort]bool{},

@@ -27,13 +27,12 @@ func Sockets(path string, cookie uint64) ([]Socket, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	found, err := conn.List(diag.Established | diag.Listening)
+	var sockets []Socket
+	err = conn.Each(diag.Established|diag.Listening, func(s *diag.Socket) {
+		sockets = append(sockets, Socket{netns: cookie, cookie: s.Cookie, local: s.Local, remote: s.Remote, listening: s.State == diag.Listening})
+	})
 	if errors.Is(err, diag.ErrInterrupted) {
 		err = nil // good enough for a picture of the moment
-	}
-	sockets := make([]Socket, len(found))
-	for i, s := range found {
-		sockets[i] = Socket{netns: cookie, cookie: s.Cookie, local: s.Local, remote: s.Remote, listening: s.State == diag.Listening}
 	}
 	return sockets, err
 }
