@@ -36,7 +36,21 @@ func Redirects(path string) (bool, error) {
 	return redirects, nil
 }
 
-func inside(path string) (redirects bool, err error) {
+func inside(path string) (bool, error) {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return false, err
+	}
+	defer ns.Close()
+	if found, err := legacy(ns); found || err != nil {
+		return found, err
+	}
+	return nft(ns)
+}
+
+// legacy reports whether iptables-legacy has a NAT table, which exists from the first
+// rule on. It does not look at the rules.
+func legacy(ns netns.NsHandle) (found bool, err error) {
 	runtime.LockOSThread()
 	own, err := netns.Get()
 	if err != nil {
@@ -53,36 +67,29 @@ func inside(path string) (redirects bool, err error) {
 		}
 		runtime.UnlockOSThread()
 	}()
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		return false, err
-	}
-	defer ns.Close()
 	if err := netns.Set(ns); err != nil {
 		return false, err
 	}
 	for _, file := range []string{"ip_tables_names", "ip6_tables_names"} {
-		if found, err := legacy("/proc/thread-self/net/" + file); found || err != nil {
-			return found, err
+		names, err := os.ReadFile("/proc/thread-self/net/" + file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the kernel has no such tables
+		}
+		if err != nil {
+			return false, err
+		}
+		if slices.Contains(strings.Fields(string(names)), "nat") {
+			return true, nil
 		}
 	}
-	return nft()
-}
-
-// legacy reports whether iptables-legacy has a NAT table, which exists from the first
-// rule on. It does not look at the rules.
-func legacy(file string) (bool, error) {
-	names, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil // the kernel has no such tables
-	}
-	return slices.Contains(strings.Fields(string(names)), "nat"), err
+	return false, nil
 }
 
 // nft reports whether nftables has a rule that redirects, including those of
-// iptables-nft.
-func nft() (bool, error) {
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+// iptables-nft. Only its socket is made in the namespace: a goroutine that is locked to its
+// thread takes much longer to wait for an answer.
+func nft(ns netns.NsHandle) (bool, error) {
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(int(ns)), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return c.SetDeadline(time.Now().Add(timeout))
 	}))
 	if err != nil {
