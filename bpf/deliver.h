@@ -20,8 +20,6 @@
 
 #define SEND_SHUTDOWN 2 /* include/net/sock.h */
 
-#define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
-
 /*
  * Returns true if the peer has read all bytes of TCP. The peer's memory may be freed and
  * used for another socket while this reads it. Every socket has a cookie of its own, so the
@@ -33,9 +31,8 @@ static __always_inline bool peer_drained(const struct flow *flow, __u32 peer, __
 	__u32 copied_seq;
 	__s64 cookie;
 
-	if (bpf_core_read(&copied_seq, sizeof(copied_seq), &tp->copied_seq) ||
-	    bpf_core_read(&cookie, sizeof(cookie),
-			  &tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter))
+	if (read_field(&copied_seq, tp, copied_seq) ||
+	    read_field(&cookie, tp, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter))
 		return false;
 	return copied_seq == write_seq && (__u64)cookie == flow->cookie[peer];
 }
@@ -48,11 +45,11 @@ static __always_inline enum outcome peer_unsupported(const struct flow *flow, __
 {
 	struct tcp_sock *tp = (struct tcp_sock *)flow->sock[peer];
 	__s64 cookie;
-	void *ulp;
+	const struct tcp_ulp_ops *ulp;
 	int lowat;
 
-	if (bpf_core_read(&ulp, sizeof(ulp), &tp->inet_conn.icsk_ulp_ops) ||
-	    bpf_core_read(&lowat, sizeof(lowat), &tp->inet_conn.icsk_inet.sk.sk_rcvlowat))
+	if (read_field(&ulp, tp, inet_conn.icsk_ulp_ops) ||
+	    read_field(&lowat, tp, inet_conn.icsk_inet.sk.sk_rcvlowat))
 		return OUTCOME_PEER_GONE;
 	if (!ulp && lowat <= 1)
 		return OUTCOME_SHORTCUT;

@@ -86,6 +86,8 @@ enum flow_state {
 	FLOW_STATE_BITS = 8,
 };
 
+#define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
+
 enum verdict {
 	VERDICT_REFUSE, /* do not pair new connections; flows go by TCP */
 	VERDICT_ALLOW,
@@ -169,7 +171,8 @@ struct receiving {
 	__u32 reads; /* finished recv calls, also those on earlier connections to the port */
 	__u32 drains; /* recv calls that found nothing after one that was not filled, as for reads */
 	__u32 unfilled; /* the last recv call was not filled */
-	__u32 reserved[8];
+	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
+	__u32 reserved[7];
 };
 
 struct side {

@@ -8,6 +8,8 @@
 #define PODSHUNT_KERNEL_H
 
 #include <linux/types.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpadded"
@@ -139,6 +141,7 @@ struct tcp_sock {
 	__u32 copied_seq;
 	__u32 write_seq;
 	__u32 snd_wnd; /* what the receiver has room for */
+	__u32 window_clamp; /* the limit of what this socket tells its sender */
 	_Bool is_mptcp;
 };
 
@@ -149,5 +152,26 @@ struct bpf_sock_ops_kern {
 
 #pragma clang attribute pop
 #pragma clang diagnostic pop
+
+/* Linux 6.2. */
+extern void *bpf_rdonly_cast(const void *address, __u32 type) __ksym __weak;
+
+/*
+ * Reads a field of a kernel structure whose memory may have been freed: with bpf_rdonly_cast
+ * by a load, which gives 0 where the address cannot be read, or else by a call of
+ * bpf_probe_read_kernel, which takes some 20 ns. Returns 0, or the error of the call.
+ */
+#define read_field(to, from, field)                                                                \
+	({                                                                                         \
+		long _err = 0;                                                                     \
+		if (bpf_rdonly_cast) {                                                             \
+			typeof(*(from)) *_from =                                                   \
+				bpf_rdonly_cast(from, bpf_core_type_id_kernel(typeof(*(from))));   \
+			*(to) = *(volatile typeof(*(to)) *)&_from->field;                          \
+		} else {                                                                           \
+			_err = bpf_core_read(to, sizeof(*(to)), &(from)->field);                   \
+		}                                                                                  \
+		_err;                                                                              \
+	})
 
 #endif

@@ -34,11 +34,10 @@
 static __always_inline bool memory_pressure(const struct tcp_sock *tp)
 {
 	const struct proto *prot = tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot;
-	__s64 allocated;
 	long low;
 
-	return bpf_core_read(&allocated, sizeof(allocated), &prot->memory_allocated->counter) ||
-	       bpf_core_read(&low, sizeof(low), prot->sysctl_mem) || allocated > low;
+	return bpf_core_read(&low, sizeof(low), prot->sysctl_mem) ||
+	       prot->memory_allocated->counter > low;
 }
 
 /* measure_cost measures once so many bytes of TCP are unread. */
@@ -94,16 +93,16 @@ static __always_inline bool has_room(const struct flow *flow, __u32 peer, const 
 	int held, room, highest;
 	__s64 bytes;
 
-	if (bpf_core_read(&held, sizeof(held), &sk->sk_backlog.rmem_alloc.counter) ||
-	    bpf_core_read(&room, sizeof(room), &sk->sk_rcvbuf))
+	if (read_field(&held, sk, sk_backlog.rmem_alloc.counter) ||
+	    read_field(&room, sk, sk_rcvbuf))
 		return false;
 	bytes = (__s64)held + size + (by_tcp < room ? by_tcp : room);
 	if (bytes <= room)
 		return true;
 	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
 		return false;
-	if (bpf_core_read(&net, sizeof(net), &sk->__sk_common.skc_net.net) ||
-	    bpf_core_read(&highest, sizeof(highest), &net->ipv4.sysctl_tcp_rmem[2]))
+	if (read_field(&net, sk, __sk_common.skc_net.net) ||
+	    read_field(&highest, net, ipv4.sysctl_tcp_rmem[2]))
 		return false;
 	return bytes <= highest;
 }

@@ -56,7 +56,8 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 		return join_failure(err);
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
-					       BPF_SOCK_OPS_RTT_CB_FLAG);
+					       BPF_SOCK_OPS_RTT_CB_FLAG |
+					       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 	return OUTCOME_PAIRED;
 }
 

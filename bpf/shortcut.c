@@ -125,6 +125,7 @@ static __always_inline bool enrolled(__u64 netns)
 #include "deliver.h"
 #include "observe.h"
 #include "pairing.h"
+#include "window.h"
 
 /* Returns 1 on every path: the kernel takes 0 for an error of all programs on the cgroup. */
 SEC("sockops")
@@ -149,6 +150,9 @@ int track(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		on_passive(ctx);
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		on_transmit(ctx);
 		break;
 	case BPF_SOCK_OPS_RTT_CB:
 		on_ack(ctx);

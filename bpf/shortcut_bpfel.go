@@ -195,7 +195,8 @@ type ShortcutReceiving struct {
 	Reads            uint32
 	Drains           uint32
 	Unfilled         uint32
-	Reserved         [8]uint32
+	Window           uint32
+	Reserved         [7]uint32
 }
 
 type ShortcutSending struct {

@@ -19,6 +19,11 @@ import (
 // that loses data fails and does not hang.
 const socketTimeout = 10 // seconds
 
+// Congestion is the congestion control of all TCP sockets: the kernel's own default. A
+// machine may have another, such as bbr, which paces what it sends, and slows TCP down
+// between pods.
+const Congestion = "cubic"
+
 // socket is a stream socket.
 type socket struct {
 	fd int
@@ -55,6 +60,11 @@ func open(to unix.Sockaddr, nonBlocking bool) (socket, error) {
 		return socket{}, fmt.Errorf("socket: %w", err)
 	}
 	s := socket{fd, nonBlocking}
+	if family == unix.AF_INET { // what is accepted inherits it
+		if err := unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, Congestion); err != nil {
+			return socket{}, fmt.Errorf("set congestion control %s: %w", Congestion, err)
+		}
+	}
 	return s, s.setTimeouts()
 }
 

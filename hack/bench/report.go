@@ -94,7 +94,7 @@ func writeHeader(w io.Writer, observer string, args []string, s settings) error 
 | kernel | %s |
 | CPU | %s |
 | command | %s |
-| tcp_rmem of the pods | %s |
+| tcp_rmem and congestion control of the pods | %s, %s |
 
 Two pods on one bridge, wired by the CNI plugins bridge and host-local. Each value is the median of %d rounds
 of %v; the variants take turns within a round. A ratio is the median of the rounds' ratios, and above 1 is faster.
@@ -109,7 +109,7 @@ of %v; the variants take turns within a round. A ratio is the median of the roun
 - The receive observer (here: %s) is attached to the whole machine, so it also runs for TCP and the unix socket; the
   last table shows what that costs.
 `, time.Now().Format("2006-01-02"), unix.ByteSliceToString(uname.Release[:]), cpu,
-		"`"+strings.TrimSpace("hack/bench "+strings.Join(args, " "))+"`", receiveBuffer, s.rounds, s.duration, sockets, observer)
+		"`"+strings.TrimSpace("hack/bench "+strings.Join(args, " "))+"`", receiveBuffer, measure.Congestion, s.rounds, s.duration, sockets, observer)
 	return nil
 }
 

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Window: keeps the TCP window of a receiver small while bytes are redirected to it.
+ * Its receive buffer holds redirected bytes, too, and has_room leaves room there for all
+ * that the sender may still send by TCP, so a large window leaves little for the shortcut.
+ * For example, of a buffer of 6 MiB a window of 4 MiB leaves less than 2 MiB.
+ */
+#ifndef PODSHUNT_WINDOW_H
+#define PODSHUNT_WINDOW_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/tcp.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "lifetime.h"
+#include "maps.h"
+
+#define SOL_TCP 6
+
+/* The window that a TCP connection starts with, at the kernel's own tcp_rmem. */
+#define WINDOW_SMALL (64 << 10)
+
+/*
+ * A direction that has sent so many bytes by TCP since its last redirect, or since its
+ * start, does not use the shortcut. It is more than a sender and a window hold: else a
+ * sender whose send buffer has grown would raise the window at each spill.
+ */
+#define WINDOW_PATIENCE (16 << 20)
+
+/* Returns true if bytes are redirected to the receiver, or may soon be. */
+static __always_inline bool redirects(const struct flow *flow, const struct sending *toward,
+				      const struct receiving *reader)
+{
+	const struct settings *set = get_settings();
+
+	return set && set->redirect && !(flow->state & FLOW_ANY_EVICTING) &&
+	       toward->verdict == VERDICT_ALLOW && !(reader->state & READ_UNSUPPORTED) &&
+	       toward->shortcut_bytes + toward->tcp_bytes - toward->redirect_end < WINDOW_PATIENCE;
+}
+
+/*
+ * Runs before a socket of a flow sends a TCP segment, such as an acknowledgement, which
+ * tells the peer the window (tcp_established_options). The kernel raises the limit of the
+ * window whenever it raises sk_rcvbuf (tcp_rcv_space_adjust), so this looks each time.
+ */
+static __always_inline void on_transmit(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct receiving *reader;
+	struct sk_flow *self;
+	struct tcp_sock *tp;
+	struct flow *flow;
+	int clamp;
+
+	self = sk_flow_of(sk);
+	if (!self)
+		return;
+	flow = flow_of(self, sk);
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!flow || !tp)
+		return;
+	reader = &flow->side[self->side & 1].receiving;
+	clamp = tp->window_clamp;
+	if (redirects(flow, &flow->side[(self->side ^ 1) & 1].sending, reader)) {
+		if (clamp <= WINDOW_SMALL)
+			return;
+		reader->window = clamp;
+		clamp = WINDOW_SMALL;
+	} else {
+		/* An evicted socket stays on TCP. */
+		if (flow->state & FLOW_ANY_EVICTING)
+			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
+							       ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		if (!reader->window)
+			return;
+		if (clamp == WINDOW_SMALL) /* else the kernel or the program has raised it */
+			clamp = reader->window;
+		reader->window = 0;
+	}
+	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
+}
+
+#endif
