@@ -37,25 +37,29 @@ func Redirects(path string) (bool, error) {
 }
 
 func inside(path string) (bool, error) {
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		return false, err
-	}
-	defer ns.Close()
-	if found, err := legacy(ns); found || err != nil {
+	found, conn, err := open(path)
+	if found || conn == nil || err != nil {
 		return found, err
 	}
-	return nft(ns)
+	defer conn.CloseLasting() //nolint:errcheck // nothing was written to it
+	return nft(conn)
 }
 
-// legacy reports whether iptables-legacy has a NAT table, which exists from the first
-// rule on. It does not look at the rules.
-func legacy(ns netns.NsHandle) (found bool, err error) {
+// open reports whether iptables-legacy redirects in the network namespace at path, and
+// connects to its nftables, unless there is no netfilter at all. The caller uses the
+// connection elsewhere: a goroutine that is locked to its thread takes long to wait for
+// an answer.
+func open(path string) (found bool, conn *nftables.Conn, err error) {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return false, nil, err
+	}
+	defer ns.Close()
 	runtime.LockOSThread()
 	own, err := netns.Get()
 	if err != nil {
 		runtime.UnlockOSThread()
-		return false, err
+		return false, nil, err
 	}
 	defer own.Close()
 	defer func() {
@@ -68,37 +72,35 @@ func legacy(ns netns.NsHandle) (found bool, err error) {
 		runtime.UnlockOSThread()
 	}()
 	if err := netns.Set(ns); err != nil {
-		return false, err
+		return false, nil, err
 	}
 	for _, file := range []string{"ip_tables_names", "ip6_tables_names"} {
-		names, err := os.ReadFile("/proc/thread-self/net/" + file)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // the kernel has no such tables
-		}
-		if err != nil {
-			return false, err
-		}
-		if slices.Contains(strings.Fields(string(names)), "nat") {
-			return true, nil
+		if found, err := legacy("/proc/thread-self/net/" + file); found || err != nil {
+			return found, nil, err
 		}
 	}
-	return false, nil
+	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return c.SetDeadline(time.Now().Add(timeout))
+	}))
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return false, nil, nil // no netfilter at all
+	}
+	return false, conn, err
+}
+
+// legacy reports whether iptables-legacy has a NAT table, which exists from the first
+// rule on. It does not look at the rules.
+func legacy(file string) (bool, error) {
+	names, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil // the kernel has no such tables
+	}
+	return slices.Contains(strings.Fields(string(names)), "nat"), err
 }
 
 // nft reports whether nftables has a rule that redirects, including those of
-// iptables-nft. Only its socket is made in the namespace: a goroutine that is locked to its
-// thread takes much longer to wait for an answer.
-func nft(ns netns.NsHandle) (bool, error) {
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(int(ns)), nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetDeadline(time.Now().Add(timeout))
-	}))
-	if err != nil {
-		if errors.Is(err, unix.EPROTONOSUPPORT) {
-			return false, nil // no netfilter at all
-		}
-		return false, err
-	}
-	defer conn.CloseLasting() //nolint:errcheck // nothing was written to it
+// iptables-nft.
+func nft(conn *nftables.Conn) (bool, error) {
 	chains, err := conn.ListChains()
 	if err != nil {
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
