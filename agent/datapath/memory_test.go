@@ -132,10 +132,11 @@ func (n *node) fill(tb testing.TB, b *backlog, size int) {
 
 // grow makes the limit of a direction what its receiver and the budget allow: it
 // is filled and read until it takes no more than the last time. It returns how
-// many bytes it takes in pieces of 16 KiB.
+// many bytes it takes in pieces of 16 KiB. A window that is open closes by no more than
+// a piece each time.
 func (n *node) grow(tb testing.TB, from, to net.Conn) (most int) {
 	tb.Helper()
-	for range 40 {
+	for range 1000 {
 		b := newBacklog(from, to, 3)
 		_, bytes := n.redirected(tb, func() { n.fill(tb, b, 16<<10) })
 		b.read(tb)
