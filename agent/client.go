@@ -59,8 +59,8 @@ func ask(ctx context.Context, runDir, method, path string, timeout time.Duration
 	return request(ctx, runDir, method, path, timeout, func(body io.Reader) error { return json.NewDecoder(body).Decode(answer) })
 }
 
-// request sends a request without a body to the agent of a run directory, and has read
-// read its answer. It returns errNoAgent if nobody listens on its socket.
+// request sends a request without a body to the agent of a run directory, and calls read
+// with the body of its answer. It returns errNoAgent if nobody listens on its socket.
 func request(ctx context.Context, runDir, method, path string, timeout time.Duration, read func(io.Reader) error) error {
 	socket := socketIn(runDir)
 	// Without this a path that is too long looks as if no agent ran there.

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 
 /*
- * The object of the shortcut: its maps and its programs. deliver decides
- * about each message (deliver.h), observe counts what is read (observe.h),
- * and track makes flows of handshakes (pairing.h) and ends them (lifetime.h).
+ * The object of the shortcut: its maps and its programs. deliver decides about each message
+ * (deliver.h), observe counts what is read (observe.h), and track makes flows of handshakes
+ * (pairing.h), keeps the windows of receivers small (window.h), and ends flows (lifetime.h).
  */
 
 #include <stdbool.h>

@@ -444,8 +444,8 @@ func TestRestedReader(t *testing.T) {
 		receive int    // SO_RCVBUF
 		memory  string // net.ipv4.tcp_rmem of the receiver's pod
 		rest    time.Duration
-		// open is how much TCP carries before: its window opens, and stays open. least is
-		// what may be unread by the shortcut even so.
+		// open is how much TCP carries before, so that its window opens. least is what may
+		// be unread by the shortcut even so.
 		open, least int
 		packets     bool // the sender makes segments of one packet, and each takes more than it holds
 	}{
