@@ -73,7 +73,7 @@ func paired() map[string]uint64 {
 // waitUntil polls a condition that the kernel brings about on its own.
 func waitUntil(tb testing.TB, what string, ok func() bool) {
 	tb.Helper()
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
