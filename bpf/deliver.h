@@ -138,8 +138,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	dir->last_seq = write_seq;
 	end = dir->shortcut_bytes + dir->tcp_bytes;
 	read = *(volatile __u64 *)&reader->read_bytes + dir->missed;
-	if (read > end) { /* recount was wrong */
-		dir->missed -= read - end < dir->missed ? read - end : dir->missed;
+	if (read > end) { /* recount was wrong, or the count when the flow joined late */
+		dir->missed -= read - end;
 		read = end;
 	}
 	unread = end - read;
@@ -177,7 +177,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_UNSUPPORTED;
 	if (reader->blocking_reader && !set->allow_blocking)
 		return OUTCOME_EVICTED;
-	if (!(reader->state & READ_SEEN))
+	if (!(reader->state & READ_SEEN) || reader->reads < reader->reads_needed)
 		return OUTCOME_NOT_SEEN;
 	if (trial)
 		return OUTCOME_TRIAL;

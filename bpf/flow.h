@@ -134,7 +134,7 @@ struct sending {
 	__u32 queued_before; /* redirected messages up to mark; 0 once all up to mark is read */
 	__u32 queued_since; /* redirected messages after mark */
 	__u32 limit; /* bytes that may be unread, each message counting MESSAGE_COST more */
-	__u32 missed; /* bytes that were read and not counted: see recount */
+	__s32 missed; /* bytes that were read and not counted, see recount; below 0: counted twice */
 	__u32 burst; /* bytes sent since the sender last read something */
 	__u32 proved; /* the largest burst that the receiver has taken by recv */
 	__u32 bulk; /* bytes of bursts above BURST_SMALL that the receiver has taken by recv */
@@ -172,7 +172,9 @@ struct receiving {
 	__u32 drains; /* recv calls that found nothing after one that was not filled, as for reads */
 	__u32 unfilled; /* the last recv call was not filled */
 	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
-	__u32 reserved[7];
+	__u32 reads_needed; /* reads before anything is redirected: see complete */
+	__u64 began; /* position of the stream when the flow was made */
+	__u32 reserved[4];
 };
 
 struct side {
@@ -285,6 +287,44 @@ struct settings {
 	__u32 no_mptcp_listeners; /* do not pair what MPTCP listeners accept: see keep_mptcp_out */
 	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
 	__u32 reserved;
+};
+
+/* A socket of an open connection, for the agent: see find_sockets. */
+struct open_socket {
+	__u64 cookie;
+	__u64 netns;
+	__be32 local_addr[4];
+	__be32 remote_addr[4];
+	__u16 local_port;
+	__u16 remote_port;
+	/* Where the streams began, a SYN counted as a byte where bytes_acked does. */
+	__u32 sends_from;
+	__u32 receives_from;
+	__u32 reserved;
+};
+
+enum join_step {
+	JOIN_START,
+	JOIN_INSERTED, /* in the SOCKHASH */
+	JOIN_READY, /* its reads are counted right */
+	JOIN_LEAVE, /* it is not to join after all */
+};
+
+/* A socket that is to join, and the flow that is to be made. */
+struct join_entry {
+	__u64 flow;
+	__u64 cookie[SIDE_MAX];
+	__u64 netns[SIDE_MAX];
+	__be32 client_addr[4];
+	__be32 orig_dst_addr[4];
+	__be32 server_addr[4];
+	__u16 client_port;
+	__u16 orig_dst_port;
+	__u16 server_port;
+	__u8 side; /* the socket's own */
+	__u8 step; /* enum join_step */
+	__u32 client_seq;
+	__u32 server_seq;
 };
 
 /* The argument of end_flow. */

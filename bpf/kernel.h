@@ -43,8 +43,19 @@ struct proto {
 
 struct sock;
 
+struct in6_addr {
+	__be32 words[4];
+};
+
 struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
 	__u16 skc_num;
+	unsigned short skc_family;
+	volatile unsigned char skc_state;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
 	struct sock *skc_listener; /* of a request_sock */
 	struct proto *skc_prot;
 	possible_net_t skc_net;
@@ -83,6 +94,7 @@ struct sk_psock {
 
 struct wait_queue_entry {
 	void *private;
+	void *func;
 	struct list_head entry;
 };
 
@@ -137,12 +149,29 @@ struct inet_connection_sock {
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u64 bytes_received;
+	__u64 bytes_acked;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 write_seq;
+	__u32 snd_una;
 	__u32 snd_wnd; /* what the receiver has room for */
 	__u32 window_clamp; /* the limit of what this socket tells its sender */
 	_Bool is_mptcp;
+	__u8 repair : 1;
+	__u8 bpf_sock_ops_cb_flags;
+};
+
+struct seq_file;
+
+/* The contexts of iterators. */
+struct bpf_iter_meta {
+	struct seq_file *seq;
+};
+
+struct bpf_iter__tcp {
+	struct bpf_iter_meta *meta;
+	struct sock_common *sk_common;
 };
 
 /* The kernel's own structure behind the context of a sock_ops program. */

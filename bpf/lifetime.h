@@ -157,11 +157,28 @@ static __always_inline void mark_gone(const struct sk_flow *self, const struct b
 	other = self->side == SIDE_CLIENT ? FLOW_SERVER_GONE : FLOW_CLIENT_GONE;
 	state = __sync_fetch_and_or(&flow->state, gone);
 	uncharge_all(flow, self->side);
-	if (!(state & FLOW_SERVER_JOINED))
+	if (!(state & FLOW_SERVER_JOINED)) {
+		if (state & other)
+			return; /* the other one deletes it */
 		withdraw(flow);
-	else if (!(state & other))
+	} else if (!(state & other)) {
 		return;
+	}
 	delete_flow(flow, self->flow);
+}
+
+/* As mark_gone, for a socket that does not join after all, and lives on. */
+static __always_inline void end_unjoined(__u64 id, __u32 side)
+{
+	struct flow *flow = flow_by_id(id);
+	__u64 state;
+
+	if (!flow)
+		return;
+	state = __sync_fetch_and_or(&flow->state,
+				    side == SIDE_CLIENT ? FLOW_CLIENT_GONE : FLOW_SERVER_GONE);
+	if (!(state & (FLOW_SERVER_JOINED | FLOW_CLIENT_GONE | FLOW_SERVER_GONE)))
+		delete_flow(flow, id);
 }
 
 /*

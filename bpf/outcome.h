@@ -57,6 +57,10 @@ enum outcome {
 	OUTCOME_CLIENT_CLOSED, /* the client's socket closed before the server's joined */
 	OUTCOME_REUSED, /* a socket is evicted because it connects or listens once more */
 	OUTCOME_SOCKET_EVICTED, /* a socket is taken out of the SOCKHASH and goes on as a plain one */
+	/* Open connections, in number. */
+	OUTCOME_JOINED, /* an open connection has joined: see late.h */
+	OUTCOME_JOIN_ENDED, /* it has not: it was closed or shut down meanwhile, or not ready in time */
+	OUTCOME_CALLBACKS, /* the kernel gives an open connection no callbacks */
 	OUTCOME_MAX,
 };
 

@@ -272,6 +272,20 @@ static __always_inline bool owned(const struct tcp_sock *tp, const struct flow *
 		plain != tp->inet_conn.icsk_inet.sk.sk_data_ready);
 }
 
+/* Notes if the server's pod itself has redirected the port. deliver does not read this yet. */
+static __always_inline void doubt_port(struct flow *flow)
+{
+	struct policy policy = {};
+
+	if (flow->orig_dst_port == flow->server_port ||
+	    !same_address(flow->orig_dst_addr, flow->server_addr))
+		return;
+	flow->port_in_doubt = true;
+	ask_policy(flow, &policy);
+	set_verdict(&flow->side[SIDE_CLIENT].sending, &policy);
+	set_verdict(&flow->side[SIDE_SERVER].sending, &policy);
+}
+
 static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 netns,
 						const struct client_key *client)
 {
@@ -318,16 +332,7 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	flow->cookie[SIDE_SERVER] = cookie;
 	flow->sock[SIDE_SERVER] = (__u64)tp;
 	local_address(ctx, flow->server_addr);
-	if (flow->orig_dst_port != flow->server_port &&
-	    same_address(flow->orig_dst_addr, flow->server_addr)) {
-		struct policy policy = {};
-
-		/* The pod itself has redirected the port. deliver does not read these yet. */
-		flow->port_in_doubt = true;
-		ask_policy(flow, &policy);
-		set_verdict(&flow->side[SIDE_CLIENT].sending, &policy);
-		set_verdict(&flow->side[SIDE_SERVER].sending, &policy);
-	}
+	doubt_port(flow);
 	outcome = join(ctx, sk, id, SIDE_SERVER, cookie);
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;

@@ -5,6 +5,7 @@
  * The object of the shortcut: its maps and its programs. deliver decides about each message
  * (deliver.h), observe counts what is read (observe.h), and track makes flows of handshakes
  * (pairing.h), keeps the windows of receivers small (window.h), and ends flows (lifetime.h).
+ * find_sockets and join_sockets make flows of open connections (late.h).
  */
 
 #include <stdbool.h>
@@ -86,6 +87,8 @@ struct {
 } outcomes SEC(".maps");
 
 /* Keep the types in the BTF that bpf2go reads. */
+const struct open_socket *open_socket_type __attribute__((unused));
+const enum join_step *join_step_type __attribute__((unused));
 const enum flow_state *flow_state_type __attribute__((unused));
 const enum policy_prefix *policy_prefix_type __attribute__((unused));
 const enum side_index *side_index_type __attribute__((unused));
@@ -126,6 +129,7 @@ static __always_inline bool enrolled(__u64 netns)
 #include "observe.h"
 #include "pairing.h"
 #include "window.h"
+#include "late.h"
 
 /* Returns 1 on every path: the kernel takes 0 for an error of all programs on the cgroup. */
 SEC("sockops")

@@ -70,6 +70,32 @@ const (
 	ShortcutFlowStateFLOW_STATE_BITS      ShortcutFlowState = 8
 )
 
+type ShortcutJoinEntry struct {
+	_           structs.HostLayout
+	Flow        uint64
+	Cookie      [2]uint64
+	Netns       [2]uint64
+	ClientAddr  [4]uint32
+	OrigDstAddr [4]uint32
+	ServerAddr  [4]uint32
+	ClientPort  uint16
+	OrigDstPort uint16
+	ServerPort  uint16
+	Side        uint8
+	Step        uint8
+	ClientSeq   uint32
+	ServerSeq   uint32
+}
+
+type ShortcutJoinStep uint32
+
+const (
+	ShortcutJoinStepJOIN_START    ShortcutJoinStep = 0
+	ShortcutJoinStepJOIN_INSERTED ShortcutJoinStep = 1
+	ShortcutJoinStepJOIN_READY    ShortcutJoinStep = 2
+	ShortcutJoinStepJOIN_LEAVE    ShortcutJoinStep = 3
+)
+
 type ShortcutLearnedKey struct {
 	_        structs.HostLayout
 	Server   uint64
@@ -89,6 +115,19 @@ type ShortcutLearnedValue struct {
 	Limit       uint32
 	NonBlocking uint32
 	Reserved    uint32
+}
+
+type ShortcutOpenSocket struct {
+	_            structs.HostLayout
+	Cookie       uint64
+	Netns        uint64
+	LocalAddr    [4]uint32
+	RemoteAddr   [4]uint32
+	LocalPort    uint16
+	RemotePort   uint16
+	SendsFrom    uint32
+	ReceivesFrom uint32
+	Reserved     uint32
 }
 
 type ShortcutOutcome uint32
@@ -139,7 +178,10 @@ const (
 	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 42
 	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 43
 	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 44
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 46
+	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 47
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 48
 )
 
 type ShortcutPending struct {
@@ -196,7 +238,9 @@ type ShortcutReceiving struct {
 	Drains           uint32
 	Unfilled         uint32
 	Window           uint32
-	Reserved         [7]uint32
+	ReadsNeeded      uint32
+	Began            uint64
+	Reserved         [4]uint32
 }
 
 type ShortcutSending struct {
@@ -225,7 +269,7 @@ type ShortcutSending struct {
 	QueuedBefore  uint32
 	QueuedSince   uint32
 	Limit         uint32
-	Missed        uint32
+	Missed        int32
 	Burst         uint32
 	Proved        uint32
 	Bulk          uint32
@@ -313,6 +357,7 @@ const (
 	ShortcutMapCharges            = "charges"
 	ShortcutMapControl            = "control"
 	ShortcutMapFlows              = "flows"
+	ShortcutMapJoining            = "joining"
 	ShortcutMapLearned            = "learned"
 	ShortcutMapOutcomes           = "outcomes"
 	ShortcutMapPending            = "pending"
@@ -324,11 +369,15 @@ const (
 	ShortcutMapSyns               = "syns"
 	ShortcutProgDeliver           = "deliver"
 	ShortcutProgEndFlow           = "end_flow"
+	ShortcutProgFindSockets       = "find_sockets"
+	ShortcutProgJoinSockets       = "join_sockets"
 	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
 	ShortcutProgObserveFexit      = "observe_fexit"
 	ShortcutProgObserveTracepoint = "observe_tracepoint"
 	ShortcutProgTrack             = "track"
 	ShortcutVarFlowStateType      = "flow_state_type"
+	ShortcutVarJoinStepType       = "join_step_type"
+	ShortcutVarOpenSocketType     = "open_socket_type"
 	ShortcutVarPolicyPrefixType   = "policy_prefix_type"
 	ShortcutVarSideIndexType      = "side_index_type"
 	ShortcutVarUnsupportedType    = "unsupported_type"
@@ -378,6 +427,8 @@ type ShortcutSpecs struct {
 type ShortcutProgramSpecs struct {
 	Deliver           *ebpf.ProgramSpec `ebpf:"deliver"`
 	EndFlow           *ebpf.ProgramSpec `ebpf:"end_flow"`
+	FindSockets       *ebpf.ProgramSpec `ebpf:"find_sockets"`
+	JoinSockets       *ebpf.ProgramSpec `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.ProgramSpec `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.ProgramSpec `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.ProgramSpec `ebpf:"observe_tracepoint"`
@@ -391,6 +442,7 @@ type ShortcutMapSpecs struct {
 	Charges  *ebpf.MapSpec `ebpf:"charges"`
 	Control  *ebpf.MapSpec `ebpf:"control"`
 	Flows    *ebpf.MapSpec `ebpf:"flows"`
+	Joining  *ebpf.MapSpec `ebpf:"joining"`
 	Learned  *ebpf.MapSpec `ebpf:"learned"`
 	Outcomes *ebpf.MapSpec `ebpf:"outcomes"`
 	Pending  *ebpf.MapSpec `ebpf:"pending"`
@@ -407,6 +459,8 @@ type ShortcutMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutVariableSpecs struct {
 	FlowStateType    *ebpf.VariableSpec `ebpf:"flow_state_type"`
+	JoinStepType     *ebpf.VariableSpec `ebpf:"join_step_type"`
+	OpenSocketType   *ebpf.VariableSpec `ebpf:"open_socket_type"`
 	PolicyPrefixType *ebpf.VariableSpec `ebpf:"policy_prefix_type"`
 	SideIndexType    *ebpf.VariableSpec `ebpf:"side_index_type"`
 	UnsupportedType  *ebpf.VariableSpec `ebpf:"unsupported_type"`
@@ -435,6 +489,7 @@ type ShortcutMaps struct {
 	Charges  *ebpf.Map `ebpf:"charges"`
 	Control  *ebpf.Map `ebpf:"control"`
 	Flows    *ebpf.Map `ebpf:"flows"`
+	Joining  *ebpf.Map `ebpf:"joining"`
 	Learned  *ebpf.Map `ebpf:"learned"`
 	Outcomes *ebpf.Map `ebpf:"outcomes"`
 	Pending  *ebpf.Map `ebpf:"pending"`
@@ -451,6 +506,7 @@ func (m *ShortcutMaps) Close() error {
 		m.Charges,
 		m.Control,
 		m.Flows,
+		m.Joining,
 		m.Learned,
 		m.Outcomes,
 		m.Pending,
@@ -468,6 +524,8 @@ func (m *ShortcutMaps) Close() error {
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutVariables struct {
 	FlowStateType    *ebpf.Variable `ebpf:"flow_state_type"`
+	JoinStepType     *ebpf.Variable `ebpf:"join_step_type"`
+	OpenSocketType   *ebpf.Variable `ebpf:"open_socket_type"`
 	PolicyPrefixType *ebpf.Variable `ebpf:"policy_prefix_type"`
 	SideIndexType    *ebpf.Variable `ebpf:"side_index_type"`
 	UnsupportedType  *ebpf.Variable `ebpf:"unsupported_type"`
@@ -479,6 +537,8 @@ type ShortcutVariables struct {
 type ShortcutPrograms struct {
 	Deliver           *ebpf.Program `ebpf:"deliver"`
 	EndFlow           *ebpf.Program `ebpf:"end_flow"`
+	FindSockets       *ebpf.Program `ebpf:"find_sockets"`
+	JoinSockets       *ebpf.Program `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.Program `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.Program `ebpf:"observe_fexit"`
 	ObserveTracepoint *ebpf.Program `ebpf:"observe_tracepoint"`
@@ -489,6 +549,8 @@ func (p *ShortcutPrograms) Close() error {
 	return _ShortcutClose(
 		p.Deliver,
 		p.EndFlow,
+		p.FindSockets,
+		p.JoinSockets,
 		p.KeepMptcpOut,
 		p.ObserveFexit,
 		p.ObserveTracepoint,

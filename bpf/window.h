@@ -35,11 +35,13 @@
 static __always_inline bool redirects(const struct flow *flow, const struct sending *toward,
 				      const struct receiving *reader)
 {
+	__u64 since = toward->redirect_end ?: reader->began;
 	const struct settings *set = get_settings();
 
 	return set && set->redirect && !(flow->state & FLOW_ANY_EVICTING) &&
 	       toward->verdict == VERDICT_ALLOW && !(reader->state & READ_UNSUPPORTED) &&
-	       toward->shortcut_bytes + toward->tcp_bytes - toward->redirect_end < WINDOW_PATIENCE;
+	       (toward->shortcut || toward->reason != OUTCOME_EDGE) &&
+	       toward->shortcut_bytes + toward->tcp_bytes - since < WINDOW_PATIENCE;
 }
 
 /*

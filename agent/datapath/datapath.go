@@ -31,12 +31,18 @@ type Datapath struct {
 	observer string
 	objects  *ebpf.Collection
 	links    []link.Link
-	lock     *os.File           // of own
-	pins     *os.File           // of ownPins
+	lock     *os.File // of own
+	pins     *os.File // of ownPins
+	joiner   *joiner  // nil for the reason in noJoin
+	noJoin   error
+	joinDue  chan struct{}      // of JoinDue
 	step     func(string) error // see at; nil but in tests
 
 	mu     sync.Mutex          // guards what follows, and writes to the policy map
 	policy map[podPair][]entry // what the policy map has, once it was read
+	// duePairs are the pairs of pods whose open connections have not been looked at since
+	// something new was allowed.
+	duePairs map[podPair]bool
 	// generationDue is set from a change of the policy map until the generation is
 	// raised, which makes the programs look it up again.
 	generationDue bool
@@ -85,9 +91,15 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 }
 
 func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, error) {
-	d := &Datapath{cfg: cfg, log: log, guards: map[string]*guard{}, step: step}
+	d := &Datapath{
+		cfg: cfg, log: log, guards: map[string]*guard{}, step: step,
+		duePairs: map[podPair]bool{}, joinDue: make(chan struct{}, 1),
+	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
+	}
+	if d.joiner, d.noJoin = newJoiner(d.objects.Maps); d.noJoin != nil {
+		log.Info("open connections are not looked at, only new ones are paired", "reason", d.noJoin)
 	}
 	return d, nil
 }
@@ -280,10 +292,13 @@ func closeMaps(all map[string]*ebpf.Map) {
 	}
 }
 
-// sharedMaps returns the maps that all processes and programs must share: all but the constants (.rodata).
+// sharedMaps returns the maps that all processes and programs must share: all but the
+// constants (.rodata), and the one of the joiner.
 func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
 	shared := maps.Clone(spec.Maps)
-	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool { return strings.HasPrefix(name, ".") })
+	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool {
+		return strings.HasPrefix(name, ".") || name == bpf.ShortcutMapJoining
+	})
 	return shared
 }
 
@@ -324,6 +339,10 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 			delete(one.Programs, program)
 		}
 	}
+	for _, program := range joinPrograms() {
+		delete(one.Programs, program)
+	}
+	delete(one.Maps, bpf.ShortcutMapJoining)
 	objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned})
 	if err != nil {
 		return nil, fmt.Errorf("load with observer %s: %w", observer, err)
@@ -374,6 +393,8 @@ func (d *Datapath) Close() error {
 		errs = append(errs, g.close())
 	}
 	clear(d.guards)
+	errs = append(errs, d.joiner.close())
+	d.joiner = nil
 	if d.objects != nil {
 		d.objects.Close()
 		d.objects = nil

@@ -42,6 +42,7 @@ func (d *Datapath) Enrol(cookie uint64) error {
 	if err := d.updateGuards(); err != nil {
 		return errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
 	}
+	d.announceDue()
 	return nil
 }
 

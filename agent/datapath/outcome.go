@@ -5,7 +5,10 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
@@ -59,6 +62,9 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 		bpf.ShortcutOutcomeOUTCOME_CLIENT_CLOSED:    {api.OutcomeConnection, "client_closed"},
 		bpf.ShortcutOutcomeOUTCOME_REUSED:           {api.OutcomeSocket, "reused"},
 		bpf.ShortcutOutcomeOUTCOME_SOCKET_EVICTED:   {api.OutcomeSocket, "evicted"},
+		bpf.ShortcutOutcomeOUTCOME_JOINED:           {api.OutcomeConnection, "joined"},
+		bpf.ShortcutOutcomeOUTCOME_JOIN_ENDED:       {api.OutcomeConnection, "join_ended"},
+		bpf.ShortcutOutcomeOUTCOME_CALLBACKS:        {api.OutcomeConnection, "no_callbacks"},
 	}
 }
 
@@ -83,16 +89,25 @@ func (d *Datapath) Outcomes() ([]api.Outcome, error) {
 	}
 	var counts []api.Outcome
 	for outcome, o := range outcomes() {
-		var perCPU []bpf.ShortcutCount
-		if err := d.objects.Maps[bpf.ShortcutMapOutcomes].Lookup(uint32(outcome), &perCPU); err != nil {
+		sum, err := readCount(d.objects.Maps[bpf.ShortcutMapOutcomes], bpf.ShortcutOutcome(outcome))
+		if err != nil {
 			return nil, fmt.Errorf("read counter %s_%s: %w", o.kind, o.code, err)
 		}
-		sum := api.Outcome{Kind: o.kind, Code: o.code}
-		for _, c := range perCPU {
-			sum.Count += c.Number
-			sum.Bytes += c.Bytes
-		}
-		counts = append(counts, sum)
+		counts = append(counts, api.Outcome{Kind: o.kind, Code: o.code, Count: sum.Number, Bytes: sum.Bytes})
 	}
 	return counts, nil
+}
+
+// readCount returns the sum of a counter over all CPUs. One that the map of an earlier
+// build does not have is 0.
+func readCount(m *ebpf.Map, outcome bpf.ShortcutOutcome) (sum bpf.ShortcutCount, err error) {
+	var perCPU []bpf.ShortcutCount
+	if err := m.Lookup(uint32(outcome), &perCPU); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return sum, err
+	}
+	for _, c := range perCPU {
+		sum.Number += c.Number
+		sum.Bytes += c.Bytes
+	}
+	return sum, nil
 }

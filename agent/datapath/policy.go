@@ -78,8 +78,10 @@ func (d *Datapath) readPolicy() error {
 		pods := podPair{join(key.Client), join(key.Server)}
 		d.policy[pods] = append(d.policy[pods], entry{key.Prefixlen, key.Port, value})
 	}
-	for _, list := range d.policy {
+	for pods, list := range d.policy {
 		slices.SortFunc(list, compareKeys)
+		// Their connections may have been made while no agent ran and the lease had ended.
+		d.due(pods, nil)
 	}
 	return nil
 }
@@ -92,7 +94,9 @@ func (d *Datapath) writePolicy(want map[podPair][]entry) error {
 			delete(want, pods)
 		}
 	}
-	return errors.Join(d.replacePairs(want), d.raiseGeneration())
+	err := errors.Join(d.replacePairs(want), d.raiseGeneration())
+	d.announceDue()
+	return err
 }
 
 // raiseGeneration makes all directions look up the policy map again, if it has
@@ -164,6 +168,8 @@ func (d *Datapath) replacePair(pods podPair, want []entry, room int) error {
 	d.generationDue = true
 	table := d.objects.Maps[bpf.ShortcutMapPolicies]
 	have := d.policy[pods]
+	had := slices.Clone(have)
+	defer func() { d.due(pods, had) }()
 	var failure error
 	for _, e := range want {
 		if _, found := slices.BinarySearchFunc(have, e, compareKeys); !found {

@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Open connections become flows: the agent's half of bpf/late.h.
+
+package datapath
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/plugins/pkg/ns"
+
+	"github.com/podshunt/podshunt/bpf"
+)
+
+// A socket that is not ready to join is asked again after joinPause, which doubles each
+// time until joinPatience has passed. The kernel needs joinPause, too: a thread that was
+// between two instructions of a recv has gone on.
+const (
+	joinPause    = 5 * time.Millisecond
+	joinPatience = time.Second
+)
+
+// Netns is a network namespace: its cookie, and a path by which it can be entered.
+type Netns struct {
+	Cookie uint64
+	Path   string
+}
+
+// joiner lets open connections join. It is nil in a Datapath on a kernel that cannot.
+type joiner struct {
+	objects    *ebpf.Collection
+	find, join *link.Iter
+
+	mu    sync.Mutex // held while connections join
+	ended bool       // an unload has begun
+}
+
+// joinPrograms returns the names of the iterators.
+func joinPrograms() []string {
+	return []string{bpf.ShortcutProgFindSockets, bpf.ShortcutProgJoinSockets}
+}
+
+// newJoiner loads the iterators. The map joining is not pinned: what an agent that was
+// killed has left in it is found again.
+func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
+	version, err := RunningVersion()
+	if err != nil {
+		return nil, err
+	}
+	if !version.joinsOpen() {
+		return nil, fmt.Errorf("kernel %s: needed is Linux 6.12 or later", release())
+	}
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return nil, err
+	}
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !slices.Contains(joinPrograms(), name) })
+	replacements := map[string]*ebpf.Map{}
+	for name, m := range sharedMaps(spec) {
+		replacements[name] = shared[name]
+		m.MaxEntries = shared[name].MaxEntries()
+	}
+	spec.Maps[bpf.ShortcutMapJoining].MaxEntries = shared[bpf.ShortcutMapSockets].MaxEntries()
+	j := &joiner{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, j.close())
+		}
+	}()
+	if j.objects, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements}); err != nil {
+		return nil, fmt.Errorf("load the iterators: %w", err)
+	}
+	for name, to := range map[string]**link.Iter{bpf.ShortcutProgFindSockets: &j.find, bpf.ShortcutProgJoinSockets: &j.join} {
+		if *to, err = link.AttachIter(link.IterOptions{Program: j.objects.Programs[name]}); err != nil {
+			return nil, fmt.Errorf("attach iterator %s: %w", name, err)
+		}
+	}
+	return j, nil
+}
+
+// joinsOpen reports whether the kernel gives callbacks to a socket that an iterator asks
+// them for (TCP_BPF_SOCK_OPS_CB_FLAGS, 6.12).
+func (v KernelVersion) joinsOpen() bool { return v.Major > 6 || v.Major == 6 && v.Minor >= 12 }
+
+func (j *joiner) close() error {
+	if j == nil {
+		return nil
+	}
+	var errs []error
+	for _, l := range []*link.Iter{j.find, j.join} {
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
+	}
+	if j.objects != nil {
+		j.objects.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// end waits until no connection joins any more, and lets none join later.
+func (j *joiner) end() {
+	if j == nil {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.ended = true
+}
+
+// NoJoin returns why open connections cannot join on this kernel, or nil.
+func (d *Datapath) NoJoin() error { return d.noJoin }
+
+// JoinDue says that something new is allowed: call Join.
+func (d *Datapath) JoinDue() <-chan struct{} { return d.joinDue }
+
+// due notes the pairs of pods for which something new is allowed. The caller holds mu.
+func (d *Datapath) due(pods podPair, had []entry) {
+	if d.joiner == nil {
+		return
+	}
+	for _, e := range d.policy[pods] {
+		if e.value.Verdict == bpf.ShortcutVerdictVERDICT_REFUSE {
+			continue
+		}
+		at, found := slices.BinarySearchFunc(had, e, compareKeys)
+		if !found || had[at].value.Verdict == bpf.ShortcutVerdictVERDICT_REFUSE {
+			d.duePairs[pods] = true
+			return
+		}
+	}
+}
+
+// announceDue tells JoinDue if pairs are due.
+func (d *Datapath) announceDue() {
+	if len(d.duePairs) == 0 {
+		return
+	}
+	select {
+	case d.joinDue <- struct{}{}:
+	default:
+	}
+}
+
+// takeDue returns the pairs that are due and of which both pods take part and are among
+// the given ones. These are not due any more.
+func (d *Datapath) takeDue(pods map[uint64]Netns) (map[podPair]bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil, ErrUnloaded
+	}
+	enrolled, err := entries[uint64, uint32](d.objects.Maps[bpf.ShortcutMapPods])
+	if err != nil {
+		return nil, fmt.Errorf("read the pods map: %w", err)
+	}
+	takesPart := func(cookie uint64) bool {
+		_, known := pods[cookie]
+		_, in := enrolled[cookie]
+		return known && in
+	}
+	taken := map[podPair]bool{}
+	for pair := range d.duePairs {
+		switch {
+		case len(d.policy[pair]) == 0:
+			delete(d.duePairs, pair)
+		case takesPart(pair.client) && takesPart(pair.server):
+			taken[pair] = true
+			delete(d.duePairs, pair)
+		}
+	}
+	return taken, nil
+}
+
+// Join lets the open connections join for which something new is allowed since the last
+// call: these are now flows, as if they had been paired when they were made. pods are
+// all pods that take part. It returns how many connections have joined. What could not
+// be looked at is due again. It takes up to some seconds, during which other methods may
+// be called; Unload waits for it.
+func (d *Datapath) Join(ctx context.Context, pods []Netns) (joined int, err error) {
+	if d.joiner == nil {
+		return 0, nil
+	}
+	d.joiner.mu.Lock()
+	defer d.joiner.mu.Unlock()
+	if d.joiner.ended {
+		return 0, ErrUnloaded
+	}
+	known := map[uint64]Netns{}
+	for _, p := range pods {
+		known[p.Cookie] = p
+	}
+	pairs, err := d.takeDue(known)
+	if err != nil || len(pairs) == 0 {
+		return 0, err
+	}
+	sockets, err := d.joiner.findSockets(ctx, pairs, known)
+	found := match(sockets, pairs)
+	left, joinErr := d.joiner.joinAll(ctx, found, known)
+	if err = errors.Join(err, joinErr, ctx.Err()); err != nil {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		maps.Copy(d.duePairs, pairs)
+	}
+	return len(found) - left, err
+}
+
+// findSockets lists the sockets of the pods of some pairs that may join. It looks first at
+// the pods that have most peers: such a pod may be new, and have no connections, so that
+// the others need not be looked at.
+func (j *joiner) findSockets(ctx context.Context, pairs map[podPair]bool, pods map[uint64]Netns) ([]bpf.ShortcutOpenSocket, error) {
+	peers := map[uint64]map[uint64]bool{}
+	for pair := range pairs {
+		for _, ends := range [][2]uint64{{pair.client, pair.server}, {pair.server, pair.client}} {
+			if peers[ends[0]] == nil {
+				peers[ends[0]] = map[uint64]bool{}
+			}
+			peers[ends[0]][ends[1]] = true
+		}
+	}
+	order := slices.SortedFunc(maps.Keys(peers), func(a, b uint64) int { return len(peers[b]) - len(peers[a]) })
+	var (
+		all  []bpf.ShortcutOpenSocket
+		errs []error
+	)
+	none := map[uint64]bool{} // pods that have no such socket
+	for _, cookie := range order {
+		needed := false
+		for peer := range peers[cookie] {
+			needed = needed || !none[peer]
+		}
+		if !needed || ctx.Err() != nil {
+			continue
+		}
+		listed, err := iterate(j.find, pods[cookie].Path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		sockets := make([]bpf.ShortcutOpenSocket, len(listed)/binary.Size(bpf.ShortcutOpenSocket{}))
+		if _, err := binary.Decode(listed, binary.NativeEndian, sockets); err != nil {
+			return nil, fmt.Errorf("read the sockets of netns %s: %w", pods[cookie].Path, err)
+		}
+		none[cookie] = len(sockets) == 0
+		all = append(all, sockets...)
+	}
+	return all, errors.Join(errs...)
+}
+
+// iterate runs an iterator over the sockets of a network namespace, and returns what it
+// writes.
+func iterate(it *link.Iter, path string) ([]byte, error) {
+	var r io.ReadCloser
+	// The kernel takes the network namespace of the thread that opens the iterator.
+	if err := ns.WithNetNSPath(path, func(ns.NetNS) (err error) {
+		r, err = it.Open()
+		return err
+	}); err != nil {
+		return nil, fmt.Errorf("look at the sockets of netns %s: %w", path, err)
+	}
+	defer r.Close()
+	out, err := io.ReadAll(r)
+	if err != nil {
+		return nil, fmt.Errorf("look at the sockets of netns %s: %w", path, err)
+	}
+	return out, nil
+}
+
+// numbers are where the two streams of a connection began, as one of its ends sees it.
+type numbers struct{ sends, receives uint32 }
+
+// match finds the sockets that belong together. TCP counts the SYN of the client among the
+// bytes that were acknowledged, and no other. For example, a client whose stream began at
+// 4001 has the numbers 4000 and 7001, and its server 7001 and 4001. Sockets with equal
+// numbers cannot be told apart, and do not join.
+func match(sockets []bpf.ShortcutOpenSocket, pairs map[podPair]bool) (found []bpf.ShortcutJoinEntry) {
+	ends := map[numbers]int{}
+	for i, s := range sockets {
+		n := numbers{s.SendsFrom, s.ReceivesFrom}
+		if _, twice := ends[n]; twice {
+			i = -1
+		}
+		ends[n] = i
+	}
+	for i, c := range sockets {
+		at, ok := ends[numbers{c.ReceivesFrom, c.SendsFrom + 1}]
+		if !ok || at < 0 || at == i || ends[numbers{c.SendsFrom, c.ReceivesFrom}] < 0 {
+			continue
+		}
+		s := sockets[at]
+		if !pairs[podPair{c.Netns, s.Netns}] {
+			continue
+		}
+		found = append(found, bpf.ShortcutJoinEntry{
+			Flow:        c.Cookie,
+			Cookie:      [2]uint64{client: c.Cookie, server: s.Cookie},
+			Netns:       [2]uint64{client: c.Netns, server: s.Netns},
+			ClientAddr:  c.LocalAddr,
+			ClientPort:  c.LocalPort,
+			OrigDstAddr: c.RemoteAddr,
+			OrigDstPort: c.RemotePort,
+			ServerAddr:  s.LocalAddr,
+			ServerPort:  s.LocalPort,
+			ClientSeq:   c.SendsFrom + 1,
+			ServerSeq:   c.ReceivesFrom,
+		})
+	}
+	return found
+}
+
+// joinAll lets connections join, and returns how many have not. Those that are not ready
+// after joinPatience, or when ctx ends, stay as they were.
+func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pods map[uint64]Netns) (left int, err error) {
+	before, err := j.joined()
+	if err != nil {
+		return len(found), err
+	}
+	table := j.objects.Maps[bpf.ShortcutMapJoining]
+	for _, e := range found {
+		for side, cookie := range e.Cookie {
+			e.Side = uint8(side)
+			if err := table.Put(cookie, e); err != nil {
+				return len(found), errors.Join(fmt.Errorf("write map %s: %w", bpf.ShortcutMapJoining, err), j.giveUp(pods))
+			}
+		}
+	}
+	pause := joinPause
+	for end := time.Now().Add(joinPatience); ; pause *= 2 {
+		waiting, roundErr := j.round(pods)
+		err = errors.Join(err, roundErr)
+		if roundErr != nil || waiting == 0 || time.Now().After(end) || sleep(ctx, pause) != nil {
+			break
+		}
+	}
+	err = errors.Join(err, j.giveUp(pods))
+	after, countErr := j.joined()
+	return len(found) - int(after-before), errors.Join(err, countErr)
+}
+
+// joined reads the counter of connections that have joined.
+func (j *joiner) joined() (uint64, error) {
+	sum, err := readCount(j.objects.Maps[bpf.ShortcutMapOutcomes], bpf.ShortcutOutcomeOUTCOME_JOINED)
+	return sum.Number, err
+}
+
+// round lets each socket that is to join do its next step, and returns how many are
+// left then.
+func (j *joiner) round(pods map[uint64]Netns) (waiting int, err error) {
+	table := j.objects.Maps[bpf.ShortcutMapJoining]
+	all, err := entries[uint64, bpf.ShortcutJoinEntry](table)
+	if err != nil {
+		return 0, fmt.Errorf("read map %s: %w", bpf.ShortcutMapJoining, err)
+	}
+	// Clients first: a server's socket waits for the flow, which its client makes.
+	var netns [2][]uint64
+	seen := [2]map[uint64]bool{{}, {}}
+	for _, e := range all {
+		if of := e.Netns[e.Side&1]; !seen[e.Side&1][of] {
+			seen[e.Side&1][of] = true
+			netns[e.Side&1] = append(netns[e.Side&1], of)
+		}
+	}
+	var errs []error
+	last := map[uint64]bool{}
+	for _, cookie := range slices.Concat(netns[client], netns[server]) {
+		if last[cookie] {
+			continue // its servers' sockets have the next round
+		}
+		last[cookie] = true
+		if _, err := iterate(j.join, pods[cookie].Path); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	n, err := count[uint64, bpf.ShortcutJoinEntry](table)
+	return n, errors.Join(append(errs, err)...)
+}
+
+// giveUp undoes what has not joined.
+func (j *joiner) giveUp(pods map[uint64]Netns) error {
+	table := j.objects.Maps[bpf.ShortcutMapJoining]
+	all, err := entries[uint64, bpf.ShortcutJoinEntry](table)
+	if err != nil || len(all) == 0 {
+		return err
+	}
+	for cookie, e := range all {
+		e.Step = uint8(bpf.ShortcutJoinStepJOIN_LEAVE)
+		// It is gone if it has been closed or has joined since.
+		if err := table.Update(cookie, e, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("write map %s: %w", bpf.ShortcutMapJoining, err)
+		}
+	}
+	// Once for each side.
+	for range 2 {
+		if _, err = j.round(pods); err != nil {
+			break
+		}
+	}
+	// Those that are still there have been closed.
+	for cookie := range all {
+		if gone := table.Delete(cookie); gone != nil && !errors.Is(gone, ebpf.ErrKeyNotExist) {
+			err = errors.Join(err, gone)
+		}
+	}
+	return err
+}

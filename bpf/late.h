@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Late: open connections become flows. The handshakes of these were over before both pods
+ * were allowed to take part. The agent runs the two iterators in the network namespaces of
+ * the pods. It runs find_sockets once, finds out which sockets belong together, and writes
+ * these into joining. Then it runs join_sockets again and again, with some milliseconds in
+ * between, until joining is empty. The kernel calls an iterator for each TCP socket of the
+ * network namespace, and holds the socket's lock meanwhile (bpf_iter_tcp_seq_show).
+ */
+#ifndef PODSHUNT_LATE_H
+#define PODSHUNT_LATE_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "address.h"
+#include "blocking.h"
+#include "flow.h"
+#include "kernel.h"
+#include "lifetime.h"
+#include "maps.h"
+#include "pairing.h"
+
+#define TCP_BPF_SOCK_OPS_CB_FLAGS                                                                  \
+	1008 /* include/uapi/linux/bpf.h; a socket option since Linux 6.12 */
+#define CALLBACKS                                                                                  \
+	(BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+
+/* How many waiters of a socket are looked at; with more, one counts as asleep in recv. */
+#define SLEEPERS_MAX 32
+
+/* The reads of a receiver that has joined late before anything is redirected to it. */
+#define READS_BEFORE_REDIRECT 3
+
+/*
+ * Sockets that are to join, by cookie. Agent: writes, and deletes what has not joined in
+ * time. join_sockets: reads and deletes. Full: the connection stays on TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2 * FLOWS_MAX);
+	__type(key, __u64);
+	__type(value, struct join_entry);
+} joining SEC(".maps");
+
+/* The function of a waiter that sleeps inside recv, send or splice. */
+extern void woken_wake_function __ksym;
+
+static __always_inline bool may_join(const struct tcp_sock *tp)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+
+	return sk->__sk_common.skc_state == TCP_ESTABLISHED && !kernel_socket(sk) &&
+	       !tp->inet_conn.icsk_ulp_ops &&
+	       !(bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp) &&
+	       !BPF_CORE_READ_BITFIELD(tp, repair);
+}
+
+/* Returns true if the socket belongs to a flow, or to one that is being made. */
+static __always_inline bool has_flow(const struct sk_flow *self, const void *sk)
+{
+	struct flow *flow = self && self->flow ? flow_of(self, sk) : NULL;
+
+	/* A flow that nobody has joined was left behind by an agent that was killed. */
+	return flow && flow->state & (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED);
+}
+
+/* The addresses of a socket, as in a sock_ops context. */
+static __always_inline void socket_addresses(const struct sock *sk, struct open_socket *found)
+{
+	const struct sock_common *skc = &sk->__sk_common;
+
+	if (skc->skc_family == AF_INET) {
+		found->local_addr[2] = bpf_htonl(0xffff);
+		found->local_addr[3] = skc->skc_rcv_saddr;
+		found->remote_addr[2] = bpf_htonl(0xffff);
+		found->remote_addr[3] = skc->skc_daddr;
+	} else {
+		BPF_CORE_READ_INTO(&found->local_addr, skc, skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO(&found->remote_addr, skc, skc_v6_daddr);
+	}
+	found->local_port = skc->skc_num;
+	found->remote_port = bpf_ntohs(skc->skc_dport);
+}
+
+/*
+ * Lists the sockets that may join. Both ends of a connection know where the streams of both
+ * began, since TCP counts the bytes: with the client's snd_una at 5001, of which 1000 are
+ * acknowledged bytes (its SYN counts as one), its stream began at 4001.
+ */
+SEC("iter/tcp")
+int find_sockets(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *skc = ctx->sk_common;
+	struct open_socket found = {};
+	struct tcp_sock *tp;
+
+	if (!skc)
+		return 0;
+	tp = bpf_skc_to_tcp_sock(skc);
+	if (!tp || !may_join(tp) || has_flow(bpf_sk_storage_get(&sk_flows, skc, NULL, 0), tp))
+		return 0;
+	found.cookie = bpf_get_socket_cookie(skc);
+	found.netns = skc->skc_net.net->net_cookie;
+	found.sends_from = tp->snd_una - (__u32)tp->bytes_acked;
+	found.receives_from = tp->rcv_nxt - (__u32)tp->bytes_received;
+	socket_addresses(&tp->inet_conn.icsk_inet.sk, &found);
+	bpf_seq_write(ctx->meta->seq, &found, sizeof(found));
+	return 0;
+}
+
+/*
+ * Returns true if a thread may be asleep in recv or splice. It would not see redirected
+ * bytes: it began when the socket was a plain one. A thread becomes a waiter, and ceases to
+ * be one, under the socket's lock.
+ */
+static __always_inline bool has_sleeper(const struct tcp_sock *tp)
+{
+	struct list_head *head, *next;
+	struct socket_wq *wq;
+
+	if (bpf_core_read(&wq, sizeof(wq), &tp->inet_conn.icsk_inet.sk.sk_wq))
+		return true;
+	head = &wq->wait.head;
+	if (bpf_core_read(&next, sizeof(next), &head->next))
+		return true;
+	for (int i = 0; i < SLEEPERS_MAX; i++) {
+		struct wait_queue_entry *entry;
+		void *func;
+
+		if (next == head)
+			return false;
+		entry = (void *)next - bpf_core_field_offset(struct wait_queue_entry, entry);
+		if (bpf_core_read(&func, sizeof(func), &entry->func) ||
+		    func == &woken_wake_function)
+			return true;
+		if (bpf_core_read(&next, sizeof(next), &next->next))
+			return true;
+	}
+	return true;
+}
+
+/* Bytes that the program has read of the stream. */
+static __always_inline __u64 read_position(const struct tcp_sock *tp)
+{
+	return tp->bytes_received - (__u32)(tp->rcv_nxt - tp->copied_seq);
+}
+
+/* Bytes that the program has written. The client's SYN counts as an acknowledged byte. */
+static __always_inline __u64 write_position(const struct tcp_sock *tp, __u32 side)
+{
+	return tp->bytes_acked - (side == SIDE_CLIENT) + (__u32)(tp->write_seq - tp->snd_una);
+}
+
+static __always_inline int set_callbacks(struct sock_common *skc, const struct tcp_sock *tp,
+					 bool on)
+{
+	int flags =
+		on ? tp->bpf_sock_ops_cb_flags | CALLBACKS : tp->bpf_sock_ops_cb_flags & ~CALLBACKS;
+
+	return bpf_setsockopt(skc, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags));
+}
+
+/* Makes the flow, of what the agent has found. Returns OUTCOME_PAIRED, or why there is none. */
+static __always_inline enum outcome make_flow(const struct join_entry *it)
+{
+	__u64 client = it->netns[SIDE_CLIENT], server = it->netns[SIDE_SERVER];
+	struct settings *set = get_settings();
+	struct policy policy = {};
+	__u64 id = it->flow;
+	struct flow *flow;
+	__u32 generation;
+
+	if (!set)
+		return OUTCOME_NO_MEMORY;
+	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
+		return OUTCOME_PAIRING_STALE;
+	generation = *(volatile __u32 *)&set->generation;
+	look_up_policy(client, server, it->server_port, &policy);
+	if (!enrolled(client) || !enrolled(server) || policy.verdict == VERDICT_REFUSE)
+		return OUTCOME_POLICY_REFUSED;
+	if (is_unsupported(client, server, it->server_port))
+		return OUTCOME_UNSUPPORTED_PORT;
+	if (!has_share(client, set) || !has_share(server, set))
+		return OUTCOME_SHARE;
+	if (bpf_map_update_elem(&flows, &id, &blank, BPF_NOEXIST))
+		return OUTCOME_FLOWS_FULL;
+	flow = bpf_map_lookup_elem(&flows, &id);
+	if (!flow)
+		return OUTCOME_FLOWS_FULL;
+	__builtin_memcpy(flow->cookie, it->cookie, sizeof(flow->cookie));
+	__builtin_memcpy(flow->netns, it->netns, sizeof(flow->netns));
+	flow->since_ns = bpf_ktime_get_ns();
+	__builtin_memcpy(flow->client_addr, it->client_addr, sizeof(flow->client_addr));
+	__builtin_memcpy(flow->orig_dst_addr, it->orig_dst_addr, sizeof(flow->orig_dst_addr));
+	__builtin_memcpy(flow->server_addr, it->server_addr, sizeof(flow->server_addr));
+	flow->client_port = it->client_port;
+	flow->orig_dst_port = it->orig_dst_port;
+	flow->server_port = it->server_port;
+	flow->client_seq = it->client_seq;
+	flow->server_seq = it->server_seq;
+	start_direction(flow, SIDE_CLIENT, 0, generation, &policy);
+	start_direction(flow, SIDE_SERVER, 0, generation, &policy);
+	doubt_port(flow);
+	add_share(flow, 1);
+	flow->state = id << FLOW_STATE_BITS;
+	return OUTCOME_PAIRED;
+}
+
+/* Puts one socket of a flow that is being made into the SOCKHASH; see join. */
+static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_sock *tp,
+					   struct join_entry *it, struct flow *flow)
+{
+	struct sk_flow blank_self = {}, *self;
+	__u32 side = it->side & 1;
+	struct sending *dir = &flow->side[side].sending;
+	__u64 cookie = it->cookie[side];
+	int err;
+
+	it->step = JOIN_INSERTED; /* leave undoes all that follows */
+	self = bpf_sk_storage_get(&sk_flows, skc, &blank_self, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!self)
+		return OUTCOME_NO_MEMORY;
+	dir->tcp_bytes = write_position(tp, side);
+	flow->side[side ^ 1].receiving.began = dir->tcp_bytes;
+	dir->last_seq = tp->write_seq;
+	dir->drained_seq = tp->write_seq - 1; /* not known to be drained */
+	flow->side[side].receiving.read_bytes = read_position(tp);
+	flow->side[side ^ 1].sending.grown = flow->side[side].receiving.read_bytes;
+	flow->sock[side] = (__u64)tp;
+	self->side = side;
+	self->flow = it->flow;
+	if (set_callbacks(skc, tp, true))
+		return OUTCOME_CALLBACKS;
+	err = bpf_map_update_elem(&sockets, &cookie, skc, BPF_NOEXIST);
+	return err && err != -EEXIST ? join_failure(err) : OUTCOME_PAIRED;
+}
+
+/*
+ * Undoes insert. Nothing was redirected yet, so nothing is lost. The first socket to leave
+ * deletes the flow, as in mark_gone, and the other one follows.
+ */
+static __always_inline void leave(struct sock_common *skc, struct tcp_sock *tp,
+				  const struct join_entry *it)
+{
+	__u64 cookie = it->cookie[it->side & 1], peer = it->cookie[(it->side ^ 1) & 1];
+	struct join_entry *other;
+
+	if (it->step != JOIN_START) {
+		bpf_map_delete_elem(&sockets, &cookie);
+		bpf_sk_storage_delete(&sk_flows, skc);
+		set_callbacks(skc, tp, false);
+		end_unjoined(it->flow, it->side);
+	}
+	other = bpf_map_lookup_elem(&joining, &peer);
+	if (other && other->step == JOIN_START)
+		bpf_map_delete_elem(&joining, &peer);
+	else if (other)
+		other->step = JOIN_LEAVE;
+	bpf_map_delete_elem(&joining, &cookie);
+}
+
+/*
+ * Lets deliver redirect, once both sockets are ready. A thread may still be on its way into
+ * the recv of a plain socket, which would return later TCP bytes before redirected ones. So
+ * the receiver first has to end some reads, of which the last began after this.
+ */
+static __always_inline bool complete(struct flow *flow, const struct join_entry *it)
+{
+	__u64 state = it->flow << FLOW_STATE_BITS;
+
+	for (int side = 0; side < SIDE_MAX; side++) {
+		struct receiving *reader = &flow->side[side].receiving;
+
+		reader->reads_needed = reader->reads + READS_BEFORE_REDIRECT;
+	}
+	return __sync_val_compare_and_swap(&flow->state, state,
+					   state | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) ==
+	       state;
+}
+
+/*
+ * The next step of a socket. Each needs the lock, and the first two have some milliseconds
+ * between them:
+ *
+ * 1. JOIN_START: the socket enters the SOCKHASH. The flow is not joined, so that nothing is
+ *    redirected.
+ * 2. JOIN_INSERTED: the reads are right if what observe has counted since step 1 is what TCP
+ *    says. A recv that step 1 has met between its end and observe would be counted twice; one
+ *    that began before step 1 may not be counted at all. Then the count starts anew.
+ * 3. JOIN_READY: once the peer is, too, the flow has joined.
+ */
+static __always_inline enum outcome next_step(struct sock_common *skc, struct tcp_sock *tp,
+					      struct join_entry *it)
+{
+	struct receiving *reader;
+	struct join_entry *other;
+	struct flow *flow;
+	enum outcome outcome;
+	__u64 peer, position;
+
+	if (it->step == JOIN_LEAVE || !may_join(tp))
+		return OUTCOME_JOIN_ENDED;
+	if (!tp->inet_conn.icsk_inet.sk.sk_socket)
+		return OUTCOME_MAX; /* not accepted yet */
+	if (is_blocking(tp))
+		return it->side == SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT : OUTCOME_BLOCKING_SERVER;
+	if (has_sleeper(tp))
+		return OUTCOME_MAX;
+	flow = flow_by_id(it->flow);
+	if (it->step == JOIN_START) {
+		if (!flow && it->side == SIDE_CLIENT) {
+			outcome = make_flow(it);
+			if (outcome != OUTCOME_PAIRED)
+				return outcome;
+			flow = flow_by_id(it->flow);
+		}
+		if (!flow)
+			return OUTCOME_MAX; /* the client comes first */
+	}
+	if (!flow || flow->state != it->flow << FLOW_STATE_BITS)
+		return OUTCOME_JOIN_ENDED;
+	if (it->step == JOIN_START) {
+		outcome = insert(skc, tp, it, flow);
+		return outcome == OUTCOME_PAIRED ? OUTCOME_MAX : outcome;
+	}
+	reader = &flow->side[it->side & 1].receiving;
+	if (it->step == JOIN_INSERTED) {
+		position = read_position(tp);
+		if (*(volatile __u64 *)&reader->read_bytes != position) {
+			*(volatile __u64 *)&reader->read_bytes = position;
+			return OUTCOME_MAX;
+		}
+		it->step = JOIN_READY;
+	}
+	peer = it->cookie[(it->side ^ 1) & 1];
+	other = bpf_map_lookup_elem(&joining, &peer);
+	if (!other)
+		return OUTCOME_JOIN_ENDED;
+	if (other->step != JOIN_READY)
+		return OUTCOME_MAX;
+	if (!complete(flow, it))
+		return OUTCOME_JOIN_ENDED;
+	return OUTCOME_JOINED;
+}
+
+SEC("iter/tcp")
+int join_sockets(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *skc = ctx->sk_common;
+	enum outcome outcome;
+	struct tcp_sock *tp;
+	struct join_entry *it;
+	__u64 cookie, peer;
+
+	if (!skc)
+		return 0;
+	tp = bpf_skc_to_tcp_sock(skc);
+	if (!tp)
+		return 0;
+	cookie = bpf_get_socket_cookie(skc);
+	it = bpf_map_lookup_elem(&joining, &cookie);
+	if (!it)
+		return 0;
+	outcome = next_step(skc, tp, it);
+	switch (outcome) {
+	case OUTCOME_MAX: /* the next time */
+		return 0;
+	case OUTCOME_JOINED:
+		peer = it->cookie[(it->side ^ 1) & 1];
+		bpf_map_delete_elem(&joining, &peer);
+		bpf_map_delete_elem(&joining, &cookie);
+		break;
+	default:
+		leave(skc, tp, it);
+	}
+	count(outcome, 0);
+	return 0;
+}
+
+#endif
