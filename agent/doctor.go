@@ -108,6 +108,7 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 		e.Reason, e.Message = api.KernelLacksFeatures, err.Error()
 		return e
 	}
+	e.OpenConnections = openConnections(datapath.CheckJoin())
 	var guards []string
 	for _, name := range datapath.GuardNames() {
 		if !slices.Contains(f.disabledGuards, name) {
@@ -122,6 +123,22 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 	}
 	e.TakesPart = e.Reason == ""
 	return e
+}
+
+// openConnections describes what becomes of open connections if err is why they cannot join.
+func openConnections(err error) api.OpenConnections {
+	if err != nil {
+		return api.OpenConnections{Message: err.Error()}
+	}
+	return api.OpenConnections{Join: true}
+}
+
+// openConnectionsText is the same for people.
+func openConnectionsText(o api.OpenConnections) string {
+	if o.Join {
+		return "join"
+	}
+	return "stay on TCP until they are made anew: " + o.Message
 }
 
 func kernelRelease() string {
@@ -181,6 +198,9 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	t := newTable(w)
 	t.row("agent", e.Version)
 	t.row("kernel", e.Kernel)
+	if e.Reason != api.KernelLacksFeatures {
+		t.row("open connections", openConnectionsText(e.OpenConnections))
+	}
 	if e.Reason != api.KernelLacksFeatures {
 		t.row()
 		t.row("HAZARD", "STATE", "", "")

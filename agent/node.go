@@ -49,6 +49,7 @@ func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelR
 		Version:         version,
 		Kernel:          e.Kernel,
 		Observer:        d.Observer(),
+		OpenConnections: openConnections(d.NoJoin()),
 		Cgroup:          d.Cgroup(),
 		PinDir:          cfg.datapath.PinDir,
 		Hazards:         e.Hazards,

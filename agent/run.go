@@ -158,6 +158,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	group.Go(func() error { return reconciler.Run(ctx) })
 	group.Go(func() error { return server.Serve(ctx, listener, measure(reconciler, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	group.Go(func() error { return joinOpen(ctx, d, reconciler.Snapshot, log) })
 	group.Go(func() error { return n.lease.run(ctx) })
 	if n.installer != nil {
 		group.Go(func() error { return n.installer.Run(ctx) })
@@ -208,6 +209,49 @@ func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
 			if err := d.Sweep(handshakeAge); err != nil {
 				log.Warn("unfinished handshakes not swept", "err", err)
 			}
+		}
+	}
+}
+
+const (
+	// joinRetry is the time after which connections are looked at that could not be.
+	joinRetry = time.Second
+	// maxJoinRest is the longest rest after open connections have been looked at. It is
+	// joinRest times as long as that took, so that it takes little of the node's time.
+	joinRest    = 10
+	maxJoinRest = time.Second
+)
+
+// joinOpen lets open connections join whenever something new is allowed, until ctx ends.
+func joinOpen(ctx context.Context, d *datapath.Datapath, snapshot func() pods.Snapshot, log *slog.Logger) error {
+	var retry <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-d.JoinDue():
+		case <-retry:
+		}
+		var netns []datapath.Netns
+		for _, p := range snapshot().Pods {
+			if p.NetnsCookie != 0 {
+				netns = append(netns, datapath.Netns{Cookie: p.NetnsCookie, Path: p.Netns})
+			}
+		}
+		began := time.Now()
+		joined, err := d.Join(ctx, netns)
+		retry = nil
+		if err != nil && !errors.Is(err, datapath.ErrUnloaded) && ctx.Err() == nil {
+			log.Warn("open connections not looked at, trying again", "err", err)
+			retry = time.After(joinRetry)
+		}
+		if joined > 0 {
+			log.Info("open connections have joined", "connections", joined)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(min(joinRest*time.Since(began), maxJoinRest)):
 		}
 	}
 }

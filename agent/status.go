@@ -48,6 +48,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("agent", s.Version+", "+state)
 	t.row("kernel", s.Kernel)
 	t.row("observer", s.Observer)
+	t.row("open connections", openConnectionsText(s.OpenConnections))
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
 	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))

@@ -119,6 +119,8 @@ type Status struct {
 	Hazards  []Hazard `json:"hazards"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
 	HazardsAccepted bool `json:"hazardsAccepted"`
+	// OpenConnections says what becomes of connections that are older than the opt-in.
+	OpenConnections OpenConnections `json:"openConnections"`
 	// Guards names the attached guards; none are while no pod takes part and no
 	// flow is left.
 	Guards []string    `json:"guards,omitempty"`
@@ -137,6 +139,15 @@ type Status struct {
 	Maps []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
+}
+
+// OpenConnections says what becomes of connections that are open when both of their pods
+// begin to be allowed to use the shortcut.
+type OpenConnections struct {
+	// Join is false on a kernel where only new connections are paired.
+	Join bool `json:"join"`
+	// Message says why.
+	Message string `json:"message,omitempty"`
 }
 
 // Lease says how long the policy in the kernel is trusted. After that all
@@ -183,7 +194,8 @@ type KernelReport struct {
 	// Hazards is empty if the kernel lacks what the tests for them need.
 	Hazards []Hazard `json:"hazards,omitempty"`
 	// HazardsAccepted is true with --kernel-hazards=accept.
-	HazardsAccepted bool `json:"hazardsAccepted"`
+	HazardsAccepted bool            `json:"hazardsAccepted"`
+	OpenConnections OpenConnections `json:"openConnections"`
 	// TakesPart reports whether pods would take part. If not, Reason and Message say why.
 	TakesPart bool         `json:"takesPart"`
 	Reason    KernelReason `json:"reason,omitempty"`

@@ -142,7 +142,11 @@ struct sending {
 	__u64 grown; /* what the receiver had read when limit last grew */
 };
 
-enum read_state { READ_SEEN = 1, READ_UNSUPPORTED = 2 };
+enum read_state {
+	READ_SEEN = 1,
+	READ_UNSUPPORTED = 2,
+	READ_ANEW = 4, /* the next read starts the count: see count_anew */
+};
 
 /*
  * Calls and options that do not work on a socket in the SOCKHASH as on a plain one: see
@@ -297,7 +301,7 @@ struct open_socket {
 	__be32 remote_addr[4];
 	__u16 local_port;
 	__u16 remote_port;
-	/* Where the streams began, a SYN counted as a byte where bytes_acked does. */
+	/* Where the two streams began: a client's own one with its SYN, all others with a byte. */
 	__u32 sends_from;
 	__u32 receives_from;
 	__u32 reserved;
@@ -306,8 +310,9 @@ struct open_socket {
 enum join_step {
 	JOIN_START,
 	JOIN_INSERTED, /* in the SOCKHASH */
-	JOIN_READY, /* its reads are counted right */
-	JOIN_LEAVE, /* it is not to join after all */
+	JOIN_READY, /* waits for the peer */
+	JOIN_GIVE_UP, /* agent: it was not ready in time */
+	JOIN_LEAVE, /* its peer does not join */
 };
 
 /* A socket that is to join, and the flow that is to be made. */
@@ -325,6 +330,8 @@ struct join_entry {
 	__u8 step; /* enum join_step */
 	__u32 client_seq;
 	__u32 server_seq;
+	__u32 visits; /* by join_sockets; without one in a round, the socket is gone */
+	__u32 reserved;
 };
 
 /* The argument of end_flow. */

@@ -238,8 +238,10 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
 	self->flow = it->flow;
 	if (set_callbacks(skc, tp, true))
 		return OUTCOME_CALLBACKS;
+	/* An agent that was killed may have left it there. It would count as another product's. */
+	bpf_map_delete_elem(&sockets, &cookie);
 	err = bpf_map_update_elem(&sockets, &cookie, skc, BPF_NOEXIST);
-	return err && err != -EEXIST ? join_failure(err) : OUTCOME_PAIRED;
+	return err ? join_failure(err) : OUTCOME_PAIRED;
 }
 
 /*
@@ -269,7 +271,8 @@ static __always_inline void leave(struct sock_common *skc, struct tcp_sock *tp,
 /*
  * Lets deliver redirect, once both sockets are ready. A thread may still be on its way into
  * the recv of a plain socket, which would return later TCP bytes before redirected ones. So
- * the receiver first has to end some reads, of which the last began after this.
+ * the receiver first has to end some reads, of which the last began after this. The first
+ * of them starts the count: see count_anew.
  */
 static __always_inline bool complete(struct flow *flow, const struct join_entry *it)
 {
@@ -279,6 +282,7 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
 		struct receiving *reader = &flow->side[side].receiving;
 
 		reader->reads_needed = reader->reads + READS_BEFORE_REDIRECT;
+		__sync_fetch_and_or(&reader->state, READ_ANEW);
 	}
 	return __sync_val_compare_and_swap(&flow->state, state,
 					   state | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) ==
@@ -291,21 +295,18 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
  *
  * 1. JOIN_START: the socket enters the SOCKHASH. The flow is not joined, so that nothing is
  *    redirected.
- * 2. JOIN_INSERTED: the reads are right if what observe has counted since step 1 is what TCP
- *    says. A recv that step 1 has met between its end and observe would be counted twice; one
- *    that began before step 1 may not be counted at all. Then the count starts anew.
- * 3. JOIN_READY: once the peer is, too, the flow has joined.
+ * 2. JOIN_INSERTED: the socket is ready if no thread sleeps that came too late to see that.
+ * 3. JOIN_READY: once the peer is ready, too, the flow has joined.
  */
 static __always_inline enum outcome next_step(struct sock_common *skc, struct tcp_sock *tp,
 					      struct join_entry *it)
 {
-	struct receiving *reader;
 	struct join_entry *other;
 	struct flow *flow;
 	enum outcome outcome;
-	__u64 peer, position;
+	__u64 peer;
 
-	if (it->step == JOIN_LEAVE || !may_join(tp))
+	if (it->step >= JOIN_GIVE_UP || !may_join(tp))
 		return OUTCOME_JOIN_ENDED;
 	if (!tp->inet_conn.icsk_inet.sk.sk_socket)
 		return OUTCOME_MAX; /* not accepted yet */
@@ -330,15 +331,7 @@ static __always_inline enum outcome next_step(struct sock_common *skc, struct tc
 		outcome = insert(skc, tp, it, flow);
 		return outcome == OUTCOME_PAIRED ? OUTCOME_MAX : outcome;
 	}
-	reader = &flow->side[it->side & 1].receiving;
-	if (it->step == JOIN_INSERTED) {
-		position = read_position(tp);
-		if (*(volatile __u64 *)&reader->read_bytes != position) {
-			*(volatile __u64 *)&reader->read_bytes = position;
-			return OUTCOME_MAX;
-		}
-		it->step = JOIN_READY;
-	}
+	it->step = JOIN_READY;
 	peer = it->cookie[(it->side ^ 1) & 1];
 	other = bpf_map_lookup_elem(&joining, &peer);
 	if (!other)
@@ -368,6 +361,7 @@ int join_sockets(struct bpf_iter__tcp *ctx)
 	it = bpf_map_lookup_elem(&joining, &cookie);
 	if (!it)
 		return 0;
+	it->visits++;
 	outcome = next_step(skc, tp, it);
 	switch (outcome) {
 	case OUTCOME_MAX: /* the next time */
@@ -378,6 +372,8 @@ int join_sockets(struct bpf_iter__tcp *ctx)
 		bpf_map_delete_elem(&joining, &cookie);
 		break;
 	default:
+		if (it->step == JOIN_LEAVE)
+			outcome = OUTCOME_MAX; /* counted for its peer */
 		leave(skc, tp, it);
 	}
 	count(outcome, 0);

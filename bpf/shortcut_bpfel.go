@@ -85,6 +85,8 @@ type ShortcutJoinEntry struct {
 	Step        uint8
 	ClientSeq   uint32
 	ServerSeq   uint32
+	Visits      uint32
+	Reserved    uint32
 }
 
 type ShortcutJoinStep uint32
@@ -93,7 +95,8 @@ const (
 	ShortcutJoinStepJOIN_START    ShortcutJoinStep = 0
 	ShortcutJoinStepJOIN_INSERTED ShortcutJoinStep = 1
 	ShortcutJoinStepJOIN_READY    ShortcutJoinStep = 2
-	ShortcutJoinStepJOIN_LEAVE    ShortcutJoinStep = 3
+	ShortcutJoinStepJOIN_GIVE_UP  ShortcutJoinStep = 3
+	ShortcutJoinStepJOIN_LEAVE    ShortcutJoinStep = 4
 )
 
 type ShortcutLearnedKey struct {
@@ -226,6 +229,7 @@ type ShortcutReadState uint32
 const (
 	ShortcutReadStateREAD_SEEN        ShortcutReadState = 1
 	ShortcutReadStateREAD_UNSUPPORTED ShortcutReadState = 2
+	ShortcutReadStateREAD_ANEW        ShortcutReadState = 4
 )
 
 type ShortcutReceiving struct {

@@ -36,11 +36,20 @@ func (d *Datapath) Enrol(cookie uint64) error {
 			return fmt.Errorf("enrol netns cookie %d: %w", cookie, explainFull(err))
 		}
 	}
-	if err := d.objects.Maps[bpf.ShortcutMapPods].Put(cookie, uint32(1)); err != nil {
+	err := d.objects.Maps[bpf.ShortcutMapPods].Update(cookie, uint32(1), ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return d.updateGuards()
+	}
+	if err != nil {
 		return fmt.Errorf("enrol netns cookie %d: %w", cookie, explainFull(err))
 	}
 	if err := d.updateGuards(); err != nil {
 		return errors.Join(err, d.objects.Maps[bpf.ShortcutMapPods].Delete(cookie))
+	}
+	for pods := range d.policy {
+		if pods.client == cookie || pods.server == cookie {
+			d.due(pods, nil)
+		}
 	}
 	d.announceDue()
 	return nil

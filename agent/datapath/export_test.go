@@ -47,6 +47,18 @@ func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 	}
 }
 
+// KillJoin ends the next Join after some rounds, as if the agent was killed: Join then
+// returns killed.
+func (d *Datapath) KillJoin(rounds int, killed error) {
+	d.joiner.killed = func() error {
+		rounds--
+		if rounds < 0 {
+			return killed
+		}
+		return nil
+	}
+}
+
 // MissReads calls do while no read is observed, as if the kernel did not run the
 // observer.
 func (d *Datapath) MissReads(tb testing.TB, do func()) {

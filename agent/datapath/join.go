@@ -41,6 +41,9 @@ type joiner struct {
 	objects    *ebpf.Collection
 	find, join *link.Iter
 
+	// killed ends joinAll before a round, as if the agent was killed; nil but in tests.
+	killed func() error
+
 	mu    sync.Mutex // held while connections join
 	ended bool       // an unload has begun
 }
@@ -53,12 +56,8 @@ func joinPrograms() []string {
 // newJoiner loads the iterators. The map joining is not pinned: what an agent that was
 // killed has left in it is found again.
 func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
-	version, err := RunningVersion()
-	if err != nil {
+	if err := CheckJoin(); err != nil {
 		return nil, err
-	}
-	if !version.joinsOpen() {
-		return nil, fmt.Errorf("kernel %s: needed is Linux 6.12 or later", release())
 	}
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
@@ -88,9 +87,18 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 	return j, nil
 }
 
-// joinsOpen reports whether the kernel gives callbacks to a socket that an iterator asks
-// them for (TCP_BPF_SOCK_OPS_CB_FLAGS, 6.12).
-func (v KernelVersion) joinsOpen() bool { return v.Major > 6 || v.Major == 6 && v.Minor >= 12 }
+// CheckJoin returns why open connections cannot join on the running kernel, or nil. From
+// 6.12 on, an iterator can ask for the callbacks of a socket (TCP_BPF_SOCK_OPS_CB_FLAGS).
+func CheckJoin() error {
+	v, err := RunningVersion()
+	if err != nil {
+		return err
+	}
+	if v.Major < 6 || v.Major == 6 && v.Minor < 12 {
+		return fmt.Errorf("kernel %s: needed is Linux 6.12 or later", release())
+	}
+	return nil
+}
 
 func (j *joiner) close() error {
 	if j == nil {
@@ -118,7 +126,7 @@ func (j *joiner) end() {
 	j.ended = true
 }
 
-// NoJoin returns why open connections cannot join on this kernel, or nil.
+// NoJoin returns why open connections cannot join, or nil.
 func (d *Datapath) NoJoin() error { return d.noJoin }
 
 // JoinDue says that something new is allowed: call Join.
@@ -336,6 +344,11 @@ func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pod
 	}
 	pause := joinPause
 	for end := time.Now().Add(joinPatience); ; pause *= 2 {
+		if j.killed != nil {
+			if err := j.killed(); err != nil {
+				return len(found), err
+			}
+		}
 		waiting, roundErr := j.round(pods)
 		err = errors.Join(err, roundErr)
 		if roundErr != nil || waiting == 0 || time.Now().After(end) || sleep(ctx, pause) != nil {
@@ -357,32 +370,46 @@ func (j *joiner) joined() (uint64, error) {
 // left then.
 func (j *joiner) round(pods map[uint64]Netns) (waiting int, err error) {
 	table := j.objects.Maps[bpf.ShortcutMapJoining]
-	all, err := entries[uint64, bpf.ShortcutJoinEntry](table)
+	before, err := entries[uint64, bpf.ShortcutJoinEntry](table)
 	if err != nil {
 		return 0, fmt.Errorf("read map %s: %w", bpf.ShortcutMapJoining, err)
 	}
-	// Clients first: a server's socket waits for the flow, which its client makes.
-	var netns [2][]uint64
-	seen := [2]map[uint64]bool{{}, {}}
-	for _, e := range all {
-		if of := e.Netns[e.Side&1]; !seen[e.Side&1][of] {
-			seen[e.Side&1][of] = true
-			netns[e.Side&1] = append(netns[e.Side&1], of)
+	// Pods with clients first: a server's socket waits for the flow, which its client makes.
+	var order []uint64
+	for side := range uint8(2) {
+		for _, e := range before {
+			if of := e.Netns[side]; e.Side == side && !slices.Contains(order, of) {
+				order = append(order, of)
+			}
 		}
 	}
 	var errs []error
-	last := map[uint64]bool{}
-	for _, cookie := range slices.Concat(netns[client], netns[server]) {
-		if last[cookie] {
-			continue // its servers' sockets have the next round
-		}
-		last[cookie] = true
+	for _, cookie := range order {
 		if _, err := iterate(j.join, pods[cookie].Path); err != nil {
 			errs = append(errs, err)
 		}
 	}
-	n, err := count[uint64, bpf.ShortcutJoinEntry](table)
-	return n, errors.Join(append(errs, err)...)
+	after, err := entries[uint64, bpf.ShortcutJoinEntry](table)
+	if err = errors.Join(append(errs, err)...); err != nil {
+		return 0, err
+	}
+	for cookie, e := range after {
+		if e.Visits != before[cookie].Visits {
+			continue
+		}
+		// The socket has been closed. Its peer follows if it has begun, see leave.
+		gone := []uint64{cookie}
+		if peer := e.Cookie[1-e.Side]; after[peer].Step == uint8(bpf.ShortcutJoinStepJOIN_START) {
+			gone = append(gone, peer)
+		}
+		for _, cookie := range gone {
+			if err := drop(table, cookie); err != nil {
+				return 0, err
+			}
+			delete(after, cookie)
+		}
+	}
+	return len(after), nil
 }
 
 // giveUp undoes what has not joined.
@@ -393,22 +420,15 @@ func (j *joiner) giveUp(pods map[uint64]Netns) error {
 		return err
 	}
 	for cookie, e := range all {
-		e.Step = uint8(bpf.ShortcutJoinStepJOIN_LEAVE)
+		e.Step = uint8(bpf.ShortcutJoinStepJOIN_GIVE_UP)
 		// It is gone if it has been closed or has joined since.
 		if err := table.Update(cookie, e, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("write map %s: %w", bpf.ShortcutMapJoining, err)
 		}
 	}
-	// Once for each side.
-	for range 2 {
+	for range 2 { // once for each side
 		if _, err = j.round(pods); err != nil {
 			break
-		}
-	}
-	// Those that are still there have been closed.
-	for cookie := range all {
-		if gone := table.Delete(cookie); gone != nil && !errors.Is(gone, ebpf.ErrKeyNotExist) {
-			err = errors.Join(err, gone)
 		}
 	}
 	return err

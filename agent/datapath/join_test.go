@@ -5,11 +5,23 @@
 package datapath_test
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
@@ -17,25 +29,42 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
-// mustJoin lets open connections join, and returns how many did.
-func (n *node) mustJoin(tb testing.TB, pods ...*sandbox.Pod) int {
+func netnsOf(tb testing.TB, pods []*sandbox.Pod) (all []datapath.Netns) {
 	tb.Helper()
-	if err := n.NoJoin(); err != nil {
-		tb.Skip(err)
-	}
-	var netns []datapath.Netns
 	for _, p := range pods {
 		cookie, err := p.Cookie()
 		if err != nil {
-			tb.Fatal(err)
+			tb.Error(err)
 		}
-		netns = append(netns, datapath.Netns{Cookie: cookie, Path: p.Path})
+		all = append(all, datapath.Netns{Cookie: cookie, Path: p.Path})
 	}
-	joined, err := n.Join(tb.Context(), netns)
+	return all
+}
+
+// mustJoin lets open connections join, and returns how many did.
+func (n *node) mustJoin(tb testing.TB, pods ...*sandbox.Pod) int {
+	tb.Helper()
+	joined, err := n.Join(tb.Context(), netnsOf(tb, pods))
+	if err != nil {
+		tb.Error(err)
+	}
+	return joined
+}
+
+// mustJoinOpen skips a test on a kernel where open connections cannot join.
+func mustJoinOpen(tb testing.TB, n *node) {
+	tb.Helper()
+	version, err := datapath.RunningVersion()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return joined
+	able := version.Major > 6 || version.Major == 6 && version.Minor >= 12
+	if err := n.NoJoin(); (err == nil) != able {
+		tb.Fatalf("got %v, want an error: %t", err, !able)
+	}
+	if !able {
+		tb.Skip(n.NoJoin())
+	}
 }
 
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
@@ -56,6 +85,7 @@ func TestJoin(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, atOnce)
+			mustJoinOpen(t, n)
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			from, listen := pods[0], pods[1].IPv4.String()
 			switch {
@@ -104,5 +134,401 @@ func TestJoin(t *testing.T) {
 				t.Error("nothing took the shortcut")
 			}
 		})
+	}
+}
+
+// TestJoinStaysOut: open connections that do not suit stay plain TCP, and leave nothing
+// behind.
+func TestJoinStaysOut(t *testing.T) {
+	setBlocking := func(s *rawSocket) error { return unix.SetNonblock(s.fd, false) }
+	for _, tc := range []struct {
+		name   string
+		rules  func(cookies []uint64) []rule.Rule
+		change func(c, s *rawSocket) error
+		want   map[string]uint64
+	}{
+		{name: "client in blocking mode", change: func(c, _ *rawSocket) error { return setBlocking(c) }, want: map[string]uint64{"connection_blocking_client": 1}},
+		{name: "server in blocking mode", change: func(_, s *rawSocket) error { return setBlocking(s) }, want: map[string]uint64{"connection_blocking_server": 1}},
+		{name: "client has shut down writing", change: func(c, _ *rawSocket) error { return c.CloseWrite() }, want: map[string]uint64{}},
+		{name: "server has shut down writing", change: func(_, s *rawSocket) error { return s.CloseWrite() }, want: map[string]uint64{}},
+		{name: "another port is allowed", rules: func(cookies []uint64) []rule.Rule {
+			rules := sandbox.Between(rule.Allow, cookies...)
+			for i := range rules {
+				rules[i].First, rules[i].Last = 1, 2
+			}
+			return rules
+		}, want: map[string]uint64{"connection_policy_refused": 1}},
+		{name: "the other direction is allowed", rules: func(cookies []uint64) []rule.Rule {
+			return slices.DeleteFunc(sandbox.Between(rule.Allow, cookies...), func(r rule.Rule) bool { return r.Client == cookies[0] })
+		}, want: map[string]uint64{}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, atOnce)
+			mustJoinOpen(t, n)
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			sandboxtest.MustPing(t, c, s, 5, 100)
+			if tc.change != nil {
+				if err := tc.change(c, s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			rules := sandbox.Between(rule.Allow, cookies...)
+			if tc.rules != nil {
+				rules = tc.rules(cookies)
+			}
+			n.MustSetPolicy(t, rules)
+			before := n.counts(t)
+			if got := n.mustJoin(t, pods...); got != 0 {
+				t.Errorf("got %d connections that have joined, want none", got)
+			}
+			n.mustCount(t, before, tc.want)
+			for _, name := range []string{"flows", "sockets"} {
+				if got := n.usage(t)[name]; got != 0 {
+					t.Errorf("got %d entries of %s, want none", got, name)
+				}
+			}
+		})
+	}
+}
+
+// TestJoinNotReady: an open connection whose server has not accepted it, or which a thread
+// sleeps on in recv, does not join. It does once it is ready and something is allowed
+// anew. The thread, and the server, get every byte.
+func TestJoinNotReady(t *testing.T) {
+	hello := []byte("hello")
+	allow := func(t *testing.T, n *node, pods []*sandbox.Pod, cookies []uint64, want int) {
+		t.Helper()
+		n.MustSetPolicy(t, nil)
+		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+		before := n.counts(t)
+		if got := n.mustJoin(t, pods...); got != want {
+			t.Errorf("got %d connections that have joined, want %d", got, want)
+		}
+		counter := "connection_joined"
+		if want == 0 {
+			counter = "connection_join_ended"
+		}
+		n.mustCount(t, before, map[string]uint64{counter: 1})
+	}
+	prove := func(t *testing.T, n *node, c, s io.ReadWriter) {
+		t.Helper()
+		sandboxtest.MustPing(t, c, s, 10, 100)
+		if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+			t.Errorf("got %+v, want both directions on the shortcut", f)
+		}
+	}
+	t.Run("not accepted", func(t *testing.T) {
+		n := mustNode(t, atOnce)
+		mustJoinOpen(t, n)
+		pods, cookies := n.MustEnrol(t, "client", "server")
+		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+		c := mustSocket(t, pods[0].Netns, unix.AF_INET, 0)
+		c.mustConnect(t, address)
+		if _, err := c.Write(hello); err != nil {
+			t.Fatal(err)
+		}
+		allow(t, n, pods, cookies, 0)
+		s := l.mustAccept(t)
+		allow(t, n, pods, cookies, 1)
+		got := make([]byte, len(hello))
+		if _, err := io.ReadFull(s, got); err != nil || !bytes.Equal(got, hello) {
+			t.Errorf("got %q (%v), want %q", got, err, hello)
+		}
+		prove(t, n, c, s)
+	})
+	t.Run("asleep in recv", func(t *testing.T) {
+		n := mustNode(t, atOnce)
+		mustJoinOpen(t, n)
+		pods, cookies := n.MustEnrol(t, "client", "server")
+		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+		c, s := rawPair(t, pods[0], l, address)
+		sandboxtest.MustPing(t, c, s, 5, 100)
+		if err := unix.SetNonblock(s.fd, false); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(hello))
+		thread, read := make(chan int, 1), make(chan error, 1)
+		go func() {
+			runtime.LockOSThread()
+			thread <- unix.Gettid()
+			_, err := unix.Read(s.fd, got)
+			read <- err
+		}()
+		mustSleepInRead(t, <-thread)
+		if err := unix.SetNonblock(s.fd, true); err != nil { // the thread sleeps on
+			t.Fatal(err)
+		}
+		allow(t, n, pods, cookies, 0)
+		if _, err := c.Write(hello); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-read; err != nil || !bytes.Equal(got, hello) {
+			t.Errorf("got %q (%v), want %q", got, err, hello)
+		}
+		allow(t, n, pods, cookies, 1)
+		prove(t, n, c, s)
+	})
+}
+
+// mustSleepInRead waits until a thread sleeps in read.
+func mustSleepInRead(tb testing.TB, tid int) {
+	tb.Helper()
+	waitUntil(tb, "a thread that sleeps in read", func() bool {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", tid))
+		return err == nil && strings.HasPrefix(string(text), fmt.Sprintf("%d ", unix.SYS_READ))
+	})
+}
+
+// TestJoinMeetsEnds: connections that end in any way at any moment of their joining see
+// what they would on TCP, and leave nothing behind.
+func TestJoinMeetsEnds(t *testing.T) {
+	n := mustNode(t, atOnce)
+	mustJoinOpen(t, n)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	rounds, connections := 20, 24
+	if testing.Short() {
+		rounds = 4
+	}
+	joined := 0
+	for round := range rounds {
+		n.MustSetPolicy(t, nil)
+		var all []func() error
+		for i := range connections {
+			c, s := rawPair(t, pods[0], l, address)
+			random := rand.New(rand.NewPCG(uint64(round), uint64(i)))
+			all = append(all, func() error { return endSomehow(c, s, random) })
+		}
+		all = append(all, func() error {
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			joined += n.mustJoin(t, pods...)
+			return nil
+		})
+		if err := together(all...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d of %d joined: %v", joined, rounds*connections, n.counts(t))
+	if joined == 0 {
+		t.Error("no connection has joined")
+	}
+	n.waitUsage(t, map[string]int{"pods": 2, "policies": n.usage(t)["policies"]})
+	for cookie, charge := range n.charges(t) {
+		if charge != 0 {
+			t.Errorf("netns %d: got a charge of %d, want none", cookie, charge)
+		}
+	}
+}
+
+// endSomehow exchanges messages for a random time, and then ends the connection.
+func endSomehow(c, s *rawSocket, random *rand.Rand) (err error) {
+	defer func() { err = errors.Join(err, c.close(), s.close()) }()
+	ends := []*rawSocket{c, s}
+	random.Shuffle(2, func(i, j int) { ends[i], ends[j] = ends[j], ends[i] })
+	a, b := ends[0], ends[1]
+	buf := make([]byte, 100)
+	for limit := time.Now().Add(time.Duration(random.IntN(60_000)) * time.Microsecond); time.Now().Before(limit); {
+		for _, way := range [][2]*rawSocket{{a, b}, {b, a}} {
+			if _, err := way[0].Write(buf); err != nil {
+				return err
+			}
+			if _, err := io.ReadFull(way[1], buf); err != nil {
+				return err
+			}
+		}
+		time.Sleep(time.Duration(random.IntN(500)) * time.Microsecond)
+	}
+	switch random.IntN(4) {
+	case 0: // both ways, one after the other, with an answer in between
+		if err := errors.Join(a.CloseWrite(), wantEOF(b)); err != nil {
+			return err
+		}
+		if _, err := b.Write(buf); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(a, buf); err != nil {
+			return err
+		}
+		return errors.Join(b.CloseWrite(), wantEOF(a))
+	case 1: // at once
+		return finish(a, b)
+	case 2: // closed with a message under way
+		if _, err := a.Write(buf); err != nil {
+			return err
+		}
+		if err := a.close(); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(b, buf); err != nil {
+			return err
+		}
+		return wantEOF(b)
+	default: // reset
+		linger := unix.Linger{Onoff: 1}
+		if err := errors.Join(unix.SetsockoptLinger(a.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger), a.close()); err != nil {
+			return err
+		}
+		if _, err := b.Read(buf); !errors.Is(err, unix.ECONNRESET) {
+			return fmt.Errorf("read after a reset: got %v, want ECONNRESET", err)
+		}
+		return nil
+	}
+}
+
+// TestJoinAfterKill: an agent is killed after each of the first rounds. The connection
+// goes on, and the next agent lets it join.
+func TestJoinAfterKill(t *testing.T) {
+	killed := errors.New("killed")
+	for rounds := range 2 { // in the second they would join
+		t.Run(fmt.Sprintf("after %d rounds", rounds), func(t *testing.T) {
+			n := mustNode(t, atOnce)
+			mustJoinOpen(t, n)
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			sandboxtest.MustPing(t, c, s, 5, 100)
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			n.KillJoin(rounds, killed)
+			if _, err := n.Join(t.Context(), netnsOf(t, pods)); !errors.Is(err, killed) {
+				t.Fatalf("got %v, want %v", err, killed)
+			}
+			sandboxtest.MustPing(t, c, s, 5, 100)
+			if got := n.counts(t)["message_shortcut"]; got != 0 {
+				t.Errorf("got %d messages by shortcut before it has joined, want none", got)
+			}
+			n.mustClose(t)
+			n.MustOpen(t)
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			if got := n.mustJoin(t, pods...); got != 1 {
+				t.Errorf("got %d connections that have joined, want 1", got)
+			}
+			sandboxtest.MustPing(t, c, s, 10, 100)
+			if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+				t.Errorf("got %+v, want both directions on the shortcut", f)
+			}
+		})
+	}
+}
+
+// TestJoinOfNodeFlows: connections through a Service join, of which the two ends know
+// different addresses; connections of other pods do not.
+func TestJoinOfNodeFlows(t *testing.T) {
+	n := mustNode(t, atOnce)
+	mustJoinOpen(t, n)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	outside := sandboxtest.MustAddPod(t, n, "outside", sandbox.PodOptions{})
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	vip := netip.MustParseAddrPort("10.96.0.10:80")
+	if err := n.Sandbox.DNAT(vip, address); err != nil {
+		t.Fatal(err)
+	}
+	c, s := rawPair(t, pods[0], l, vip)
+	other, otherS := rawPair(t, outside, l, address)
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	if got := n.mustJoin(t, append(pods, outside)...); got != 1 {
+		t.Errorf("got %d connections that have joined, want 1", got)
+	}
+	sandboxtest.MustPing(t, c, s, 10, 100)
+	sandboxtest.MustPing(t, other, otherS, 10, 100)
+	f := n.mustFlow(t)
+	if f.OrigDst != vip || f.Server != address || f.ClientNetns != cookies[0] || f.ServerNetns != cookies[1] || !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+		t.Errorf("got %+v, want one to %v through %v, on the shortcut", f, address, vip)
+	}
+}
+
+// TestJoinUnloads: an unload in the middle of joining takes out every socket.
+func TestJoinUnloads(t *testing.T) {
+	n := mustNode(t, atOnce)
+	mustJoinOpen(t, n)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	var all []func() error
+	for i := range 32 {
+		c, s := rawPair(t, pods[0], l, address)
+		one := traffic{seed: byte(i), bytes: 1 << 20, maxWrite: 4 << 10, maxRead: 8 << 10, writerPause: 32 << 10}
+		all = append(all, func() error { return exchange(c, s, one, one) })
+	}
+	all = append(all, func() error {
+		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+		var joined sync.WaitGroup
+		joined.Go(func() {
+			if _, err := n.Join(t.Context(), netnsOf(t, pods)); err != nil && !errors.Is(err, datapath.ErrUnloaded) {
+				t.Error(err)
+			}
+		})
+		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), deadline)
+		defer cancel()
+		if _, err := n.Unload(ctx); err != nil {
+			t.Error(err)
+		}
+		joined.Wait()
+		if got := n.Left(); got != 0 {
+			t.Errorf("got %d sockets left, want none", got)
+		}
+		return nil
+	})
+	if err := together(all...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestJoinAgain opts in and out under load: connections come back at once, byte by byte.
+func TestJoinAgain(t *testing.T) {
+	n := mustNode(t, atOnce)
+	mustJoinOpen(t, n)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	times := 100
+	if testing.Short() {
+		times = 10
+	}
+	stop := make(chan struct{})
+	var all []func() error
+	for i := range 8 {
+		c, s := rawPair(t, pods[0], l, address)
+		all = append(all, func() error {
+			for seed := byte(i); ; seed++ {
+				select {
+				case <-stop:
+					return finish(c, s)
+				default:
+				}
+				one := traffic{seed: seed, bytes: 64 << 10, maxWrite: 4 << 10, maxRead: 8 << 10}
+				if err := exchange(c, s, one, one); err != nil {
+					return fmt.Errorf("connection %d: %w", i, err)
+				}
+			}
+		})
+	}
+	before := n.counts(t)
+	all = append(all, func() error {
+		defer close(stop)
+		for range times {
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			for _, cookie := range cookies {
+				if err := n.Enrol(cookie); err != nil {
+					return err
+				}
+			}
+			n.mustJoin(t, pods...)
+			shortcut := n.counts(t)["message_shortcut"]
+			waitUntil(t, "messages by shortcut", func() bool { return n.counts(t)["message_shortcut"] > shortcut })
+			n.MustSetPolicy(t, nil)
+			for _, cookie := range cookies {
+				if err := n.Release(cookie); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err := together(all...); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.since(t, before)["connection_joined"]; got != 8 {
+		t.Errorf("got %d connections that have joined, want 8, once each", got)
 	}
 }

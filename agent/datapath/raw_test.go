@@ -38,13 +38,18 @@ func mustSocket(tb testing.TB, in *sandbox.Netns, domain, protocol int) *rawSock
 // mustClose closes the socket unless that has been done.
 func (r *rawSocket) mustClose(tb testing.TB) {
 	tb.Helper()
-	if r.fd < 0 {
-		return
-	}
-	if err := unix.Close(r.fd); err != nil {
+	if err := r.close(); err != nil {
 		tb.Error(err)
 	}
+}
+
+func (r *rawSocket) close() error {
+	if r.fd < 0 {
+		return nil
+	}
+	fd := r.fd
 	r.fd = -1
+	return unix.Close(fd)
 }
 
 // mustRawListen listens on a port that the kernel chooses.

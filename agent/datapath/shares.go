@@ -152,7 +152,7 @@ func (c contents) shares() map[uint64]bpf.ShortcutShare {
 
 func drop(m *ebpf.Map, key uint64) error {
 	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("delete what a pod that has gone had: %w", err)
+		return fmt.Errorf("delete what is gone: %w", err)
 	}
 	return nil
 }

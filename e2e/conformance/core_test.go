@@ -3,9 +3,10 @@
 // Package conformance_test compares what a program sees of a TCP connection
 // with and without podshunt. A row is one behaviour of sockets, written as a
 // function over the two ends of a connection. It runs on plain TCP between pods
-// that do not take part, on a pair that is held on TCP, and on a pair whose two
-// directions are proved to be shortcut; what it saw must be the same, except
-// where the row names an entry of docs/limits.md.
+// that do not take part, on a pair that is held on TCP, on a pair whose two
+// directions are proved to be shortcut, and on one that has joined when it was
+// open already; what it saw must be the same, except where the row names an
+// entry of docs/limits.md.
 package conformance_test
 
 import (
@@ -67,7 +68,11 @@ const (
 	plain    way = "plain TCP" // neither pod takes part
 	held     way = "held on TCP"
 	shortcut way = "shortcut"
+	late     way = "shortcut since it was open"
 )
+
+// redirects reports whether messages take the shortcut.
+func (w way) redirects() bool { return w == shortcut || w == late }
 
 // mode says which ends are in blocking mode.
 type mode struct {
@@ -180,6 +185,9 @@ type suite struct {
 	unproved atomic.Int64
 	// pods are a client and a server.
 	pods map[way][2]*sandbox.Pod
+	// joining is held while the client of the way late takes no part, and for reading
+	// while it has to.
+	joining sync.RWMutex
 
 	mu sync.Mutex
 	// seen are the known differences that were met, by row and way, then by entry.
@@ -194,7 +202,7 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) { c.AllowBlocking = blocking })
 	s.port.Store(1024)
 	var rules []rule.Rule
-	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow} {
+	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow, late: rule.Allow} {
 		var pods [2]*sandbox.Pod
 		var cookies []uint64
 		for i, name := range []string{"client", "server"} {
@@ -264,12 +272,22 @@ func (s *suite) mustForget(t *testing.T) {
 	t.Errorf("got entries of maps %v after all connections, want none", left)
 }
 
+// ways are those on which a variant runs, plain first. Open connections join in
+// non-blocking mode only.
+func (s *suite) ways(v variant) []way {
+	all := []way{plain, held, shortcut}
+	if s.NoJoin() == nil && !v.client && !v.server {
+		all = append(all, late)
+	}
+	return all
+}
+
 // compare runs a row on every way, and compares with plain TCP.
 func (s *suite) compare(t *testing.T, r row, v variant) {
 	for range tries {
 		again := false
 		seen := map[way]*conn{}
-		for _, w := range []way{plain, held, shortcut} {
+		for _, w := range s.ways(v) {
 			if !t.Run(string(w), func(t *testing.T) { seen[w] = s.observe(t, r, v, w) }) {
 				return
 			}
@@ -279,7 +297,7 @@ func (s *suite) compare(t *testing.T, r row, v variant) {
 			continue
 		}
 		t.Log(seen[plain].facts)
-		for _, w := range []way{held, shortcut} {
+		for _, w := range s.ways(v)[1:] {
 			s.judge(t, r, seen[w], seen[plain].facts)
 		}
 		return
@@ -334,7 +352,7 @@ func (s *suite) judge(t *testing.T, r row, c *conn, want []fact) {
 // known returns the entry of docs/limits.md that explains a different fact.
 func (c *conn) known(r row, f fact) string {
 	for _, d := range r.differs {
-		if d.way == c.resembles() && d.fact == f.name && (d.value == nil || d.value == f.value) {
+		if (d.way == c.resembles() || d.way == shortcut && c.way == late) && d.fact == f.name && (d.value == nil || d.value == f.value) {
 			return d.entry
 		}
 	}
@@ -357,7 +375,7 @@ func (s *suite) note(row string, w way, entry string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.seen[row] == nil {
-		s.seen[row] = map[way]map[string]bool{held: {}, shortcut: {}}
+		s.seen[row] = map[way]map[string]bool{held: {}, shortcut: {}, late: {}}
 	}
 	s.seen[row][w][entry] = true
 }
@@ -462,9 +480,41 @@ func (c *conn) close() {
 
 // open makes the connection.
 func (c *conn) open() {
+	if c.way == late {
+		c.openLate()
+	} else {
+		c.connect()
+	}
+}
+
+// openLate makes the connection while the client takes no part, and lets it join.
+func (c *conn) openLate() {
+	client := sandboxtest.MustCookie(c.t, c.pods[late][0])
+	func() {
+		c.joining.Lock()
+		defer c.joining.Unlock()
+		c.must(c.Release(client))
+		c.connect()
+		c.must(c.Enrol(client))
+	}()
+	c.exchange(c.a, c.b, 1, warmUpSize)
+	for limit := time.Now().Add(deadline); !c.flow().Joined; {
+		if time.Now().After(limit) {
+			c.t.Fatal("the open connection does not join")
+		}
+		var all []datapath.Netns
+		for _, p := range c.pods[late] {
+			all = append(all, datapath.Netns{Cookie: sandboxtest.MustCookie(c.t, p), Path: p.Path})
+		}
+		_, err := c.Join(c.t.Context(), all)
+		c.must(err)
+	}
+}
+
+func (c *conn) connect() {
 	pods := c.pods[c.way]
 	l, dialled := c.listen(pods[1], c.freePort(), c.row.listen)
-	fd, _ := c.dial(pods[0], dialled, c.client, c.row.dial)
+	fd, _ := c.dialNow(pods[0], dialled, c.client, c.row.dial)
 	c.a = &end{c: c, fd: fd, pod: pods[0], blocking: c.client}
 	c.b = &end{c: c, fd: c.accept(l, c.server), pod: pods[1], blocking: c.server}
 	c.address, c.dialled = localAddress(c.t, fd), dialled
@@ -477,8 +527,14 @@ func (c *conn) open() {
 // returns false if they should be and are not.
 func (c *conn) warmUp() bool {
 	c.exchange(c.a, c.b, warmUpRounds, warmUpSize)
-	if c.way != shortcut {
+	if !c.way.redirects() {
 		return true
+	}
+	if c.way == late {
+		// Until the receivers have shown that they know (READS_BEFORE_REDIRECT in bpf/late.h).
+		c.exchange(c.a, c.b, 2, warmUpSize)
+		f := c.flow()
+		return f.ToServer.Shortcut && f.ToClient.Shortcut
 	}
 	f := c.flow()
 	if !c.blocking && (c.client || c.server) {
@@ -531,7 +587,7 @@ func (c *conn) flowOf(client, dialled netip.AddrPort) datapath.Flow {
 func (c *conn) proveAnother(client *end, dialled netip.AddrPort) {
 	c.t.Helper()
 	f := c.flowOf(localAddress(c.t, client.fd), dialled)
-	want := c.way == shortcut && (c.blocking || !c.client && !c.server)
+	want := c.way.redirects() && (c.blocking || !c.client && !c.server)
 	if f.ToServer.Shortcut != want || f.ToClient.Shortcut != want {
 		c.strayed(want, "got flow %+v, want both directions shortcut %v", f, want)
 	}
@@ -571,7 +627,7 @@ func (c *conn) prove() {
 	if got := f.Joined; got != paired {
 		c.strayed(paired, "got paired %v, want %v", got, paired)
 	}
-	stays := c.way == shortcut && (c.blocking || !c.client && !c.server)
+	stays := c.way.redirects() && (c.blocking || !c.client && !c.server)
 	reason := c.row.tcp
 	if c.client || c.server {
 		reason += c.row.blockingTCP
@@ -693,7 +749,7 @@ func (s *suite) summarise(t *testing.T) {
 	var text strings.Builder
 	for _, r := range rows() {
 		fmt.Fprintf(&text, "%-40s", r.name)
-		for _, w := range []way{held, shortcut} {
+		for _, w := range []way{held, shortcut, late} {
 			entries := sorted(s.seen[r.name][w])
 			verdict := "same"
 			if len(entries) > 0 {

@@ -392,6 +392,16 @@ func (c *conn) listen(pod *sandbox.Pod, port uint16, option func(fd int) error) 
 // the end of the handshake unless that fails.
 func (c *conn) dial(pod *sandbox.Pod, address netip.AddrPort, blocking bool, option func(fd int) error) (fd int, result string) {
 	c.t.Helper()
+	if c.way == late {
+		c.joining.RLock()
+		defer c.joining.RUnlock()
+	}
+	return c.dialNow(pod, address, blocking, option)
+}
+
+// dialNow is dial for the first connection of the way late, whose client takes no part yet.
+func (c *conn) dialNow(pod *sandbox.Pod, address netip.AddrPort, blocking bool, option func(fd int) error) (fd int, result string) {
+	c.t.Helper()
 	fd = c.socket(pod, blocking, 0)
 	if option != nil {
 		c.must(option(fd))
