@@ -8,7 +8,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -123,10 +126,12 @@ func TestAgent(t *testing.T) {
 		t.Errorf("second agent: got error %v, want one that names the process of the first", err)
 	}
 
-	// Opted in later: the open connection stays on TCP and says why.
+	// Opted in later: the open connection joins, or stays on TCP and says why.
 	a.MustWritePods(t, "client "+on, "web "+on+", podshunt.io/exclude-ports: '2222'", "plain "+on)
 	sandboxtest.WaitFor(t, "plain opted in", func() []string { return a.MustStates(t) }, func(s []string) bool { return s[1] == "plain: takes part" })
-	if got, want := toPlain.flow(t, a).Message, "connected before both pods took part"; !strings.HasPrefix(got, want) {
+	if a.MustStatus(t).OpenConnections.Join {
+		sandboxtest.WaitFor(t, "open connection", func() api.Flow { toPlain.mustPing(t); return toPlain.flow(t, a) }, shortcut)
+	} else if got, want := toPlain.flow(t, a).Message, "made before both pods took part"; !strings.Contains(got, want) {
 		t.Errorf("got reason %q, want %q", got, want)
 	}
 
@@ -169,6 +174,79 @@ func TestAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantDiff(t, "pods after DEL", 2, len(a.MustStates(t)))
+}
+
+var optIns = flag.Int("opt-ins", 50, "times that TestOptIns opts pods in and out")
+
+// TestOptIns opts pods in and out under load. Connections that were open before follow each
+// time, and lose no byte.
+func TestOptIns(t *testing.T) {
+	a := mustAgent(t)
+	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
+	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
+	l := sandboxtest.MustListen(t, web, "tcp4", ":0")
+	const connections = 8
+	stop := make(chan struct{})
+	errs := make(chan error, connections)
+	for range connections {
+		c := mustConnect(t, client, web, l)
+		go func() { errs <- c.talk(stop) }()
+	}
+	a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: disabled")
+	a.mustStart(t, "--kernel-hazards=accept")
+	if !a.MustStatus(t).OpenConnections.Join {
+		t.Skip(a.MustStatus(t).OpenConnections.Message)
+	}
+	times := *optIns
+	if testing.Short() {
+		times = min(times, 5)
+	}
+	var longest time.Duration
+	for range times {
+		a.MustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled")
+		began := time.Now()
+		sandboxtest.WaitFor(t, "all on the shortcut", func() []api.Flow { return a.MustFlows(t) }, func(all []api.Flow) bool {
+			return len(all) == connections && !slices.ContainsFunc(all, func(f api.Flow) bool { return !shortcut(f) })
+		})
+		longest = max(longest, time.Since(began))
+		a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: enabled")
+		sandboxtest.WaitFor(t, "all on TCP", func() []api.Flow { return a.MustFlows(t) }, func(all []api.Flow) bool {
+			return len(all) == connections && !slices.ContainsFunc(all, func(f api.Flow) bool { return f.ToServer.Shortcut || f.ToClient.Shortcut })
+		})
+	}
+	t.Logf("%d times, at the latest after %v", times, longest)
+	close(stop)
+	for range connections {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// talk sends numbered messages to and fro until stop is closed.
+func (c connection) talk(stop <-chan struct{}) error {
+	message, got := make([]byte, 1000), make([]byte, 1000)
+	for n := uint64(0); ; n++ {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		for i, way := range [][2]net.Conn{{c.client, c.server}, {c.server, c.client}} {
+			binary.BigEndian.PutUint64(message[len(message)-8*(i+1):], n)
+			limit := time.Now().Add(sandboxtest.Timeout)
+			if err := errors.Join(way[0].SetDeadline(limit), way[1].SetDeadline(limit)); err != nil {
+				return err
+			}
+			if _, err := way[0].Write(message); err != nil {
+				return fmt.Errorf("message %d: %w", n, err)
+			}
+			if _, err := io.ReadFull(way[1], got); err != nil || !bytes.Equal(got, message) {
+				return fmt.Errorf("message %d: %w, or another one came", n, err)
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 func TestUnloadWithoutAgent(t *testing.T) {

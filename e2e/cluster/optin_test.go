@@ -51,6 +51,17 @@ func proveAnnotate(t *testing.T) {
 	in := time.Since(began)
 
 	p.mustAnnotate("pod", "lasting", enabled)
+	lasting := all[0]
+	joined := lasting.mustBecome("on the shortcut", settleTime, isShortcut)
+	lasting.mustBeCounted()
+	var again time.Duration
+	const times = 10
+	for range times {
+		p.mustAnnotate("pod", "lasting", disabled)
+		lasting.mustBecome("on TCP", inForce, isOnTCP)
+		p.mustAnnotate("pod", "lasting", enabled)
+		again = max(again, lasting.mustBecome("on the shortcut", settleTime, isShortcut))
+	}
 	late := p.mustTalk(optIn(client("late", n, p.address("server")+":8080")))[0]
 	late.mustBeShortcut()
 	p.mustAnnotate("pod", "late", disabled)
@@ -58,10 +69,10 @@ func proveAnnotate(t *testing.T) {
 	reason := late.flows()[0].ToServer.Message
 	late.mustProgress()
 	late.mustFinish()
-	all[0].mustFinish()
+	lasting.mustFinish()
 	renewed.mustFinish()
-	p.figure("opt-in: connections paired %.2f s after kubectl annotate; opt-out: live ones on TCP after %.2f s (%q), no byte lost",
-		in.Seconds(), out.Seconds(), reason)
+	p.figure("opt-in: new connections paired %.2f s after kubectl annotate, an open one on the shortcut after %.2f s, %d times again after %.2f s at most; "+
+		"opt-out: live ones on TCP after %.2f s (%q), no byte lost", in.Seconds(), joined.Seconds(), times, again.Seconds(), out.Seconds(), reason)
 }
 
 // proveNamespace is the namespace's annotation, and the pod's own that wins.
