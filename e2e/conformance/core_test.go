@@ -43,7 +43,9 @@ const (
 	// tries is how often a row is run whose observations say nothing.
 	tries = 20
 
-	warmUpRounds, warmUpSize = 3, 100
+	// An open connection has joined after the first round of its warm-up, and takes the
+	// shortcut after three more.
+	warmUpRounds, warmUpSize = 6, 100
 	// maxUnproved is how many connections of a suite may stay on TCP, or go back to it:
 	// the kernel does not run a program on a CPU where it has been preempted in it.
 	maxUnproved = 20
@@ -352,7 +354,7 @@ func (s *suite) judge(t *testing.T, r row, c *conn, want []fact) {
 // known returns the entry of docs/limits.md that explains a different fact.
 func (c *conn) known(r row, f fact) string {
 	for _, d := range r.differs {
-		if (d.way == c.resembles() || d.way == shortcut && c.way == late) && d.fact == f.name && (d.value == nil || d.value == f.value) {
+		if d.way == c.resembles() && d.fact == f.name && (d.value == nil || d.value == f.value) {
 			return d.entry
 		}
 	}
@@ -362,6 +364,8 @@ func (c *conn) known(r row, f fact) string {
 // resembles returns the way of which c may have the known differences.
 func (c *conn) resembles() way {
 	switch {
+	case c.way == late:
+		return shortcut
 	case c.blocking || !c.client && !c.server:
 		return c.way
 	case c.client:
@@ -497,7 +501,9 @@ func (c *conn) openLate() {
 		c.connect()
 		c.must(c.Enrol(client))
 	}()
-	c.exchange(c.a, c.b, 1, warmUpSize)
+	if !c.row.cold {
+		c.exchange(c.a, c.b, 1, warmUpSize)
+	}
 	for limit := time.Now().Add(deadline); !c.flow().Joined; {
 		if time.Now().After(limit) {
 			c.t.Fatal("the open connection does not join")
@@ -526,15 +532,14 @@ func (c *conn) connect() {
 // warmUp exchanges messages until both directions are shortcut, if they can be. It
 // returns false if they should be and are not.
 func (c *conn) warmUp() bool {
+	if c.way == late {
+		c.exchange(c.a, c.b, warmUpRounds-1, warmUpSize)
+		f := c.flow()
+		return f.ToServer.Shortcut && f.ToClient.Shortcut
+	}
 	c.exchange(c.a, c.b, warmUpRounds, warmUpSize)
 	if !c.way.redirects() {
 		return true
-	}
-	if c.way == late {
-		// Until the receivers have shown that they know (READS_BEFORE_REDIRECT in bpf/late.h).
-		c.exchange(c.a, c.b, 2, warmUpSize)
-		f := c.flow()
-		return f.ToServer.Shortcut && f.ToClient.Shortcut
 	}
 	f := c.flow()
 	if !c.blocking && (c.client || c.server) {
