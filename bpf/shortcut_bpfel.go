@@ -97,6 +97,7 @@ const (
 	ShortcutJoinStepJOIN_READY    ShortcutJoinStep = 2
 	ShortcutJoinStepJOIN_GIVE_UP  ShortcutJoinStep = 3
 	ShortcutJoinStepJOIN_LEAVE    ShortcutJoinStep = 4
+	ShortcutJoinStepJOIN_EVICT    ShortcutJoinStep = 5
 )
 
 type ShortcutLearnedKey struct {
@@ -184,7 +185,8 @@ const (
 	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 45
 	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 46
 	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 47
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 49
 )
 
 type ShortcutPending struct {
@@ -297,7 +299,7 @@ type ShortcutSettings struct {
 	LearnedShare     uint32
 	NoMptcpListeners uint32
 	SpliceSeen       uint32
-	Reserved         uint32
+	NoCallbacks      uint32
 }
 
 type ShortcutShare struct {
@@ -373,6 +375,7 @@ const (
 	ShortcutMapSyns               = "syns"
 	ShortcutProgDeliver           = "deliver"
 	ShortcutProgEndFlow           = "end_flow"
+	ShortcutProgEndLate           = "end_late"
 	ShortcutProgFindSockets       = "find_sockets"
 	ShortcutProgJoinSockets       = "join_sockets"
 	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
@@ -431,6 +434,7 @@ type ShortcutSpecs struct {
 type ShortcutProgramSpecs struct {
 	Deliver           *ebpf.ProgramSpec `ebpf:"deliver"`
 	EndFlow           *ebpf.ProgramSpec `ebpf:"end_flow"`
+	EndLate           *ebpf.ProgramSpec `ebpf:"end_late"`
 	FindSockets       *ebpf.ProgramSpec `ebpf:"find_sockets"`
 	JoinSockets       *ebpf.ProgramSpec `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.ProgramSpec `ebpf:"keep_mptcp_out"`
@@ -541,6 +545,7 @@ type ShortcutVariables struct {
 type ShortcutPrograms struct {
 	Deliver           *ebpf.Program `ebpf:"deliver"`
 	EndFlow           *ebpf.Program `ebpf:"end_flow"`
+	EndLate           *ebpf.Program `ebpf:"end_late"`
 	FindSockets       *ebpf.Program `ebpf:"find_sockets"`
 	JoinSockets       *ebpf.Program `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.Program `ebpf:"keep_mptcp_out"`
@@ -553,6 +558,7 @@ func (p *ShortcutPrograms) Close() error {
 	return _ShortcutClose(
 		p.Deliver,
 		p.EndFlow,
+		p.EndLate,
 		p.FindSockets,
 		p.JoinSockets,
 		p.KeepMptcpOut,

@@ -23,6 +23,7 @@ const (
 	pinDeliver = "link_deliver"
 	pinObserve = "link_observe_"
 	pinNoMPTCP = "link_keep_mptcp_out"
+	pinEndLate = "link_end_late"
 )
 
 // openLink opens a pinned link, or returns nil if there is none. same is true if the
@@ -184,12 +185,22 @@ func (d *Datapath) attachObserver(dir, observer string, prog *ebpf.Program) erro
 }
 
 // attachKeepMPTCPOut attaches the program that marks the ports of MPTCP listeners if
-// they are to be kept out, and detaches it otherwise. One of another build is
-// detached only after ours is attached, since it does no harm if both mark a port.
+// they are to be kept out.
 func (d *Datapath) attachKeepMPTCPOut(dir string) error {
-	prog := d.objects.Programs[bpf.ShortcutProgKeepMptcpOut]
-	path := filepath.Join(dir, pinNoMPTCP)
-	wanted := d.mptcpListenersKeptOut()
+	return d.attachIf(d.mptcpListenersKeptOut(), filepath.Join(dir, pinNoMPTCP), bpf.ShortcutProgKeepMptcpOut)
+}
+
+// attachEndLate attaches the program that sees the end of sockets without callbacks, on
+// kernels where those that have joined late have none.
+func (d *Datapath) attachEndLate(dir string) error {
+	return d.attachIf(d.noCallbacks(), filepath.Join(dir, pinEndLate), bpf.ShortcutProgEndLate)
+}
+
+// attachIf attaches a program to a tracepoint if it is wanted, and detaches it otherwise.
+// One of another build is detached only after ours is attached, since it does no harm if
+// both run.
+func (d *Datapath) attachIf(wanted bool, path, program string) error {
+	prog := d.objects.Programs[program]
 	old, same, err := openLink(path, prog)
 	if err != nil {
 		return err
@@ -201,7 +212,7 @@ func (d *Datapath) attachKeepMPTCPOut(dir string) error {
 	var l link.Link
 	if wanted {
 		if l, err = link.AttachTracing(link.TracingOptions{Program: prog}); err != nil {
-			return fmt.Errorf("attach to inet_sock_set_state, to keep MPTCP listeners out: %w", err)
+			return fmt.Errorf("attach %s to inet_sock_set_state: %w", program, err)
 		}
 	}
 	if old != nil {

@@ -77,6 +77,9 @@ type Config struct {
 	// Tests alone set noMPTCPListeners, which keeps out sockets that an MPTCP listener
 	// has accepted. Open does so in any case on kernels that they would harm.
 	noMPTCPListeners bool
+	// Tests alone set noLateCallbacks, which treats every kernel as one where sockets that
+	// join late get no callbacks.
+	noLateCallbacks bool
 }
 
 // DefaultConfig returns what the agent runs with unless told otherwise.

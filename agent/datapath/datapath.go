@@ -365,10 +365,11 @@ func (d *Datapath) attach(dir string) error {
 		s.SpliceSeen = number(slices.Contains(d.cfg.Guards, GuardSplice))
 		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
+		s.NoCallbacks = number(d.noCallbacks())
 	}); err != nil {
 		return err
 	}
-	for _, attach := range []func(string) error{d.attachDeliver, d.attachKeepMPTCPOut, d.attachTrack} {
+	for _, attach := range []func(string) error{d.attachDeliver, d.attachKeepMPTCPOut, d.attachEndLate, d.attachTrack} {
 		if err := d.at("next attachment"); err != nil {
 			return err
 		}

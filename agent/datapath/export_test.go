@@ -28,6 +28,9 @@ func (c *Config) SetSizes(pods, handshakes, sockets uint32) {
 // SetNoMPTCPListeners keeps sockets of MPTCP listeners out whatever the kernel.
 func (c *Config) SetNoMPTCPListeners(yes bool) { c.noMPTCPListeners = yes }
 
+// SetNoLateCallbacks gives sockets that join late no callbacks, whatever the kernel.
+func (c *Config) SetNoLateCallbacks(yes bool) { c.noLateCallbacks = yes }
+
 // MakeControlsReadOnly makes writes of the controls fail until restore.
 func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 	tb.Helper()

@@ -23,11 +23,11 @@ import (
 )
 
 // A socket that is not ready to join is asked again after joinPause, which doubles each
-// time until joinPatience has passed. The kernel needs joinPause, too: a thread that was
-// between two instructions of a recv has gone on.
+// time. After joinRounds, some 1.3 s later, it stays on TCP. The kernel needs joinPause,
+// too: a thread that was between two instructions of a recv has gone on.
 const (
-	joinPause    = 5 * time.Millisecond
-	joinPatience = time.Second
+	joinPause  = 5 * time.Millisecond
+	joinRounds = 9
 )
 
 // Netns is a network namespace: its cookie, and a path by which it can be entered.
@@ -44,8 +44,9 @@ type joiner struct {
 	// killed ends joinAll before a round, as if the agent was killed; nil but in tests.
 	killed func() error
 
-	mu    sync.Mutex // held while connections join
-	ended bool       // an unload has begun
+	mu      sync.Mutex // held while connections join
+	ended   bool       // an unload has begun
+	evicted uint64     // the counter of sockets to be evicted, when the last of them was
 }
 
 // joinPrograms returns the names of the iterators.
@@ -87,17 +88,40 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 	return j, nil
 }
 
-// CheckJoin returns why open connections cannot join on the running kernel, or nil. From
-// 6.12 on, an iterator can ask for the callbacks of a socket (TCP_BPF_SOCK_OPS_CB_FLAGS).
+// CheckJoin returns why open connections cannot join on the running kernel, or nil.
 func CheckJoin() error {
 	v, err := RunningVersion()
 	if err != nil {
 		return err
 	}
-	if v.Major < 6 || v.Major == 6 && v.Minor < 12 {
-		return fmt.Errorf("kernel %s: needed is Linux 6.12 or later", release())
+	if !v.iteratesTCP() {
+		return fmt.Errorf("to look at the open connections of a pod would put the memory of kernel %s at risk (CVE-2026-74714): "+
+			"needed is 6.1.183, 6.6.152, 6.12.104, 6.18.45, 7.1.9, or 7.2 and later", release())
 	}
 	return nil
+}
+
+// iteratesTCP reports whether an iterator over TCP sockets is safe. Hazard: while a SYN
+// arrives, it may free a connection that is being made and is still used (CVE-2026-74714,
+// fixed by e5fd3f514e27). It goes by the version, because a measurement would do the
+// damage. The kernels with the fix can also put a socket into a SOCKHASH meanwhile, where
+// others hang (before 6.1.42, 6.4.7 and 6.5).
+func (v KernelVersion) iteratesTCP() bool {
+	if v.Major > 7 || v.Major == 7 && v.Minor >= 2 {
+		return true
+	}
+	since, ok := map[[2]int]int{{6, 1}: 183, {6, 6}: 152, {6, 12}: 104, {6, 18}: 45, {7, 1}: 9}[[2]int{v.Major, v.Minor}]
+	return ok && v.Patch >= since
+}
+
+// lateCallbacks reports whether an iterator can ask for the callbacks of a socket
+// (TCP_BPF_SOCK_OPS_CB_FLAGS by bpf_setsockopt, 6.12).
+func (v KernelVersion) lateCallbacks() bool { return v.Major > 6 || v.Major == 6 && v.Minor >= 12 }
+
+// noCallbacks reports whether open connections join, and get no callbacks.
+func (d *Datapath) noCallbacks() bool {
+	v, err := RunningVersion()
+	return err == nil && v.iteratesTCP() && (!v.lateCallbacks() || d.cfg.noLateCallbacks)
 }
 
 func (j *joiner) close() error {
@@ -327,9 +351,9 @@ func match(sockets []bpf.ShortcutOpenSocket, pairs map[podPair]bool) (found []bp
 }
 
 // joinAll lets connections join, and returns how many have not. Those that are not ready
-// after joinPatience, or when ctx ends, stay as they were.
+// after joinRounds, or when ctx ends, stay as they were.
 func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pods map[uint64]Netns) (left int, err error) {
-	before, err := j.joined()
+	before, err := j.counter(bpf.ShortcutOutcomeOUTCOME_JOINED)
 	if err != nil {
 		return len(found), err
 	}
@@ -342,8 +366,7 @@ func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pod
 			}
 		}
 	}
-	pause := joinPause
-	for end := time.Now().Add(joinPatience); ; pause *= 2 {
+	for round := range joinRounds {
 		if j.killed != nil {
 			if err := j.killed(); err != nil {
 				return len(found), err
@@ -351,18 +374,17 @@ func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pod
 		}
 		waiting, roundErr := j.round(pods)
 		err = errors.Join(err, roundErr)
-		if roundErr != nil || waiting == 0 || time.Now().After(end) || sleep(ctx, pause) != nil {
+		if roundErr != nil || waiting == 0 || sleep(ctx, joinPause<<round) != nil {
 			break
 		}
 	}
 	err = errors.Join(err, j.giveUp(pods))
-	after, countErr := j.joined()
+	after, countErr := j.counter(bpf.ShortcutOutcomeOUTCOME_JOINED)
 	return len(found) - int(after-before), errors.Join(err, countErr)
 }
 
-// joined reads the counter of connections that have joined.
-func (j *joiner) joined() (uint64, error) {
-	sum, err := readCount(j.objects.Maps[bpf.ShortcutMapOutcomes], bpf.ShortcutOutcomeOUTCOME_JOINED)
+func (j *joiner) counter(outcome bpf.ShortcutOutcome) (uint64, error) {
+	sum, err := readCount(j.objects.Maps[bpf.ShortcutMapOutcomes], outcome)
 	return sum.Number, err
 }
 
@@ -432,4 +454,76 @@ func (j *joiner) giveUp(pods map[uint64]Netns) error {
 		}
 	}
 	return err
+}
+
+// EvictLate evicts the sockets that have joined late and do not suit any more, on a kernel
+// where they get no callbacks: Linux evicts all others when an acknowledgement comes. Call
+// it every second; it costs a system call if there is nothing to do. pods returns all pods
+// that take part. Sockets with unread bytes are evicted in a later call.
+func (d *Datapath) EvictLate(pods func() []Netns) error {
+	if d.joiner == nil || !d.noCallbacks() {
+		return nil
+	}
+	d.joiner.mu.Lock()
+	defer d.joiner.mu.Unlock()
+	if d.joiner.ended {
+		return nil
+	}
+	due, err := d.joiner.counter(bpf.ShortcutOutcomeOUTCOME_EVICT_DUE)
+	if err != nil || due == d.joiner.evicted {
+		return err
+	}
+	found, err := toEvict(d.objects.Maps[bpf.ShortcutMapFlows])
+	if err != nil {
+		return err
+	}
+	known := map[uint64]Netns{}
+	for _, p := range pods() {
+		known[p.Cookie] = p
+	}
+	left, err := d.joiner.evictAll(found, known)
+	if err == nil && left == 0 {
+		d.joiner.evicted = due
+	}
+	return err
+}
+
+// toEvict returns the sockets of flows that are to be evicted.
+func toEvict(flows *ebpf.Map) (found []bpf.ShortcutJoinEntry, err error) {
+	all, err := entries[uint64, bpf.ShortcutFlow](flows)
+	if err != nil {
+		return nil, fmt.Errorf("read the flows map: %w", err)
+	}
+	evicted := [2]uint64{client: uint64(bpf.ShortcutFlowStateFLOW_CLIENT_EVICTED), server: uint64(bpf.ShortcutFlowStateFLOW_SERVER_EVICTED)}
+	for id, p := range all {
+		for side := range p.Side {
+			if p.State&evicted[side] != 0 || p.Side[side].Sending.Evict == 0 && p.Side[1-side].Sending.EvictPeer == 0 {
+				continue
+			}
+			found = append(found, bpf.ShortcutJoinEntry{
+				Flow: id, Cookie: p.Cookie, Netns: p.Netns, Side: uint8(side), Step: uint8(bpf.ShortcutJoinStepJOIN_EVICT),
+			})
+		}
+	}
+	return found, nil
+}
+
+// evictAll evicts sockets, and returns how many have unread bytes or are in pods that are
+// not known.
+func (j *joiner) evictAll(found []bpf.ShortcutJoinEntry, pods map[uint64]Netns) (left int, err error) {
+	table := j.objects.Maps[bpf.ShortcutMapJoining]
+	for _, e := range found {
+		if _, known := pods[e.Netns[e.Side]]; !known {
+			left++
+			continue
+		}
+		if err := table.Put(e.Cookie[e.Side], e); err != nil {
+			return 0, fmt.Errorf("write map %s: %w", bpf.ShortcutMapJoining, err)
+		}
+	}
+	waiting, err := j.round(pods)
+	for _, e := range found {
+		err = errors.Join(err, drop(table, e.Cookie[e.Side]))
+	}
+	return left + waiting, err
 }

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -51,41 +53,68 @@ func (n *node) mustJoin(tb testing.TB, pods ...*sandbox.Pod) int {
 	return joined
 }
 
-// mustJoinOpen skips a test on a kernel where open connections cannot join.
-func mustJoinOpen(tb testing.TB, n *node) {
+// canJoin reports whether open connections join on this kernel. The kernels of the virtual
+// machines are safe for it, others need not be.
+func canJoin(tb testing.TB, n *node) bool {
 	tb.Helper()
-	version, err := datapath.RunningVersion()
-	if err != nil {
+	err := n.NoJoin()
+	if err != nil && *ownMachine {
 		tb.Fatal(err)
 	}
-	able := version.Major > 6 || version.Major == 6 && version.Minor >= 12
-	if err := n.NoJoin(); (err == nil) != able {
-		tb.Fatalf("got %v, want an error: %t", err, !able)
+	return err == nil
+}
+
+// TestNoJoin: on a kernel that is not safe for it, an open connection stays plain TCP.
+func TestNoJoin(t *testing.T) {
+	n := mustNode(t, atOnce)
+	if canJoin(t, n) {
+		return
 	}
-	if !able {
-		tb.Skip(n.NoJoin())
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	c, s := rawPair(t, pods[0], l, address)
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	before := n.counts(t)
+	if got := n.mustJoin(t, pods...); got != 0 {
+		t.Errorf("got %d connections that have joined, want none", got)
+	}
+	sandboxtest.MustPing(t, c, s, 10, 100)
+	n.mustCount(t, before, map[string]uint64{})
+	if want := "CVE-2026-74714"; !strings.Contains(n.NoJoin().Error(), want) {
+		t.Errorf("got the reason %q, want one with %s", n.NoJoin(), want)
 	}
 }
+
+var joins = flag.Int("joins", 32, "connections of each row of TestJoin")
 
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
 // moment, and compares every byte.
 func TestJoin(t *testing.T) {
-	connections := 64
-	if testing.Short() {
-		connections = 16
-	}
 	for _, tc := range []struct {
-		name     string
-		network  string
-		loopback bool
+		name        string
+		network     string
+		loopback    bool
+		noCallbacks bool // as on kernels before 6.12
+		oneCPU      bool
 	}{
-		{"IPv4", "tcp4", false},
-		{"IPv6", "tcp6", false},
-		{"loopback", "tcp4", true},
+		{name: "IPv4", network: "tcp4"},
+		{name: "IPv4, one CPU", network: "tcp4", oneCPU: true},
+		{name: "IPv6", network: "tcp6"},
+		{name: "loopback", network: "tcp4", loopback: true},
+		{name: "without callbacks", network: "tcp4", noCallbacks: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, atOnce)
-			mustJoinOpen(t, n)
+			connections := *joins
+			if tc.oneCPU {
+				mustUseOneCPU(t)
+			}
+			n := mustNode(t, func(c *datapath.Config) {
+				atOnce(c)
+				c.SetNoLateCallbacks(tc.noCallbacks)
+			})
+			if !canJoin(t, n) {
+				return
+			}
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			from, listen := pods[0], pods[1].IPv4.String()
 			switch {
@@ -96,42 +125,48 @@ func TestJoin(t *testing.T) {
 			}
 			l := sandboxtest.MustListen(t, pods[1], tc.network, net.JoinHostPort(listen, "0"))
 			var all []func() error
+			done := make(chan struct{})
 			for i := range connections {
 				c, s := sandboxtest.MustConnect(t, from.Netns, tc.network, l.Addr().String(), l)
 				random := rand.New(rand.NewPCG(uint64(i), 2))
 				one := func(seed byte) traffic {
 					return traffic{
-						seed: seed, bytes: 1<<20 + random.IntN(1<<20), maxWrite: 1 + random.IntN(32<<10), maxRead: 1 + random.IntN(64<<10),
+						seed: seed, bytes: 1 + random.IntN(1<<20), maxWrite: 1 + random.IntN(32<<10), maxRead: 1 + random.IntN(64<<10),
 						writerPause: 1 + random.IntN(64<<10), readerPause: 1 + random.IntN(256<<10),
 					}
 				}
-				toServer, toClient := one(byte(i)), one(byte(i+100))
 				all = append(all, func() error {
-					if err := exchange(c, s, toServer, toClient); err != nil {
-						return fmt.Errorf("connection %d: %w", i, err)
+					for last := false; !last; {
+						select {
+						case <-done:
+							last = true
+						default:
+						}
+						if err := exchange(c, s, one(byte(random.Uint32())), one(byte(random.Uint32()))); err != nil {
+							return fmt.Errorf("connection %d: %w", i, err)
+						}
 					}
 					return finish(c, s)
 				})
 			}
 			moment := time.Duration(rand.IntN(20)) * time.Millisecond
 			before := n.counts(t)
-			joined := 0
 			all = append(all, func() error {
+				defer close(done)
 				time.Sleep(moment)
 				n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-				joined = n.mustJoin(t, pods...)
+				if got := n.mustJoin(t, pods...); got != connections {
+					t.Errorf("got %d connections that have joined, want %d", got, connections)
+				}
 				return nil
 			})
 			if err := together(all...); err != nil {
 				t.Fatal(err)
 			}
 			got := n.since(t, before)
-			t.Logf("%d joined after %v: %v", joined, moment, got)
-			if joined < connections/2 || got["connection_joined"] != uint64(joined) {
-				t.Errorf("got %d joined and a counter of %d, want most of %d", joined, got["connection_joined"], connections)
-			}
-			if got["message_shortcut"] == 0 {
-				t.Error("nothing took the shortcut")
+			t.Logf("joined after %v: %v", moment, got)
+			if got["connection_joined"] != uint64(connections) || got["message_shortcut"] == 0 {
+				t.Errorf("got %v, want %d connections that have joined, and messages by shortcut", got, connections)
 			}
 		})
 	}
@@ -164,7 +199,9 @@ func TestJoinStaysOut(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, atOnce)
-			mustJoinOpen(t, n)
+			if !canJoin(t, n) {
+				return
+			}
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			c, s := rawPair(t, pods[0], l, address)
@@ -221,7 +258,9 @@ func TestJoinNotReady(t *testing.T) {
 	}
 	t.Run("not accepted", func(t *testing.T) {
 		n := mustNode(t, atOnce)
-		mustJoinOpen(t, n)
+		if !canJoin(t, n) {
+			return
+		}
 		pods, cookies := n.MustEnrol(t, "client", "server")
 		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 		c := mustSocket(t, pods[0].Netns, unix.AF_INET, 0)
@@ -240,7 +279,9 @@ func TestJoinNotReady(t *testing.T) {
 	})
 	t.Run("asleep in recv", func(t *testing.T) {
 		n := mustNode(t, atOnce)
-		mustJoinOpen(t, n)
+		if !canJoin(t, n) {
+			return
+		}
 		pods, cookies := n.MustEnrol(t, "client", "server")
 		l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 		c, s := rawPair(t, pods[0], l, address)
@@ -285,7 +326,9 @@ func mustSleepInRead(tb testing.TB, tid int) {
 // what they would on TCP, and leave nothing behind.
 func TestJoinMeetsEnds(t *testing.T) {
 	n := mustNode(t, atOnce)
-	mustJoinOpen(t, n)
+	if !canJoin(t, n) {
+		return
+	}
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	rounds, connections := 20, 24
@@ -320,6 +363,106 @@ func TestJoinMeetsEnds(t *testing.T) {
 			t.Errorf("netns %d: got a charge of %d, want none", cookie, charge)
 		}
 	}
+}
+
+// TestEvictLate: a socket that has joined late, and gets no callbacks, is evicted when it
+// is in blocking mode at last, and redirects nothing from then on.
+func TestEvictLate(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) {
+		atOnce(c)
+		c.SetNoLateCallbacks(true)
+	})
+	if !canJoin(t, n) {
+		return
+	}
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	c, s := rawPair(t, pods[0], l, address)
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	if got := n.mustJoin(t, pods...); got != 1 {
+		t.Fatalf("got %d connections that have joined, want 1", got)
+	}
+	sandboxtest.MustPing(t, c, s, 10, 100)
+	evict := func() {
+		t.Helper()
+		if err := n.EvictLate(func() []datapath.Netns { return netnsOf(t, pods) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+		t.Fatalf("got %+v, want both directions on the shortcut", f)
+	}
+	evict()
+	if got := n.counts(t)["socket_evicted"]; got != 0 {
+		t.Fatalf("got %d sockets evicted, want none yet", got)
+	}
+	if err := unix.SetNonblock(s.fd, false); err != nil {
+		t.Fatal(err)
+	}
+	// The server's own send shows it. What it has not read keeps it in the SOCKHASH.
+	if _, err := c.Write([]byte("unread")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	evict()
+	if got := n.counts(t)["socket_evicted"]; got != 0 {
+		t.Errorf("got %d sockets evicted with unread bytes, want none", got)
+	}
+	if err := errors.Join(readFull(s, "unread"), readFull(c, "x")); err != nil {
+		t.Fatal(err)
+	}
+	evict()
+	if got := n.counts(t)["socket_evicted"]; got != 1 {
+		t.Errorf("got %d sockets evicted, want 1", got)
+	}
+	before := n.counts(t)
+	sandboxtest.MustPing(t, c, s, 5, 100)
+	if got := n.since(t, before)["message_shortcut"]; got != 0 {
+		t.Errorf("got %d messages by shortcut after the eviction, want none", got)
+	}
+}
+
+// readFull wants to read just this.
+func readFull(r io.Reader, want string) error {
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(r, got); err != nil || string(got) != want {
+		return fmt.Errorf("got %q (%w), want %q", got, err, want)
+	}
+	return nil
+}
+
+// mustUseOneCPU keeps all threads of this process on one CPU until the test ends.
+func mustUseOneCPU(tb testing.TB) {
+	tb.Helper()
+	var all, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		tb.Fatal(err)
+	}
+	for cpu := range 1024 {
+		if all.IsSet(cpu) {
+			one.Set(cpu)
+			break
+		}
+	}
+	set := func(to *unix.CPUSet) {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			tb.Fatal(err)
+		}
+		for _, task := range tasks {
+			tid, err := strconv.Atoi(task.Name())
+			if err == nil {
+				err = unix.SchedSetaffinity(tid, to)
+			}
+			if err != nil && !errors.Is(err, unix.ESRCH) {
+				tb.Fatal(err)
+			}
+		}
+	}
+	set(&one) // threads that are started from now on inherit it
+	tb.Cleanup(func() { set(&all) })
 }
 
 // endSomehow exchanges messages for a random time, and then ends the connection.
@@ -384,7 +527,9 @@ func TestJoinAfterKill(t *testing.T) {
 	for rounds := range 2 { // in the second they would join
 		t.Run(fmt.Sprintf("after %d rounds", rounds), func(t *testing.T) {
 			n := mustNode(t, atOnce)
-			mustJoinOpen(t, n)
+			if !canJoin(t, n) {
+				return
+			}
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			c, s := rawPair(t, pods[0], l, address)
@@ -416,7 +561,9 @@ func TestJoinAfterKill(t *testing.T) {
 // different addresses; connections of other pods do not.
 func TestJoinOfNodeFlows(t *testing.T) {
 	n := mustNode(t, atOnce)
-	mustJoinOpen(t, n)
+	if !canJoin(t, n) {
+		return
+	}
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	outside := sandboxtest.MustAddPod(t, n, "outside", sandbox.PodOptions{})
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
@@ -441,7 +588,9 @@ func TestJoinOfNodeFlows(t *testing.T) {
 // TestJoinUnloads: an unload in the middle of joining takes out every socket.
 func TestJoinUnloads(t *testing.T) {
 	n := mustNode(t, atOnce)
-	mustJoinOpen(t, n)
+	if !canJoin(t, n) {
+		return
+	}
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	var all []func() error
@@ -478,7 +627,9 @@ func TestJoinUnloads(t *testing.T) {
 // TestJoinAgain opts in and out under load: connections come back at once, byte by byte.
 func TestJoinAgain(t *testing.T) {
 	n := mustNode(t, atOnce)
-	mustJoinOpen(t, n)
+	if !canJoin(t, n) {
+		return
+	}
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	times := 100

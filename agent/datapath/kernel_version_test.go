@@ -69,3 +69,30 @@ func TestMPTCPUnsafe(t *testing.T) {
 		t.Errorf("got %+v for a release without a number, want an error", v)
 	}
 }
+
+func TestIteratesTCP(t *testing.T) {
+	for _, tc := range []struct {
+		v    KernelVersion
+		want bool
+	}{
+		{KernelVersion{5, 15, 300}, false},
+		{KernelVersion{6, 1, 182}, false},
+		{KernelVersion{6, 1, 183}, true},
+		{KernelVersion{6, 6, 151}, false},
+		{KernelVersion{6, 6, 152}, true},
+		{KernelVersion{6, 8, 12}, false}, // went out of support before the fix
+		{KernelVersion{6, 12, 103}, false},
+		{KernelVersion{6, 12, 104}, true},
+		{KernelVersion{6, 18, 44}, false},
+		{KernelVersion{6, 18, 45}, true},
+		{KernelVersion{7, 0, 99}, false},
+		{KernelVersion{7, 1, 8}, false},
+		{KernelVersion{7, 1, 9}, true},
+		{KernelVersion{7, 2, 0}, true},
+		{KernelVersion{8, 0, 0}, true},
+	} {
+		if got := tc.v.iteratesTCP(); got != tc.want {
+			t.Errorf("%+v: got %v, want %v", tc.v, got, tc.want)
+		}
+	}
+}

@@ -23,6 +23,10 @@ type (
 	status struct {
 		Version, Kernel string
 		Unloaded        bool
+		OpenConnections struct {
+			Join    bool
+			Message string
+		}
 		Pods            []struct {
 			Pod      podRef
 			Enrolled bool

@@ -10,9 +10,9 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestFlowsFull|TestEdges|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestPodBudget|TestRefresh|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestFlowsFull|TestEdges|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestJoin|TestJoinStaysOut|TestJoinNotReady|TestJoinMeetsEnds|TestJoinAfterKill|TestJoinOfNodeFlows|TestJoinUnloads|TestJoinAgain|TestEvictLate|TestPodBudget|TestRefresh|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
 	[hazards]='^TestHazards$'
-	[agent]='^(TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
+	[agent]='^(TestOptIns|TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'
 )
