@@ -27,7 +27,7 @@ type (
 			Join    bool
 			Message string
 		}
-		Pods            []struct {
+		Pods []struct {
 			Pod      podRef
 			Enrolled bool
 			Message  string
