@@ -2,11 +2,9 @@
 
 /*
  * Late: open connections become flows. The handshakes of these were over before both pods
- * were allowed to take part. The agent runs the two iterators in the network namespaces of
- * the pods. It runs find_sockets once, finds out which sockets belong together, and writes
- * these into joining. Then it runs join_sockets again and again, with some milliseconds in
- * between, until joining is empty. The kernel calls an iterator for each TCP socket of the
- * network namespace, and holds the socket's lock meanwhile (bpf_iter_tcp_seq_show).
+ * were allowed to take part. The agent runs find_sockets (find.h) once, finds out which
+ * sockets belong together, and writes these into joining. Then it runs join_sockets again
+ * and again, with some milliseconds in between, until joining is empty.
  */
 #ifndef PODSHUNT_LATE_H
 #define PODSHUNT_LATE_H
@@ -21,6 +19,7 @@
 
 #include "address.h"
 #include "blocking.h"
+#include "find.h"
 #include "flow.h"
 #include "kernel.h"
 #include "lifetime.h"
@@ -51,69 +50,6 @@ struct {
 
 /* The function of a waiter that sleeps inside recv, send or splice. */
 extern void woken_wake_function __ksym;
-
-static __always_inline bool may_join(const struct tcp_sock *tp)
-{
-	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-
-	return sk->__sk_common.skc_state == TCP_ESTABLISHED && !kernel_socket(sk) &&
-	       !tp->inet_conn.icsk_ulp_ops &&
-	       !(bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp) &&
-	       !BPF_CORE_READ_BITFIELD(tp, repair);
-}
-
-/* Returns true if the socket belongs to a flow, or to one that is being made. */
-static __always_inline bool has_flow(const struct sk_flow *self, const void *sk)
-{
-	struct flow *flow = self && self->flow ? flow_of(self, sk) : NULL;
-
-	/* A flow that nobody has joined was left behind by an agent that was killed. */
-	return flow && flow->state & (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED);
-}
-
-/* The addresses of a socket, as in a sock_ops context. */
-static __always_inline void socket_addresses(const struct sock *sk, struct open_socket *found)
-{
-	const struct sock_common *skc = &sk->__sk_common;
-
-	if (skc->skc_family == AF_INET) {
-		found->local_addr[2] = bpf_htonl(0xffff);
-		found->local_addr[3] = skc->skc_rcv_saddr;
-		found->remote_addr[2] = bpf_htonl(0xffff);
-		found->remote_addr[3] = skc->skc_daddr;
-	} else {
-		BPF_CORE_READ_INTO(&found->local_addr, skc, skc_v6_rcv_saddr);
-		BPF_CORE_READ_INTO(&found->remote_addr, skc, skc_v6_daddr);
-	}
-	found->local_port = skc->skc_num;
-	found->remote_port = bpf_ntohs(skc->skc_dport);
-}
-
-/*
- * Lists the sockets that may join. Both ends of a connection know where the streams of both
- * began, since TCP counts the bytes: with the client's snd_una at 5001, of which 1000 are
- * acknowledged bytes (its SYN counts as one), its stream began at 4001.
- */
-SEC("iter/tcp")
-int find_sockets(struct bpf_iter__tcp *ctx)
-{
-	struct sock_common *skc = ctx->sk_common;
-	struct open_socket found = {};
-	struct tcp_sock *tp;
-
-	if (!skc)
-		return 0;
-	tp = bpf_skc_to_tcp_sock(skc);
-	if (!tp || !may_join(tp) || has_flow(bpf_sk_storage_get(&sk_flows, skc, NULL, 0), tp))
-		return 0;
-	found.cookie = bpf_get_socket_cookie(skc);
-	found.netns = skc->skc_net.net->net_cookie;
-	found.sends_from = tp->snd_una - (__u32)tp->bytes_acked;
-	found.receives_from = tp->rcv_nxt - (__u32)tp->bytes_received;
-	socket_addresses(&tp->inet_conn.icsk_inet.sk, &found);
-	bpf_seq_write(ctx->meta->seq, &found, sizeof(found));
-	return 0;
-}
 
 /*
  * Returns true if a thread may be asleep in recv or splice. It would not see redirected

@@ -5,7 +5,7 @@
  * The object of the shortcut: its maps and its programs. deliver decides about each message
  * (deliver.h), observe counts what is read (observe.h), and track makes flows of handshakes
  * (pairing.h), keeps the windows of receivers small (window.h), and ends flows (lifetime.h).
- * find_sockets and join_sockets make flows of open connections (late.h).
+ * find_sockets (find.h) and join_sockets (late.h) make flows of open connections.
  */
 
 #include <stdbool.h>

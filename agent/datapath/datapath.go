@@ -9,11 +9,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -264,42 +262,6 @@ func (d *Datapath) openPins() error {
 		err = nil
 	}
 	return err
-}
-
-// openMaps opens the pinned maps, and gives the specs their sizes. If it returns
-// errNoMap, it also returns the maps that are there.
-func openMaps(dir string, specs map[string]*ebpf.MapSpec) (map[string]*ebpf.Map, error) {
-	pinned := map[string]*ebpf.Map{}
-	var missing error
-	for name, want := range specs {
-		m, err := openMap(dir, name, want)
-		switch {
-		case err == nil:
-			pinned[name] = m
-		case errors.Is(err, errNoMap):
-			missing = errors.Join(missing, err)
-		default:
-			closeMaps(pinned)
-			return nil, err
-		}
-	}
-	return pinned, missing
-}
-
-func closeMaps(all map[string]*ebpf.Map) {
-	for _, m := range all {
-		m.Close()
-	}
-}
-
-// sharedMaps returns the maps that all processes and programs must share: all but the
-// constants (.rodata), and the one of the joiner.
-func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
-	shared := maps.Clone(spec.Maps)
-	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool {
-		return strings.HasPrefix(name, ".") || name == bpf.ShortcutMapJoining
-	})
-	return shared
 }
 
 // load loads the maps and programs, with the first observer that the kernel

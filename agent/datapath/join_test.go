@@ -557,31 +557,52 @@ func TestJoinAfterKill(t *testing.T) {
 	}
 }
 
-// TestJoinOfNodeFlows: connections through a Service join, of which the two ends know
-// different addresses; connections of other pods do not.
-func TestJoinOfNodeFlows(t *testing.T) {
-	n := mustNode(t, atOnce)
-	if !canJoin(t, n) {
-		return
-	}
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	outside := sandboxtest.MustAddPod(t, n, "outside", sandbox.PodOptions{})
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+// TestJoinThroughNAT: the two ends of a connection find each other whatever addresses they
+// see, also where a handshake cannot show them (SNAT, SYN cookies). Connections of other
+// pods do not join.
+func TestJoinThroughNAT(t *testing.T) {
 	vip := netip.MustParseAddrPort("10.96.0.10:80")
-	if err := n.Sandbox.DNAT(vip, address); err != nil {
-		t.Fatal(err)
-	}
-	c, s := rawPair(t, pods[0], l, vip)
-	other, otherS := rawPair(t, outside, l, address)
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	if got := n.mustJoin(t, append(pods, outside)...); got != 1 {
-		t.Errorf("got %d connections that have joined, want 1", got)
-	}
-	sandboxtest.MustPing(t, c, s, 10, 100)
-	sandboxtest.MustPing(t, other, otherS, 10, 100)
-	f := n.mustFlow(t)
-	if f.OrigDst != vip || f.Server != address || f.ClientNetns != cookies[0] || f.ServerNetns != cookies[1] || !f.ToServer.Shortcut || !f.ToClient.Shortcut {
-		t.Errorf("got %+v, want one to %v through %v, on the shortcut", f, address, vip)
+	for _, tc := range []struct {
+		name    string
+		prepare func(n *node, server *sandbox.Pod, address netip.AddrPort) error
+		dial    netip.AddrPort // the server's own if zero
+	}{
+		{name: "Service", dial: vip, prepare: func(n *node, _ *sandbox.Pod, address netip.AddrPort) error { return n.DNAT(vip, address) }},
+		{name: "SNAT", dial: vip, prepare: func(n *node, _ *sandbox.Pod, address netip.AddrPort) error {
+			return errors.Join(n.DNAT(vip, address), n.Masquerade(vip))
+		}},
+		{name: "SYN cookies", prepare: func(_ *node, server *sandbox.Pod, _ netip.AddrPort) error {
+			return server.Sysctl("net.ipv4.tcp_syncookies", "2")
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, atOnce)
+			if !canJoin(t, n) {
+				return
+			}
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			outside := sandboxtest.MustAddPod(t, n, "outside", sandbox.PodOptions{})
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			if err := tc.prepare(n, pods[1], address); err != nil {
+				t.Fatal(err)
+			}
+			dial := address
+			if tc.dial.IsValid() {
+				dial = tc.dial
+			}
+			c, s := rawPair(t, pods[0], l, dial)
+			other, otherS := rawPair(t, outside, l, address)
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			if got := n.mustJoin(t, append(pods, outside)...); got != 1 {
+				t.Errorf("got %d connections that have joined, want 1", got)
+			}
+			sandboxtest.MustPing(t, c, s, 10, 100)
+			sandboxtest.MustPing(t, other, otherS, 10, 100)
+			f := n.mustFlow(t)
+			if f.OrigDst != dial || f.Server != address || f.ClientNetns != cookies[0] || f.ServerNetns != cookies[1] || !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+				t.Errorf("got %+v, want one to %v through %v, on the shortcut", f, address, dial)
+			}
+		})
 	}
 }
 

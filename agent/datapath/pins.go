@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -254,6 +255,42 @@ func removalRank(name string) int {
 	default:
 		return 1
 	}
+}
+
+// openMaps opens the pinned maps, and gives the specs their sizes. If it returns
+// errNoMap, it also returns the maps that are there.
+func openMaps(dir string, specs map[string]*ebpf.MapSpec) (map[string]*ebpf.Map, error) {
+	pinned := map[string]*ebpf.Map{}
+	var missing error
+	for name, want := range specs {
+		m, err := openMap(dir, name, want)
+		switch {
+		case err == nil:
+			pinned[name] = m
+		case errors.Is(err, errNoMap):
+			missing = errors.Join(missing, err)
+		default:
+			closeMaps(pinned)
+			return nil, err
+		}
+	}
+	return pinned, missing
+}
+
+func closeMaps(all map[string]*ebpf.Map) {
+	for _, m := range all {
+		m.Close()
+	}
+}
+
+// sharedMaps returns the maps that all processes and programs must share: all but the
+// constants (.rodata), and the one of the joiner.
+func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
+	shared := maps.Clone(spec.Maps)
+	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool {
+		return strings.HasPrefix(name, ".") || name == bpf.ShortcutMapJoining
+	})
+	return shared
 }
 
 // errNoMap says that somebody has deleted the pin of a map, and that no program
