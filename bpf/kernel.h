@@ -92,9 +92,12 @@ struct sk_psock {
 	struct list_head ingress_msg; /* redirected messages that are unread */
 };
 
+struct task_struct {
+	void *stack; /* its lowest address */
+};
+
 struct wait_queue_entry {
 	void *private;
-	void *func;
 	struct list_head entry;
 };
 

@@ -34,6 +34,9 @@
 /* How many waiters of a socket are looked at; with more, one counts as asleep in recv. */
 #define SLEEPERS_MAX 32
 
+/* The largest stack of a thread in the kernel, in bytes: on arm64 with pages of 64 KiB. */
+#define STACK_MAX (64 << 10)
+
 /* The reads of a receiver that has joined late before anything is redirected to it. */
 #define READS_BEFORE_REDIRECT 3
 
@@ -43,18 +46,18 @@
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 2 * FLOWS_MAX);
 	__type(key, __u64);
 	__type(value, struct join_entry);
 } joining SEC(".maps");
 
-/* The function of a waiter that sleeps inside recv, send or splice. */
-extern void woken_wake_function __ksym;
-
 /*
- * Returns true if a thread may be asleep in recv or splice. It would not see redirected
- * bytes: it began when the socket was a plain one. A thread becomes a waiter, and ceases to
- * be one, under the socket's lock.
+ * Returns true if a thread may be asleep in recv, send or splice. In recv and splice, it would
+ * not see redirected bytes: it began when the socket was a plain one. A thread becomes such a
+ * waiter, and ceases to be one, under the socket's lock. Its entry is on its own stack, and
+ * leads to the thread (DEFINE_WAIT_FUNC). That of poll leads to something on a stack, and
+ * that of epoll nowhere.
  */
 static __always_inline bool has_sleeper(const struct tcp_sock *tp)
 {
@@ -68,13 +71,16 @@ static __always_inline bool has_sleeper(const struct tcp_sock *tp)
 		return true;
 	for (int i = 0; i < SLEEPERS_MAX; i++) {
 		struct wait_queue_entry *entry;
-		void *func;
+		void *private, *stack;
 
 		if (next == head)
 			return false;
 		entry = (void *)next - bpf_core_field_offset(struct wait_queue_entry, entry);
-		if (bpf_core_read(&func, sizeof(func), &entry->func) ||
-		    func == &woken_wake_function)
+		if (bpf_core_read(&private, sizeof(private), &entry->private))
+			return true;
+		if (private && (bpf_core_read(&stack, sizeof(stack),
+					      &((struct task_struct *)private)->stack) ||
+				(__u64)entry - (__u64)stack < STACK_MAX))
 			return true;
 		if (bpf_core_read(&next, sizeof(next), &next->next))
 			return true;

@@ -354,7 +354,7 @@ func (s *suite) judge(t *testing.T, r row, c *conn, want []fact) {
 // known returns the entry of docs/limits.md that explains a different fact.
 func (c *conn) known(r row, f fact) string {
 	for _, d := range r.differs {
-		if d.way == c.resembles() && d.fact == f.name && (d.value == nil || d.value == f.value) {
+		if (d.way == c.resembles() || d.way == late && c.way == late) && d.fact == f.name && (d.value == nil || d.value == f.value) {
 			return d.entry
 		}
 	}
