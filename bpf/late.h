@@ -244,18 +244,21 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
 static __always_inline enum outcome next_step(struct sock_common *skc, struct tcp_sock *tp,
 					      struct join_entry *it)
 {
+	const struct settings *set = get_settings();
 	struct join_entry *other;
 	struct flow *flow;
 	enum outcome outcome;
 	__u64 peer;
 
-	if (it->step >= JOIN_GIVE_UP || !may_join(tp))
+	if (!set || it->step >= JOIN_GIVE_UP || !may_join(tp))
 		return OUTCOME_JOIN_ENDED;
 	if (!tp->inet_conn.icsk_inet.sk.sk_socket)
 		return OUTCOME_MAX; /* not accepted yet */
-	if (is_blocking(tp))
+	/* Without callbacks, nothing evicts a blocking socket in time. */
+	if (is_blocking(tp) && (!set->allow_blocking || set->no_callbacks))
 		return it->side == SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT : OUTCOME_BLOCKING_SERVER;
-	if (has_sleeper(tp))
+	/* Those of blocking sockets sleep most of the time: see complete. */
+	if (!is_blocking(tp) && has_sleeper(tp))
 		return OUTCOME_MAX;
 	flow = flow_by_id(it->flow);
 	if (it->step == JOIN_START) {

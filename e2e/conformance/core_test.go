@@ -179,7 +179,9 @@ func rows() []row {
 type suite struct {
 	*sandboxtest.Loaded
 	blocking bool
-	content  content
+	// lateCallbacks is true from Linux 6.12 on.
+	lateCallbacks bool
+	content       content
 	// port is the last one that a row has listened on. None is used twice:
 	// podshunt may remember what has been seen on it.
 	port atomic.Uint32
@@ -202,6 +204,11 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 	s := &suite{blocking: blocking, content: newContent(), pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{}}
 	// What a receiver does from its first message on is what rows are about.
 	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) { c.AllowBlocking = blocking })
+	version, err := datapath.RunningVersion()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.lateCallbacks = version.Major > 6 || version.Major == 6 && version.Minor >= 12
 	s.port.Store(1024)
 	var rules []rule.Rule
 	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow, late: rule.Allow} {
@@ -274,11 +281,11 @@ func (s *suite) mustForget(t *testing.T) {
 	t.Errorf("got entries of maps %v after all connections, want none", left)
 }
 
-// ways are those on which a variant runs, plain first. Open connections join in
-// non-blocking mode only.
+// ways are those on which a variant runs, plain first. Open connections join where the
+// kernel is safe for it; in blocking mode, if they may, from Linux 6.12 on.
 func (s *suite) ways(v variant) []way {
 	all := []way{plain, held, shortcut}
-	if s.NoJoin() == nil && !v.client && !v.server {
+	if s.NoJoin() == nil && (!v.client && !v.server || s.blocking && s.lateCallbacks) {
 		all = append(all, late)
 	}
 	return all
