@@ -372,6 +372,129 @@ func TestJoinMeetsEnds(t *testing.T) {
 	}
 }
 
+// TestJoinBlocking: where sockets in blocking mode may take part, open ones join even if
+// their programs sleep in recv nearly all the time, and get every byte.
+func TestJoinBlocking(t *testing.T) {
+	n := mustNode(t, func(c *datapath.Config) {
+		atOnce(c)
+		c.AllowBlocking = true
+	})
+	if !canJoin(t, n) {
+		return
+	}
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	c, s := rawPair(t, pods[0], l, address)
+	timeout := unix.NsecToTimeval(int64(deadline))
+	for _, fd := range []int{c.fd, s.fd} {
+		if err := errors.Join(unix.SetNonblock(fd, false), unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done := make(chan struct{})
+	one := traffic{seed: 1, bytes: 1 << 30, maxWrite: 1000, maxRead: 1000}
+	// A socket that one thread reads and another one writes would be evicted.
+	talk := func() error {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		content, sizes := one.source()
+		message, got := make([]byte, one.maxWrite), make([]byte, one.maxWrite)
+		for last := 20; last > 0; {
+			select {
+			case <-done:
+				last--
+			default:
+			}
+			message = message[:1+sizes.IntN(one.maxWrite)]
+			_, _ = content.Read(message)
+			if _, err := c.Write(message); err != nil {
+				return err
+			}
+			if _, err := io.ReadFull(patientSocket{c}, got[:len(message)]); err != nil || !bytes.Equal(got[:len(message)], message) {
+				return fmt.Errorf("got another answer, or none: %w", err)
+			}
+		}
+		return c.CloseWrite()
+	}
+	echo := func() error {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		_, err := io.Copy(struct{ io.Writer }{s}, patientSocket{s})
+		return err
+	}
+	join := func() error {
+		defer close(done)
+		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+		want := 1
+		if version, err := datapath.RunningVersion(); err != nil || version.Major < 6 || version.Major == 6 && version.Minor < 12 {
+			want = 0 // nothing would evict them in time
+		}
+		if got := n.mustJoin(t, pods...); got != want {
+			t.Errorf("got %d connections that have joined, want %d", got, want)
+		}
+		return nil
+	}
+	if err := together(talk, echo, join); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.counts(t); got["connection_joined"] > 0 && got["message_shortcut"] == 0 {
+		t.Errorf("got %v, want messages by shortcut", got)
+	}
+}
+
+// patientSocket reads again where recv returns EAGAIN in blocking mode, as it may on the
+// shortcut.
+type patientSocket struct{ *rawSocket }
+
+func (p patientSocket) Read(b []byte) (int, error) {
+	for limit := time.Now().Add(deadline); ; {
+		n, err := unix.Read(p.fd, b)
+		switch {
+		case n == 0 && err == nil && len(b) > 0:
+			return 0, io.EOF
+		case err == nil || !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) || time.Now().After(limit):
+			return max(n, 0), err
+		}
+	}
+}
+
+// TestJoinStorm opts in two pods with very many open connections, most of them idle.
+func TestJoinStorm(t *testing.T) {
+	connections := 10_000
+	if testing.Short() {
+		connections = 1_000
+	}
+	n := mustNode(t, atOnce)
+	if !canJoin(t, n) {
+		return
+	}
+	files := unix.Rlimit{Cur: 1 << 16, Max: 1 << 16}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	type pair struct{ c, s *rawSocket }
+	var all []pair
+	for range connections {
+		c, s := rawPair(t, pods[0], l, address)
+		all = append(all, pair{c, s})
+	}
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	began := time.Now()
+	got := n.mustJoin(t, pods...)
+	t.Logf("%d connections after %v", got, time.Since(began))
+	if got != connections {
+		t.Errorf("got %d connections that have joined, want %d", got, connections)
+	}
+	for i := 0; i < connections; i += 100 {
+		sandboxtest.MustPing(t, all[i].c, all[i].s, 5, 100)
+	}
+	if n.counts(t)["message_shortcut"] == 0 {
+		t.Error("nothing took the shortcut")
+	}
+}
+
 // TestEvictLate: a socket that has joined late, and gets no callbacks, is evicted when it
 // is in blocking mode at last, and redirects nothing from then on.
 func TestEvictLate(t *testing.T) {
