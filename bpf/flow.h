@@ -166,13 +166,15 @@ enum unsupported {
 	UNSUPPORTED_MAX = 10,
 };
 
+#define READS_MAX (1U << 30)
+
 /* One receiver. observe and the guards write it. */
 struct receiving {
 	__u64 read_bytes;
 	enum read_state state;
 	__u32 unsupported_flags; /* of recv */
 	__u32 blocking_reader; /* the last thread that read without MSG_DONTWAIT, or 0 */
-	__u32 reads; /* finished recv calls, also those on earlier connections to the port */
+	__u32 reads; /* finished recv calls, also those on earlier connections to the port: at most READS_MAX */
 	__u32 drains; /* recv calls that found nothing after one that was not filled, as for reads */
 	__u32 unfilled; /* the last recv call was not filled */
 	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
@@ -332,7 +334,7 @@ struct join_entry {
 	__u32 client_seq;
 	__u32 server_seq;
 	__u32 visits; /* by join_sockets; without one in a round, the socket is gone */
-	__u32 reserved;
+	__u32 callbacks; /* those that the socket had before */
 };
 
 /* The argument of end_flow. */

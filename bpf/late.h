@@ -26,8 +26,8 @@
 #include "maps.h"
 #include "pairing.h"
 
-#define TCP_BPF_SOCK_OPS_CB_FLAGS                                                                  \
-	1008 /* include/uapi/linux/bpf.h; a socket option since Linux 6.12 */
+/* include/uapi/linux/bpf.h; an option of bpf_setsockopt since Linux 6.12. */
+#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
 #define CALLBACKS                                                                                  \
 	(BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
 
@@ -100,12 +100,8 @@ static __always_inline __u64 write_position(const struct tcp_sock *tp, __u32 sid
 	return tp->bytes_acked - (side == SIDE_CLIENT) + (__u32)(tp->write_seq - tp->snd_una);
 }
 
-static __always_inline int set_callbacks(struct sock_common *skc, const struct tcp_sock *tp,
-					 bool on)
+static __always_inline int set_callbacks(struct sock_common *skc, int flags)
 {
-	int flags =
-		on ? tp->bpf_sock_ops_cb_flags | CALLBACKS : tp->bpf_sock_ops_cb_flags & ~CALLBACKS;
-
 	return bpf_setsockopt(skc, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags));
 }
 
@@ -179,7 +175,8 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
 	flow->sock[side] = (__u64)tp;
 	self->side = side;
 	self->flow = it->flow;
-	if (!(set && set->no_callbacks) && set_callbacks(skc, tp, true))
+	it->callbacks = tp->bpf_sock_ops_cb_flags;
+	if (!(set && set->no_callbacks) && set_callbacks(skc, it->callbacks | CALLBACKS))
 		return OUTCOME_CALLBACKS;
 	/* An agent that was killed may have left it there. It would count as another product's. */
 	bpf_map_delete_elem(&sockets, &cookie);
@@ -191,8 +188,7 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
  * Undoes insert. Nothing was redirected yet, so nothing is lost. The first socket to leave
  * deletes the flow, as in mark_gone, and the other one follows.
  */
-static __always_inline void leave(struct sock_common *skc, struct tcp_sock *tp,
-				  const struct join_entry *it)
+static __always_inline void leave(struct sock_common *skc, const struct join_entry *it)
 {
 	__u64 cookie = it->cookie[it->side & 1], peer = it->cookie[(it->side ^ 1) & 1];
 	struct join_entry *other;
@@ -200,7 +196,7 @@ static __always_inline void leave(struct sock_common *skc, struct tcp_sock *tp,
 	if (it->step != JOIN_START) {
 		bpf_map_delete_elem(&sockets, &cookie);
 		bpf_sk_storage_delete(&sk_flows, skc);
-		set_callbacks(skc, tp, false);
+		set_callbacks(skc, it->callbacks);
 		end_unjoined(it->flow, it->side);
 	}
 	other = bpf_map_lookup_elem(&joining, &peer);
@@ -233,12 +229,11 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
 }
 
 /*
- * The next step of a socket. Each needs the lock, and the first two have some milliseconds
- * between them:
+ * The next step of a socket, which needs its lock. There are some milliseconds between two.
  *
  * 1. JOIN_START: the socket enters the SOCKHASH. The flow is not joined, so that nothing is
  *    redirected.
- * 2. JOIN_INSERTED: the socket is ready if no thread sleeps that came too late to see that.
+ * 2. JOIN_INSERTED: the socket is ready if no thread sleeps that was on its way into recv.
  * 3. JOIN_READY: once the peer is ready, too, the flow has joined.
  */
 static __always_inline enum outcome next_step(struct sock_common *skc, struct tcp_sock *tp,
@@ -357,7 +352,7 @@ int join_sockets(struct bpf_iter__tcp *ctx)
 	default:
 		if (it->step == JOIN_LEAVE)
 			outcome = OUTCOME_MAX; /* counted for its peer */
-		leave(skc, tp, it);
+		leave(skc, it);
 	}
 	count(outcome, 0);
 	return 0;

@@ -86,7 +86,7 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 		read = count_anew(flow, side, sk);
 	else
 		read = __sync_fetch_and_add(&reader->read_bytes, bytes) + bytes;
-	if (reader->reads < ~0U)
+	if (reader->reads < READS_MAX)
 		reader->reads++;
 	if (!(reader->state & READ_SEEN))
 		__sync_fetch_and_or(&reader->state, READ_SEEN);

@@ -86,7 +86,7 @@ type ShortcutJoinEntry struct {
 	ClientSeq   uint32
 	ServerSeq   uint32
 	Visits      uint32
-	Reserved    uint32
+	Callbacks   uint32
 }
 
 type ShortcutJoinStep uint32

@@ -49,7 +49,7 @@ func (j *joiner) joinAll(ctx context.Context, found []bpf.ShortcutJoinEntry, pod
 		}
 		waiting, roundErr := j.round(pods)
 		err = errors.Join(err, roundErr)
-		if roundErr != nil || waiting == 0 || sleep(ctx, joinPause<<round) != nil {
+		if roundErr != nil || waiting == 0 || round == joinRounds-1 || sleep(ctx, joinPause<<round) != nil {
 			break
 		}
 	}
@@ -117,6 +117,12 @@ func (j *joiner) giveUp(pods map[uint64]Netns) error {
 		return err
 	}
 	for cookie, e := range all {
+		if e.Step == uint8(bpf.ShortcutJoinStepJOIN_START) { // nothing to undo
+			if err := drop(table, cookie); err != nil {
+				return err
+			}
+			continue
+		}
 		e.Step = uint8(bpf.ShortcutJoinStepJOIN_GIVE_UP)
 		// It is gone if it has been closed or has joined since.
 		if err := table.Update(cookie, e, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
