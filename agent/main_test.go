@@ -498,6 +498,7 @@ func TestWriteStatus(t *testing.T) {
 		},
 		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		Guards:           []string{"flags", "splice"},
+		OpenConnections:  api.OpenConnections{Message: "too old"},
 		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()}},
 		SourceError:      "no file", PolicyError: "map full",
 		Maps: []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
@@ -510,15 +511,16 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, `
-agent       v1, running
-kernel      6.18
-observer    tracepoint
-cgroup      /cg
-pins        /pins
-guards      flags splice
-cni plugin  installed in /c/10-x.conflist since 2026-01-02 03:04:05: another is not valid
-source      no file
-policy      map full
+agent             v1, running
+kernel            6.18
+observer          tracepoint
+open connections  stay on TCP until they are made anew: too old
+cgroup            /cg
+pins              /pins
+guards            flags splice
+cni plugin        installed in /c/10-x.conflist since 2026-01-02 03:04:05: another is not valid
+source            no file
+policy            map full
 
 HAZARD  PRESENT       DETAIL
 one     yes, refused  stalls

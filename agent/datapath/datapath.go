@@ -96,9 +96,7 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	if d.joiner, d.noJoin = newJoiner(d.objects.Maps); d.noJoin != nil {
-		log.Info("open connections are not looked at, only new ones are paired", "reason", d.noJoin)
-	}
+	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
 	return d, nil
 }
 

@@ -231,7 +231,7 @@ func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 		if wants(from) || wants(to) {
 			why := v.why(from, to, f.Server.Address.Port())
 			if why.reason == "" {
-				why = answer{reason: reasonUnmatched, message: "a socket is in blocking mode, or it was made before both pods took part and could not join, " +
+				why = answer{reason: reasonUnmatched, message: "a socket is in blocking mode, or the connection was made before both pods took part and could not join, " +
 					"or its handshake cannot be matched (SNAT, TCP Fast Open): reconnect to try again"}
 			}
 			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
