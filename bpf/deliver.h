@@ -296,6 +296,8 @@ int deliver(struct sk_msg_md *msg)
 		dir->shortcut = false;
 		dir->last_tcp_ns = now;
 		measure_cost(dir, flow, own ^ 1);
+		if (outcome == OUTCOME_RECEIVE_BUFFER)
+			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 		remember_option(flow, own, outcome, tp);
 	}
 	if (!(dir->flags & SENDING_LEARNED) &&

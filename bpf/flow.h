@@ -179,7 +179,7 @@ struct receiving {
 	__u32 unfilled; /* the last recv call was not filled */
 	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
 	__u32 reads_needed; /* reads before anything is redirected: see complete */
-	__u64 began; /* position of the stream when the flow was made */
+	__u64 began; /* position of the stream at its start, or where there was no room: see window.h */
 	__u32 reserved[4];
 };
 

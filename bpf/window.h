@@ -27,7 +27,9 @@
 /*
  * A direction that has sent so many bytes by TCP since its last redirect, or since its
  * start, does not use the shortcut. It is more than a sender and a window hold: else a
- * sender whose send buffer has grown would raise the window at each spill.
+ * sender whose send buffer has grown would raise the window at each spill. If a message
+ * goes by TCP just because the receiver has no room, it starts anew: a window that has
+ * opened meanwhile, as in a pause, leaves none as long as it is open.
  */
 #define WINDOW_PATIENCE (16 << 20)
 
@@ -35,7 +37,7 @@
 static __always_inline bool redirects(const struct flow *flow, const struct sending *toward,
 				      const struct receiving *reader)
 {
-	__u64 since = toward->redirect_end ?: reader->began;
+	__u64 since = toward->redirect_end > reader->began ? toward->redirect_end : reader->began;
 	const struct settings *set = get_settings();
 
 	return set && set->redirect && !(flow->state & FLOW_ANY_EVICTING) &&

@@ -452,7 +452,7 @@ func TestRestedReader(t *testing.T) {
 		{name: "SO_RCVBUF of 100 KB", receive: 100_000, rest: 9 * time.Second},
 		{name: "tcp_rmem of 6 MiB", memory: memory, rest: 9 * time.Second, least: 1 << 20},
 		{name: "window wide open", memory: memory, rest: 4 * time.Second, open: 64 << 20, least: 64 << 10},
-		{name: "window wide open, segments of one packet", memory: memory, rest: 4 * time.Second, open: 64 << 20, packets: true},
+		{name: "window wide open, segments of one packet", memory: memory, rest: 4 * time.Second, open: 64 << 20, least: 64 << 10, packets: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
