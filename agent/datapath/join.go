@@ -142,6 +142,14 @@ func (j *joiner) end() {
 	j.ended = true
 }
 
+// getJoiner returns the joiner, or nil on a kernel that has none and after an unload. Who
+// calls its methods holds its mu, which comes before that of d.
+func (d *Datapath) getJoiner() *joiner {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.joiner
+}
+
 // NoJoin returns why open connections cannot join, or nil.
 func (d *Datapath) NoJoin() error { return d.noJoin }
 
@@ -212,12 +220,13 @@ func (d *Datapath) takeDue(pods map[uint64]Netns) (map[podPair]bool, error) {
 // be looked at is due again. It takes up to some seconds, during which other methods may
 // be called; Unload waits for it.
 func (d *Datapath) Join(ctx context.Context, pods []Netns) (joined int, err error) {
-	if d.joiner == nil {
+	j := d.getJoiner()
+	if j == nil {
 		return 0, nil
 	}
-	d.joiner.mu.Lock()
-	defer d.joiner.mu.Unlock()
-	if d.joiner.ended {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.ended {
 		return 0, ErrUnloaded
 	}
 	known := map[uint64]Netns{}
@@ -228,9 +237,9 @@ func (d *Datapath) Join(ctx context.Context, pods []Netns) (joined int, err erro
 	if err != nil || len(pairs) == 0 {
 		return 0, err
 	}
-	sockets, err := d.joiner.findSockets(ctx, pairs, known)
+	sockets, err := j.findSockets(ctx, pairs, known)
 	found := match(sockets, pairs)
-	left, joinErr := d.joiner.joinAll(ctx, found, known)
+	left, joinErr := j.joinAll(ctx, found, known)
 	if err = errors.Join(err, joinErr, ctx.Err()); err != nil {
 		d.mu.Lock()
 		defer d.mu.Unlock()

@@ -142,16 +142,17 @@ func (j *joiner) giveUp(pods map[uint64]Netns) error {
 // it every second; it costs a system call if there is nothing to do. pods returns all pods
 // that take part. Sockets with unread bytes are evicted in a later call.
 func (d *Datapath) EvictLate(pods func() []Netns) error {
-	if d.joiner == nil || !d.noCallbacks() {
+	j := d.getJoiner()
+	if j == nil || !d.noCallbacks() {
 		return nil
 	}
-	d.joiner.mu.Lock()
-	defer d.joiner.mu.Unlock()
-	if d.joiner.ended {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.ended {
 		return nil
 	}
-	due, err := d.joiner.counter(bpf.ShortcutOutcomeOUTCOME_EVICT_DUE)
-	if err != nil || due == d.joiner.evicted {
+	due, err := j.counter(bpf.ShortcutOutcomeOUTCOME_EVICT_DUE)
+	if err != nil || due == j.evicted {
 		return err
 	}
 	found, err := toEvict(d.objects.Maps[bpf.ShortcutMapFlows])
@@ -162,9 +163,9 @@ func (d *Datapath) EvictLate(pods func() []Netns) error {
 	for _, p := range pods() {
 		known[p.Cookie] = p
 	}
-	left, err := d.joiner.evictAll(found, known)
+	left, err := j.evictAll(found, known)
 	if err == nil && left == 0 {
-		d.joiner.evicted = due
+		j.evicted = due
 	}
 	return err
 }

@@ -65,7 +65,7 @@ func (d *Datapath) Left() int {
 
 // beginUnload turns redirecting off.
 func (d *Datapath) beginUnload() error {
-	d.joiner.end()
+	d.getJoiner().end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {
