@@ -28,8 +28,6 @@
 
 /* include/uapi/linux/bpf.h; an option of bpf_setsockopt since Linux 6.12. */
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
-#define CALLBACKS                                                                                  \
-	(BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
 
 /* How many waiters of a socket are looked at; with more, one counts as asleep in recv. */
 #define SLEEPERS_MAX 32
@@ -111,22 +109,18 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 	__u64 client = it->netns[SIDE_CLIENT], server = it->netns[SIDE_SERVER];
 	struct settings *set = get_settings();
 	struct policy policy = {};
+	enum outcome outcome;
 	__u64 id = it->flow;
 	struct flow *flow;
 	__u32 generation;
 
 	if (!set)
 		return OUTCOME_NO_MEMORY;
-	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
-		return OUTCOME_PAIRING_STALE;
-	generation = *(volatile __u32 *)&set->generation;
-	look_up_policy(client, server, it->server_port, &policy);
-	if (!enrolled(client) || !enrolled(server) || policy.verdict == VERDICT_REFUSE)
+	if (!enrolled(client) || !enrolled(server))
 		return OUTCOME_POLICY_REFUSED;
-	if (is_unsupported(client, server, it->server_port))
-		return OUTCOME_UNSUPPORTED_PORT;
-	if (!has_share(client, set) || !has_share(server, set))
-		return OUTCOME_SHARE;
+	outcome = admit(set, client, server, it->server_port, &generation, &policy);
+	if (outcome != OUTCOME_PAIRED)
+		return outcome;
 	if (bpf_map_update_elem(&flows, &id, &blank, BPF_NOEXIST))
 		return OUTCOME_FLOWS_FULL;
 	flow = bpf_map_lookup_elem(&flows, &id);

@@ -22,6 +22,10 @@
 
 #define TCP_SYN_RECV 3
 
+/* The callbacks of a socket in the SOCKHASH. */
+#define CALLBACKS                                                                                  \
+	(BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+
 /* The initial value of a flow, which is too large for the stack. */
 static const struct flow blank;
 
@@ -55,9 +59,7 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 		bpf_sk_storage_delete(&sk_flows, sk);
 		return join_failure(err);
 	}
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
-					       BPF_SOCK_OPS_RTT_CB_FLAG |
-					       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | CALLBACKS);
 	return OUTCOME_PAIRED;
 }
 
@@ -121,6 +123,24 @@ static __always_inline bool kernel_socket(const struct sock *sk)
 	return BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
 }
 
+/* Returns OUTCOME_PAIRED if connections between two pods to a port may be paired, or why not. */
+static __always_inline enum outcome admit(const struct settings *set, __u64 client, __u64 server,
+					  __u16 port, __u32 *generation, struct policy *policy)
+{
+	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
+		return OUTCOME_PAIRING_STALE;
+	/* Read before the policy: if that changes in between, deliver looks it up once more. */
+	*generation = *(volatile __u32 *)&set->generation;
+	look_up_policy(client, server, port, policy);
+	if (policy->verdict == VERDICT_REFUSE)
+		return OUTCOME_POLICY_REFUSED;
+	if (is_unsupported(client, server, port))
+		return OUTCOME_UNSUPPORTED_PORT;
+	if (!has_share(client, set) || !has_share(server, set))
+		return OUTCOME_SHARE;
+	return OUTCOME_PAIRED;
+}
+
 static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 netns,
 						const struct client_key *client,
 						const struct syn *syn)
@@ -137,17 +157,9 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 
 	if (!set || !sk)
 		return OUTCOME_NO_MEMORY;
-	if (set->lease_ns && bpf_ktime_get_ns() > set->lease_ns)
-		return OUTCOME_PAIRING_STALE;
-	/* Read before the policy: if that changes in between, deliver looks it up once more. */
-	generation = *(volatile __u32 *)&set->generation;
-	look_up_policy(netns, syn->server_netns, syn->server_port, &policy);
-	if (policy.verdict == VERDICT_REFUSE)
-		return OUTCOME_POLICY_REFUSED;
-	if (is_unsupported(netns, syn->server_netns, syn->server_port))
-		return OUTCOME_UNSUPPORTED_PORT;
-	if (!has_share(netns, set) || !has_share(syn->server_netns, set))
-		return OUTCOME_SHARE;
+	outcome = admit(set, netns, syn->server_netns, syn->server_port, &generation, &policy);
+	if (outcome != OUTCOME_PAIRED)
+		return outcome;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return OUTCOME_NO_MEMORY;
