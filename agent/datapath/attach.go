@@ -193,7 +193,7 @@ func (d *Datapath) attachKeepMPTCPOut(dir string) error {
 // attachEndLate attaches the program that sees the end of sockets without callbacks, on
 // kernels where those that have joined late have none.
 func (d *Datapath) attachEndLate(dir string) error {
-	return d.attachIf(d.noCallbacks(), filepath.Join(dir, pinEndLate), bpf.ShortcutProgEndLate)
+	return d.attachIf(d.noCallbacks, filepath.Join(dir, pinEndLate), bpf.ShortcutProgEndLate)
 }
 
 // attachIf attaches a program to a tracepoint if it is wanted, and detaches it otherwise.

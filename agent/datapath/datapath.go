@@ -33,8 +33,10 @@ type Datapath struct {
 	pins     *os.File // of ownPins
 	joiner   *joiner  // nil for the reason in noJoin
 	noJoin   error
-	joinDue  chan struct{}      // of JoinDue
-	step     func(string) error // see at; nil but in tests
+	// noCallbacks: open connections join, and get no callbacks.
+	noCallbacks bool
+	joinDue     chan struct{}      // of JoinDue
+	step        func(string) error // see at; nil but in tests
 
 	mu     sync.Mutex          // guards what follows, and writes to the policy map
 	policy map[podPair][]entry // what the policy map has, once it was read
@@ -91,7 +93,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, error) {
 	d := &Datapath{
 		cfg: cfg, log: log, guards: map[string]*guard{}, step: step,
-		duePairs: map[podPair]bool{}, joinDue: make(chan struct{}, 1),
+		duePairs: map[podPair]bool{}, joinDue: make(chan struct{}, 1), noCallbacks: cfg.joinWithoutCallbacks(),
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -325,7 +327,7 @@ func (d *Datapath) attach(dir string) error {
 		s.SpliceSeen = number(slices.Contains(d.cfg.Guards, GuardSplice))
 		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
-		s.NoCallbacks = number(d.noCallbacks())
+		s.NoCallbacks = number(d.noCallbacks)
 	}); err != nil {
 		return err
 	}

@@ -106,14 +106,14 @@ func (v KernelVersion) iteratesTCP() bool {
 	return ok && v.Patch >= since
 }
 
-// lateCallbacks reports whether an iterator can ask for the callbacks of a socket
+// LateCallbacks reports whether an iterator can ask for the callbacks of a socket
 // (TCP_BPF_SOCK_OPS_CB_FLAGS by bpf_setsockopt, 6.12).
-func (v KernelVersion) lateCallbacks() bool { return v.Major > 6 || v.Major == 6 && v.Minor >= 12 }
+func (v KernelVersion) LateCallbacks() bool { return v.Major > 6 || v.Major == 6 && v.Minor >= 12 }
 
-// noCallbacks reports whether open connections join, and get no callbacks.
-func (d *Datapath) noCallbacks() bool {
+// joinWithoutCallbacks reports whether open connections join, and get no callbacks.
+func (c Config) joinWithoutCallbacks() bool {
 	v, err := RunningVersion()
-	return err == nil && v.iteratesTCP() && (!v.lateCallbacks() || d.cfg.noLateCallbacks)
+	return err == nil && v.iteratesTCP() && (!v.LateCallbacks() || c.noLateCallbacks)
 }
 
 func (j *joiner) close() error {

@@ -85,6 +85,16 @@ func TestNoJoin(t *testing.T) {
 	}
 }
 
+// mustBeShortcut exchanges messages over the only flow, and wants both directions on the
+// shortcut then.
+func (n *node) mustBeShortcut(tb testing.TB, c, s io.ReadWriter) {
+	tb.Helper()
+	sandboxtest.MustPing(tb, c, s, 10, 100)
+	if f := n.mustFlow(tb); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
+		tb.Errorf("got %+v, want both directions on the shortcut", f)
+	}
+}
+
 var joins = flag.Int("joins", 32, "connections of each row of TestJoin")
 
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
@@ -249,13 +259,6 @@ func TestJoinNotReady(t *testing.T) {
 		}
 		n.mustCount(t, before, map[string]uint64{counter: 1})
 	}
-	prove := func(t *testing.T, n *node, c, s io.ReadWriter) {
-		t.Helper()
-		sandboxtest.MustPing(t, c, s, 10, 100)
-		if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
-			t.Errorf("got %+v, want both directions on the shortcut", f)
-		}
-	}
 	t.Run("not accepted", func(t *testing.T) {
 		n := mustNode(t, atOnce)
 		if !canJoin(t, n) {
@@ -275,7 +278,7 @@ func TestJoinNotReady(t *testing.T) {
 		if _, err := io.ReadFull(s, got); err != nil || !bytes.Equal(got, hello) {
 			t.Errorf("got %q (%v), want %q", got, err, hello)
 		}
-		prove(t, n, c, s)
+		n.mustBeShortcut(t, c, s)
 	})
 	t.Run("asleep in recv", func(t *testing.T) {
 		n := mustNode(t, atOnce)
@@ -309,7 +312,7 @@ func TestJoinNotReady(t *testing.T) {
 			t.Errorf("got %q (%v), want %q", got, err, hello)
 		}
 		allow(t, n, pods, cookies, 1)
-		prove(t, n, c, s)
+		n.mustBeShortcut(t, c, s)
 	})
 }
 
@@ -426,7 +429,7 @@ func TestJoinBlocking(t *testing.T) {
 		defer close(done)
 		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 		want := 1
-		if version, err := datapath.RunningVersion(); err != nil || version.Major < 6 || version.Major == 6 && version.Minor < 12 {
+		if version, err := datapath.RunningVersion(); err != nil || !version.LateCallbacks() {
 			want = 0 // nothing would evict them in time
 		}
 		if got := n.mustJoin(t, pods...); got != want {
@@ -685,10 +688,7 @@ func TestJoinAfterKill(t *testing.T) {
 			if got := n.mustJoin(t, pods...); got != 1 {
 				t.Errorf("got %d connections that have joined, want 1", got)
 			}
-			sandboxtest.MustPing(t, c, s, 10, 100)
-			if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
-				t.Errorf("got %+v, want both directions on the shortcut", f)
-			}
+			n.mustBeShortcut(t, c, s)
 		})
 	}
 }

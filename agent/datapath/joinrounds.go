@@ -143,7 +143,7 @@ func (j *joiner) giveUp(pods map[uint64]Netns) error {
 // that take part. Sockets with unread bytes are evicted in a later call.
 func (d *Datapath) EvictLate(pods func() []Netns) error {
 	j := d.getJoiner()
-	if j == nil || !d.noCallbacks() {
+	if j == nil || !d.noCallbacks {
 		return nil
 	}
 	j.mu.Lock()

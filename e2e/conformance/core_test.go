@@ -179,7 +179,7 @@ func rows() []row {
 type suite struct {
 	*sandboxtest.Loaded
 	blocking bool
-	// lateCallbacks is true from Linux 6.12 on.
+	// lateCallbacks is that of the kernel's version.
 	lateCallbacks bool
 	content       content
 	// port is the last one that a row has listened on. None is used twice:
@@ -208,7 +208,7 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.lateCallbacks = version.Major > 6 || version.Major == 6 && version.Minor >= 12
+	s.lateCallbacks = version.LateCallbacks()
 	s.port.Store(1024)
 	var rules []rule.Rule
 	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow, late: rule.Allow} {
