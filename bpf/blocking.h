@@ -63,6 +63,17 @@ static __always_inline bool blocking_listener(const struct bpf_sock_ops *ctx)
 	       !bpf_core_read(&flags, sizeof(flags), &file->f_flags) && !(flags & O_NONBLOCK);
 }
 
+/* Watches a server's socket that is not paired: learn_mode notes its mode once it is accepted. */
+static __always_inline void watch_mode(struct bpf_sock_ops *ctx)
+{
+	struct sk_flow self = { .side = SIDE_SERVER };
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk && bpf_sk_storage_get(&sk_flows, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
 /* Notes for the port which mode a watched socket has. on_listen forgets it. */
 static __always_inline void learn_mode(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {

@@ -134,6 +134,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	__u32 limit;
 	bool trial;
 
+	if (!(flow->state & FLOW_SERVER_JOINED))
+		return OUTCOME_PEER_MISSING;
 	dir->tcp_bytes += write_seq - dir->last_seq;
 	dir->last_seq = write_seq;
 	end = dir->shortcut_bytes + dir->tcp_bytes;
@@ -146,8 +148,6 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	count_queued(dir, end, read);
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
-	if (!(flow->state & FLOW_SERVER_JOINED))
-		return OUTCOME_PEER_MISSING;
 	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
 	if (flow->state & FLOW_ANY_EVICTING)

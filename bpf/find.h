@@ -36,8 +36,8 @@ static __always_inline bool has_flow(const struct sk_flow *self, const void *sk)
 {
 	struct flow *flow = self && self->flow ? flow_of(self, sk) : NULL;
 
-	/* A flow that nobody has joined was left behind by an agent that was killed. */
-	return flow && flow->state & (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED);
+	/* One that nobody has joined or watches was left behind by an agent that was killed. */
+	return flow && (flow->watched || flow->state & (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED));
 }
 
 /* The addresses of a socket, as in a sock_ops context. */

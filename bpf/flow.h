@@ -79,11 +79,14 @@ enum flow_state {
 	FLOW_SERVER_EVICTING = 32,
 	FLOW_CLIENT_EVICTED = 64,
 	FLOW_SERVER_EVICTED = 128,
+	/* Both sockets of a watched connection have to be ready before they have joined: see watch.h. */
+	FLOW_CLIENT_READY = 256,
+	FLOW_SERVER_READY = 512,
 	/*
 	 * The flow's id stands above these bits, so that a compare-and-swap fails on a
 	 * record that was used again.
 	 */
-	FLOW_STATE_BITS = 8,
+	FLOW_STATE_BITS = 10,
 };
 
 #define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
@@ -207,7 +210,8 @@ struct flow {
 	__u16 client_port;
 	__u16 orig_dst_port;
 	__u16 server_port;
-	__u16 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
+	__u8 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
+	__u8 watched; /* the connection joins by watch.h */
 	__u32 unsupported
 		[SIDE_MAX]; /* enum unsupported, what has been remembered of what the side did */
 	__u32 client_seq;
@@ -293,6 +297,8 @@ struct settings {
 	__u32 no_mptcp_listeners; /* do not pair what MPTCP listeners accept: see keep_mptcp_out */
 	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
 	__u32 no_callbacks; /* sockets that join late get none: see end_late */
+	__u32 join_after; /* segments of data before a connection joins; 0: joins at the handshake */
+	__u32 reserved;
 };
 
 /* A socket of an open connection, for the agent: see find_sockets. */
@@ -318,7 +324,7 @@ enum join_step {
 	JOIN_EVICT, /* agent: it has joined, and is to be evicted */
 };
 
-/* A socket that is to join, and the flow that is to be made. */
+/* A socket that is to join, or that offers to, and the flow that is to be made. */
 struct join_entry {
 	__u64 flow;
 	__u64 cookie[SIDE_MAX];
@@ -335,6 +341,22 @@ struct join_entry {
 	__u32 server_seq;
 	__u32 visits; /* by join_sockets; without one in a round, the socket is gone */
 	__u32 callbacks; /* those that the socket had before */
+	__u32 watched; /* as in struct flow */
+	__u32 blocking; /* 1 << side for each socket in blocking mode */
+};
+
+/* The two streams of a connection: the sequence numbers of the first byte of each. */
+struct numbers {
+	__u32 client_seq;
+	__u32 server_seq;
+};
+
+/* A socket of a watched connection that has earned to join: see watch.h. */
+struct candidate {
+	__u64 flow;
+	__u64 cookie;
+	__u32 side;
+	enum join_step step; /* JOIN_START, JOIN_INSERTED or JOIN_LEAVE */
 };
 
 /* The argument of end_flow. */

@@ -154,6 +154,8 @@ struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u64 bytes_received;
 	__u64 bytes_acked;
+	__u32 data_segs_in;
+	__u32 data_segs_out;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 write_seq;
@@ -175,6 +177,13 @@ struct bpf_iter_meta {
 struct bpf_iter__tcp {
 	struct bpf_iter_meta *meta;
 	struct sock_common *sk_common;
+};
+
+struct bpf_iter__bpf_sk_storage_map {
+	struct bpf_iter_meta *meta;
+	void *map;
+	struct sock *sk;
+	void *value;
 };
 
 /* The kernel's own structure behind the context of a sock_ops program. */

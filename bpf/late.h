@@ -103,7 +103,10 @@ static __always_inline int set_callbacks(struct sock_common *skc, int flags)
 	return bpf_setsockopt(skc, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags));
 }
 
-/* Makes the flow, of what the agent has found. Returns OUTCOME_PAIRED, or why there is none. */
+/*
+ * Makes the flow. Returns OUTCOME_PAIRED, or why there is none, or OUTCOME_MAX if there may be
+ * one later.
+ */
 static __always_inline enum outcome make_flow(const struct join_entry *it)
 {
 	__u64 client = it->netns[SIDE_CLIENT], server = it->netns[SIDE_SERVER];
@@ -121,6 +124,11 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 	outcome = admit(set, client, server, it->server_port, &generation, &policy);
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;
+	if (it->watched && policy.verdict == VERDICT_HOLD)
+		return OUTCOME_MAX; /* it is watched for as long */
+	if (it->blocking && !set->allow_blocking)
+		return it->blocking & 1 << SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT
+						       : OUTCOME_BLOCKING_SERVER;
 	if (bpf_map_update_elem(&flows, &id, &blank, BPF_NOEXIST))
 		return OUTCOME_FLOWS_FULL;
 	flow = bpf_map_lookup_elem(&flows, &id);
@@ -137,12 +145,41 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 	flow->server_port = it->server_port;
 	flow->client_seq = it->client_seq;
 	flow->server_seq = it->server_seq;
+	flow->watched = it->watched;
 	start_direction(flow, SIDE_CLIENT, 0, generation, &policy);
 	start_direction(flow, SIDE_SERVER, 0, generation, &policy);
 	doubt_port(flow);
 	add_share(flow, 1);
 	flow->state = id << FLOW_STATE_BITS;
 	return OUTCOME_PAIRED;
+}
+
+/* Notes where a socket is in both streams. It needs the socket's lock. */
+static __always_inline void note_positions(const struct tcp_sock *tp, struct flow *flow, __u32 side)
+{
+	struct sending *dir = &flow->side[side & 1].sending;
+	struct receiving *reader = &flow->side[side & 1].receiving;
+
+	dir->tcp_bytes = write_position(tp, side);
+	flow->side[(side ^ 1) & 1].receiving.began = dir->tcp_bytes;
+	dir->last_seq = tp->write_seq;
+	dir->drained_seq = tp->write_seq - 1; /* not known to be drained */
+	reader->read_bytes = read_position(tp);
+	flow->side[(side ^ 1) & 1].sending.grown = reader->read_bytes;
+}
+
+/*
+ * Lets nothing be redirected to a socket before it has read a few times. A thread may still
+ * be on its way into the recv of a plain socket, which would return later TCP bytes before
+ * redirected ones. The last of these reads begins after this. The first of them starts the
+ * count: see count_anew.
+ */
+static __always_inline void await_reads(struct flow *flow, __u32 side)
+{
+	struct receiving *reader = &flow->side[side & 1].receiving;
+
+	reader->reads_needed = reader->reads + READS_BEFORE_REDIRECT;
+	__sync_fetch_and_or(&reader->state, READ_ANEW);
 }
 
 /* Puts one socket of a flow that is being made into the SOCKHASH; see join. */
@@ -152,7 +189,6 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
 	const struct settings *set = get_settings();
 	struct sk_flow blank_self = {}, *self;
 	__u32 side = it->side & 1;
-	struct sending *dir = &flow->side[side].sending;
 	__u64 cookie = it->cookie[side];
 	int err;
 
@@ -160,12 +196,7 @@ static __always_inline enum outcome insert(struct sock_common *skc, struct tcp_s
 	self = bpf_sk_storage_get(&sk_flows, skc, &blank_self, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!self)
 		return OUTCOME_NO_MEMORY;
-	dir->tcp_bytes = write_position(tp, side);
-	flow->side[side ^ 1].receiving.began = dir->tcp_bytes;
-	dir->last_seq = tp->write_seq;
-	dir->drained_seq = tp->write_seq - 1; /* not known to be drained */
-	flow->side[side].receiving.read_bytes = read_position(tp);
-	flow->side[side ^ 1].sending.grown = flow->side[side].receiving.read_bytes;
+	note_positions(tp, flow, side);
 	flow->sock[side] = (__u64)tp;
 	self->side = side;
 	self->flow = it->flow;
@@ -201,22 +232,13 @@ static __always_inline void leave(struct sock_common *skc, const struct join_ent
 	bpf_map_delete_elem(&joining, &cookie);
 }
 
-/*
- * Lets deliver redirect, once both sockets are ready. A thread may still be on its way into
- * the recv of a plain socket, which would return later TCP bytes before redirected ones. So
- * the receiver first has to end some reads, of which the last began after this. The first
- * of them starts the count: see count_anew.
- */
+/* Lets deliver redirect, once both sockets are ready. */
 static __always_inline bool complete(struct flow *flow, const struct join_entry *it)
 {
 	__u64 state = it->flow << FLOW_STATE_BITS;
 
-	for (int side = 0; side < SIDE_MAX; side++) {
-		struct receiving *reader = &flow->side[side].receiving;
-
-		reader->reads_needed = reader->reads + READS_BEFORE_REDIRECT;
-		__sync_fetch_and_or(&reader->state, READ_ANEW);
-	}
+	await_reads(flow, SIDE_CLIENT);
+	await_reads(flow, SIDE_SERVER);
 	return __sync_val_compare_and_swap(&flow->state, state,
 					   state | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) ==
 	       state;
@@ -246,11 +268,13 @@ static __always_inline enum outcome next_step(struct sock_common *skc, struct tc
 	/* Without callbacks, nothing evicts a blocking socket in time. */
 	if (is_blocking(tp) && (!set->allow_blocking || set->no_callbacks))
 		return it->side == SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT : OUTCOME_BLOCKING_SERVER;
-	/* Those of blocking sockets sleep most of the time: see complete. */
+	/* Those of blocking sockets sleep most of the time: see await_reads. */
 	if (!is_blocking(tp) && has_sleeper(tp))
 		return OUTCOME_MAX;
 	flow = flow_by_id(it->flow);
 	if (it->step == JOIN_START) {
+		if (flow && flow->watched)
+			return OUTCOME_JOIN_ENDED; /* it joins by watch.h */
 		if (!flow && it->side == SIDE_CLIENT) {
 			outcome = make_flow(it);
 			if (outcome != OUTCOME_PAIRED)

@@ -101,28 +101,10 @@ static __always_inline struct sk_flow *sk_flow_of(struct bpf_sock *sk)
  * recv, where the drained buffer wakes it with EAGAIN. The kernel wakes the thread
  * only after this program has run, so the socket is gone from the SOCKHASH by then.
  */
-static __always_inline void on_ack(struct bpf_sock_ops *ctx)
+static __always_inline void on_ack(struct flow *flow, __u32 own, const struct tcp_sock *tp)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct tcp_sock *tp;
-	struct sending *dir;
-	struct sk_flow *self;
-	struct flow *flow;
-	__u32 own;
+	struct sending *dir = &flow->side[own].sending;
 
-	self = sk_flow_of(sk);
-	if (!self)
-		return;
-	if (!self->flow) {
-		learn_mode(ctx, sk);
-		return;
-	}
-	own = self->side & 1;
-	flow = flow_of(self, sk);
-	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (!flow || !tp)
-		return;
-	dir = &flow->side[own].sending;
 	if (tp->inet_conn.icsk_inet.sk.sk_socket->flags & SOCK_NOSPACE && is_blocking(tp))
 		dir->evict = true;
 	if (dir->evict)

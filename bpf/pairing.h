@@ -18,13 +18,18 @@
 #include "lifetime.h"
 #include "limits.h"
 #include "maps.h"
+#include "owned.h"
 #include "unsupported.h"
 
-#define TCP_SYN_RECV 3
+/* The callbacks of a watched socket (watch.h), and of one in the SOCKHASH. */
+#define WATCHING (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+#define CALLBACKS (BPF_SOCK_OPS_STATE_CB_FLAG | WATCHING)
 
-/* The callbacks of a socket in the SOCKHASH. */
-#define CALLBACKS                                                                                  \
-	(BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+/*
+ * Marks the socket that has connected. The kernel calls back for TCP options that it does not
+ * know, which nobody sends (bpf_skops_parse_hdr).
+ */
+#define WATCHED_CLIENT BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG
 
 /* The initial value of a flow, which is too large for the stack. */
 static const struct flow blank;
@@ -63,12 +68,27 @@ static __always_inline enum outcome join(struct bpf_sock_ops *ctx, struct bpf_so
 	return OUTCOME_PAIRED;
 }
 
+/* Returns true if connections join only once they have earned it: see watch.h. */
+static __always_inline bool joins_later(void)
+{
+	const struct settings *set = get_settings();
+
+	return set && set->join_after;
+}
+
+static __always_inline void watch(struct bpf_sock_ops *ctx, int mark)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING | mark);
+}
+
 /* Leaves an entry for the client, before the SYN-ACK is sent. ctx->sk is NULL here. */
 static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 {
 	struct syn syn = {};
 	struct client_key key;
 
+	if (joins_later())
+		return;
 	syn.server_netns = bpf_get_netns_cookie(ctx);
 	if (!enrolled(syn.server_netns))
 		return;
@@ -111,16 +131,6 @@ static __always_inline void start_direction(struct flow *flow, __u32 from, __u32
 		if (dir->limit < known->limit)
 			dir->limit = known->limit;
 	}
-}
-
-/*
- * Returns true for a socket that a part of the kernel has made for itself. AF_SMC,
- * for example, writes sk_user_data of such a socket after accept, where the
- * SOCKHASH keeps its own pointer (WARN, and an endless loop in newer kernels).
- */
-static __always_inline bool kernel_socket(const struct sock *sk)
-{
-	return BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
 }
 
 /* Returns OUTCOME_PAIRED if connections between two pods to a port may be paired, or why not. */
@@ -230,6 +240,10 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 
 	if (!enrolled(netns))
 		return;
+	if (joins_later()) {
+		watch(ctx, WATCHED_CLIENT);
+		return;
+	}
 	local_address(ctx, key.addr);
 	complete_client_key(&key, ctx->local_port, netns);
 	syn = bpf_map_lookup_elem(&syns, &key);
@@ -245,43 +259,6 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	if (outcome == OUTCOME_BLOCKING_SERVER)
 		syn->claimed = CLAIM_WATCH;
 	count(outcome, 0);
-}
-
-/*
- * Marks the ports of MPTCP listeners. Hazard: kernels without fbade4bd08ba
- * corrupt memory when a plain TCP connection to such a listener is accepted while
- * its socket is in a SOCKHASH. The listener's TCP socket is a kernel socket, and
- * so is its child at first. accept may run before pair_server, and clears that
- * mark of the child before it waits for the child's lock (mptcp_stream_accept).
- * So this looks at the child where it is made (inet_csk_clone_lock).
- */
-SEC("tp_btf/inet_sock_set_state")
-int keep_mptcp_out(__u64 *ctx)
-{
-	const struct sock *sk = (const struct sock *)ctx[0];
-	__u64 netns;
-
-	if ((int)ctx[2] != TCP_SYN_RECV || !kernel_socket(sk))
-		return 0;
-	netns = sk->__sk_common.skc_net.net->net_cookie;
-	if (enrolled(netns))
-		remember_port(0, netns, sk->__sk_common.skc_num, UNSUPPORTED_MPTCP_LISTENER);
-	return 0;
-}
-
-/*
- * Returns true if the server's socket belongs to a part of the kernel. A child of an
- * MPTCP listener that has fallen back to plain TCP does not: it has the sk_data_ready of
- * a plain socket again (mptcp_subflow_tcp_fallback), which the client's socket shows.
- */
-static __always_inline bool owned(const struct tcp_sock *tp, const struct flow *flow)
-{
-	const struct sock *client = (const struct sock *)flow->sock[SIDE_CLIENT];
-	void *plain;
-
-	return kernel_socket(&tp->inet_conn.icsk_inet.sk) &&
-	       (bpf_core_read(&plain, sizeof(plain), &client->sk_data_ready) ||
-		plain != tp->inet_conn.icsk_inet.sk.sk_data_ready);
 }
 
 /* Notes if the server's pod itself has redirected the port. deliver does not read this yet. */
@@ -356,17 +333,6 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	return OUTCOME_PAIRED;
 }
 
-/* Watches a server's socket that is not paired: on_ack notes its mode once it is accepted. */
-static __always_inline void watch(struct bpf_sock_ops *ctx)
-{
-	struct sk_flow self = { .side = SIDE_SERVER };
-	struct bpf_sock *sk = ctx->sk;
-
-	if (sk && bpf_sk_storage_get(&sk_flows, sk, &self, BPF_SK_STORAGE_GET_F_CREATE))
-		bpf_sock_ops_cb_flags_set(ctx,
-					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
-}
-
 /* The server's handshake is done; no data of the client has been processed yet. */
 static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 {
@@ -377,6 +343,10 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 
 	if (!enrolled(netns))
 		return;
+	if (joins_later()) {
+		watch(ctx, 0);
+		return;
+	}
 	remote_address(ctx, key.addr);
 	complete_client_key(&key, remote_port(ctx), netns);
 	syn = bpf_map_lookup_elem(&syns, &key);
@@ -391,7 +361,7 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 	if (claimed == CLAIM_PAIR)
 		count(pair_server(ctx, netns, &key), 0);
 	else if (claimed == CLAIM_WATCH)
-		watch(ctx);
+		watch_mode(ctx);
 }
 
 #endif

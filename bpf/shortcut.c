@@ -4,8 +4,9 @@
 /*
  * The object of the shortcut: its maps and its programs. deliver decides about each message
  * (deliver.h), observe counts what is read (observe.h), and track makes flows of handshakes
- * (pairing.h), keeps the windows of receivers small (window.h), and ends flows (lifetime.h).
- * find_sockets (find.h) and join_sockets (late.h) make flows of open connections.
+ * (pairing.h), or watches connections until these have earned it (watch.h), keeps the windows
+ * of receivers small (window.h), and ends flows (lifetime.h). find_sockets (find.h) and
+ * join_sockets (late.h) make flows of open connections.
  */
 
 #include <stdbool.h>
@@ -130,6 +131,7 @@ static __always_inline bool enrolled(__u64 netns)
 #include "pairing.h"
 #include "window.h"
 #include "late.h"
+#include "watch.h"
 
 /* Returns 1 on every path: the kernel takes 0 for an error of all programs on the cgroup. */
 SEC("sockops")
@@ -156,10 +158,8 @@ int track(struct bpf_sock_ops *ctx)
 		on_passive(ctx);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
-		on_transmit(ctx);
-		break;
 	case BPF_SOCK_OPS_RTT_CB:
-		on_ack(ctx);
+		on_traffic(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == TCP_CLOSE)

@@ -13,6 +13,14 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type ShortcutCandidate struct {
+	_      structs.HostLayout
+	Flow   uint64
+	Cookie uint64
+	Side   uint32
+	Step   ShortcutJoinStep
+}
+
 type ShortcutClientKey struct {
 	_        structs.HostLayout
 	Addr     [4]uint32
@@ -40,7 +48,8 @@ type ShortcutFlow struct {
 	ClientPort  uint16
 	OrigDstPort uint16
 	ServerPort  uint16
-	PortInDoubt uint16
+	PortInDoubt uint8
+	Watched     uint8
 	Unsupported [2]uint32
 	ClientSeq   uint32
 	ServerSeq   uint32
@@ -67,7 +76,9 @@ const (
 	ShortcutFlowStateFLOW_SERVER_EVICTING ShortcutFlowState = 32
 	ShortcutFlowStateFLOW_CLIENT_EVICTED  ShortcutFlowState = 64
 	ShortcutFlowStateFLOW_SERVER_EVICTED  ShortcutFlowState = 128
-	ShortcutFlowStateFLOW_STATE_BITS      ShortcutFlowState = 8
+	ShortcutFlowStateFLOW_CLIENT_READY    ShortcutFlowState = 256
+	ShortcutFlowStateFLOW_SERVER_READY    ShortcutFlowState = 512
+	ShortcutFlowStateFLOW_STATE_BITS      ShortcutFlowState = 10
 )
 
 type ShortcutJoinEntry struct {
@@ -87,6 +98,8 @@ type ShortcutJoinEntry struct {
 	ServerSeq   uint32
 	Visits      uint32
 	Callbacks   uint32
+	Watched     uint32
+	Blocking    uint32
 }
 
 type ShortcutJoinStep uint32
@@ -119,6 +132,12 @@ type ShortcutLearnedValue struct {
 	Limit       uint32
 	NonBlocking uint32
 	Reserved    uint32
+}
+
+type ShortcutNumbers struct {
+	_         structs.HostLayout
+	ClientSeq uint32
+	ServerSeq uint32
 }
 
 type ShortcutOpenSocket struct {
@@ -186,7 +205,8 @@ const (
 	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 46
 	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 47
 	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 48
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 50
 )
 
 type ShortcutPending struct {
@@ -300,6 +320,8 @@ type ShortcutSettings struct {
 	NoMptcpListeners uint32
 	SpliceSeen       uint32
 	NoCallbacks      uint32
+	JoinAfter        uint32
+	Reserved         uint32
 }
 
 type ShortcutShare struct {
@@ -360,15 +382,18 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	ShortcutMapCandidates         = "candidates"
 	ShortcutMapCharges            = "charges"
 	ShortcutMapControl            = "control"
 	ShortcutMapFlows              = "flows"
 	ShortcutMapJoining            = "joining"
 	ShortcutMapLearned            = "learned"
+	ShortcutMapOffers             = "offers"
 	ShortcutMapOutcomes           = "outcomes"
 	ShortcutMapPending            = "pending"
 	ShortcutMapPods               = "pods"
 	ShortcutMapPolicies           = "policies"
+	ShortcutMapRequests           = "requests"
 	ShortcutMapShares             = "shares"
 	ShortcutMapSkFlows            = "sk_flows"
 	ShortcutMapSockets            = "sockets"
@@ -377,6 +402,7 @@ const (
 	ShortcutProgEndFlow           = "end_flow"
 	ShortcutProgEndLate           = "end_late"
 	ShortcutProgFindSockets       = "find_sockets"
+	ShortcutProgInsertCandidates  = "insert_candidates"
 	ShortcutProgJoinSockets       = "join_sockets"
 	ShortcutProgKeepMptcpOut      = "keep_mptcp_out"
 	ShortcutProgObserveFexit      = "observe_fexit"
@@ -436,6 +462,7 @@ type ShortcutProgramSpecs struct {
 	EndFlow           *ebpf.ProgramSpec `ebpf:"end_flow"`
 	EndLate           *ebpf.ProgramSpec `ebpf:"end_late"`
 	FindSockets       *ebpf.ProgramSpec `ebpf:"find_sockets"`
+	InsertCandidates  *ebpf.ProgramSpec `ebpf:"insert_candidates"`
 	JoinSockets       *ebpf.ProgramSpec `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.ProgramSpec `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.ProgramSpec `ebpf:"observe_fexit"`
@@ -447,19 +474,22 @@ type ShortcutProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShortcutMapSpecs struct {
-	Charges  *ebpf.MapSpec `ebpf:"charges"`
-	Control  *ebpf.MapSpec `ebpf:"control"`
-	Flows    *ebpf.MapSpec `ebpf:"flows"`
-	Joining  *ebpf.MapSpec `ebpf:"joining"`
-	Learned  *ebpf.MapSpec `ebpf:"learned"`
-	Outcomes *ebpf.MapSpec `ebpf:"outcomes"`
-	Pending  *ebpf.MapSpec `ebpf:"pending"`
-	Pods     *ebpf.MapSpec `ebpf:"pods"`
-	Policies *ebpf.MapSpec `ebpf:"policies"`
-	Shares   *ebpf.MapSpec `ebpf:"shares"`
-	SkFlows  *ebpf.MapSpec `ebpf:"sk_flows"`
-	Sockets  *ebpf.MapSpec `ebpf:"sockets"`
-	Syns     *ebpf.MapSpec `ebpf:"syns"`
+	Candidates *ebpf.MapSpec `ebpf:"candidates"`
+	Charges    *ebpf.MapSpec `ebpf:"charges"`
+	Control    *ebpf.MapSpec `ebpf:"control"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
+	Joining    *ebpf.MapSpec `ebpf:"joining"`
+	Learned    *ebpf.MapSpec `ebpf:"learned"`
+	Offers     *ebpf.MapSpec `ebpf:"offers"`
+	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
+	Pending    *ebpf.MapSpec `ebpf:"pending"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
+	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Requests   *ebpf.MapSpec `ebpf:"requests"`
+	Shares     *ebpf.MapSpec `ebpf:"shares"`
+	SkFlows    *ebpf.MapSpec `ebpf:"sk_flows"`
+	Sockets    *ebpf.MapSpec `ebpf:"sockets"`
+	Syns       *ebpf.MapSpec `ebpf:"syns"`
 }
 
 // ShortcutVariableSpecs contains global variables before they are loaded into the kernel.
@@ -494,32 +524,38 @@ func (o *ShortcutObjects) Close() error {
 //
 // It can be passed to LoadShortcutObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShortcutMaps struct {
-	Charges  *ebpf.Map `ebpf:"charges"`
-	Control  *ebpf.Map `ebpf:"control"`
-	Flows    *ebpf.Map `ebpf:"flows"`
-	Joining  *ebpf.Map `ebpf:"joining"`
-	Learned  *ebpf.Map `ebpf:"learned"`
-	Outcomes *ebpf.Map `ebpf:"outcomes"`
-	Pending  *ebpf.Map `ebpf:"pending"`
-	Pods     *ebpf.Map `ebpf:"pods"`
-	Policies *ebpf.Map `ebpf:"policies"`
-	Shares   *ebpf.Map `ebpf:"shares"`
-	SkFlows  *ebpf.Map `ebpf:"sk_flows"`
-	Sockets  *ebpf.Map `ebpf:"sockets"`
-	Syns     *ebpf.Map `ebpf:"syns"`
+	Candidates *ebpf.Map `ebpf:"candidates"`
+	Charges    *ebpf.Map `ebpf:"charges"`
+	Control    *ebpf.Map `ebpf:"control"`
+	Flows      *ebpf.Map `ebpf:"flows"`
+	Joining    *ebpf.Map `ebpf:"joining"`
+	Learned    *ebpf.Map `ebpf:"learned"`
+	Offers     *ebpf.Map `ebpf:"offers"`
+	Outcomes   *ebpf.Map `ebpf:"outcomes"`
+	Pending    *ebpf.Map `ebpf:"pending"`
+	Pods       *ebpf.Map `ebpf:"pods"`
+	Policies   *ebpf.Map `ebpf:"policies"`
+	Requests   *ebpf.Map `ebpf:"requests"`
+	Shares     *ebpf.Map `ebpf:"shares"`
+	SkFlows    *ebpf.Map `ebpf:"sk_flows"`
+	Sockets    *ebpf.Map `ebpf:"sockets"`
+	Syns       *ebpf.Map `ebpf:"syns"`
 }
 
 func (m *ShortcutMaps) Close() error {
 	return _ShortcutClose(
+		m.Candidates,
 		m.Charges,
 		m.Control,
 		m.Flows,
 		m.Joining,
 		m.Learned,
+		m.Offers,
 		m.Outcomes,
 		m.Pending,
 		m.Pods,
 		m.Policies,
+		m.Requests,
 		m.Shares,
 		m.SkFlows,
 		m.Sockets,
@@ -547,6 +583,7 @@ type ShortcutPrograms struct {
 	EndFlow           *ebpf.Program `ebpf:"end_flow"`
 	EndLate           *ebpf.Program `ebpf:"end_late"`
 	FindSockets       *ebpf.Program `ebpf:"find_sockets"`
+	InsertCandidates  *ebpf.Program `ebpf:"insert_candidates"`
 	JoinSockets       *ebpf.Program `ebpf:"join_sockets"`
 	KeepMptcpOut      *ebpf.Program `ebpf:"keep_mptcp_out"`
 	ObserveFexit      *ebpf.Program `ebpf:"observe_fexit"`
@@ -560,6 +597,7 @@ func (p *ShortcutPrograms) Close() error {
 		p.EndFlow,
 		p.EndLate,
 		p.FindSockets,
+		p.InsertCandidates,
 		p.JoinSockets,
 		p.KeepMptcpOut,
 		p.ObserveFexit,

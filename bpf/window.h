@@ -51,25 +51,13 @@ static __always_inline bool redirects(const struct flow *flow, const struct send
  * tells the peer the window (tcp_established_options). The kernel raises the limit of the
  * window whenever it raises sk_rcvbuf (tcp_rcv_space_adjust), so this looks each time.
  */
-static __always_inline void on_transmit(struct bpf_sock_ops *ctx)
+static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *flow, __u32 own,
+					const struct tcp_sock *tp)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct receiving *reader;
-	struct sk_flow *self;
-	struct tcp_sock *tp;
-	struct flow *flow;
-	int clamp;
+	struct receiving *reader = &flow->side[own].receiving;
+	int clamp = tp->window_clamp;
 
-	self = sk_flow_of(sk);
-	if (!self)
-		return;
-	flow = flow_of(self, sk);
-	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (!flow || !tp)
-		return;
-	reader = &flow->side[self->side & 1].receiving;
-	clamp = tp->window_clamp;
-	if (redirects(flow, &flow->side[(self->side ^ 1) & 1].sending, reader)) {
+	if (redirects(flow, &flow->side[own ^ 1].sending, reader)) {
 		if (clamp <= WINDOW_SMALL)
 			return;
 		reader->window = clamp;

@@ -57,6 +57,10 @@ type Config struct {
 	// TrialDrains sets how often a receiver that waits for edges of epoll must be seen
 	// to call recv after one that did not fill its buffer, and to find nothing.
 	TrialDrains uint32
+	// JoinAfter sets how many segments of data a connection must have sent and received
+	// before it joins: until then it is watched, and costs next to nothing. With 0 all
+	// connections join at their handshake.
+	JoinAfter uint32
 	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
 	// of flows.
 	MaxPolicies, MaxFlows uint32
@@ -94,6 +98,7 @@ func DefaultConfig() Config {
 		TrialReads:      32,
 		TrialBytes:      256 << 10,
 		TrialDrains:     4,
+		JoinAfter:       64,
 
 		MaxPolicies: 131072,
 		MaxFlows:    32768,
@@ -128,6 +133,9 @@ func (c Config) Validate() error {
 	if c.TrialBytes > 1<<30 {
 		return fmt.Errorf("trial of %d bytes: accepted are 0 to %d", c.TrialBytes, 1<<30)
 	}
+	if c.JoinAfter > 1<<20 {
+		return fmt.Errorf("join after %d segments: accepted are 0, which is at the handshake, to %d", c.JoinAfter, 1<<20)
+	}
 	if c.MaxPolicies == 0 || c.MaxFlows == 0 {
 		return errors.New("size of a map is 0: accepted are 1 and above")
 	}
@@ -145,6 +153,7 @@ func (c Config) sizes() map[string]uint32 {
 		bpf.ShortcutMapSockets:  cmp.Or(c.maxSockets, 2*c.MaxFlows),
 		bpf.ShortcutMapSyns:     handshakes,
 		bpf.ShortcutMapPending:  handshakes,
+		bpf.ShortcutMapOffers:   handshakes,
 		// The entry of a pod that has gone stays until its last flow has
 		// ended: hence twice.
 		bpf.ShortcutMapCharges: 2 * pods,

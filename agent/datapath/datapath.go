@@ -33,6 +33,7 @@ type Datapath struct {
 	pins     *os.File // of ownPins
 	joiner   *joiner  // nil for the reason in noJoin
 	noJoin   error
+	watcher  *watcher
 	// noCallbacks: open connections join, and get no callbacks.
 	noCallbacks bool
 	joinDue     chan struct{}      // of JoinDue
@@ -99,6 +100,10 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 		return nil, errors.Join(err, d.Close())
 	}
 	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
+	var err error
+	if d.watcher, err = newWatcher(d.objects.Maps); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
 	return d, nil
 }
 
@@ -301,7 +306,7 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 			delete(one.Programs, program)
 		}
 	}
-	for _, program := range joinPrograms() {
+	for _, program := range append(joinPrograms(), bpf.ShortcutProgInsertCandidates) {
 		delete(one.Programs, program)
 	}
 	delete(one.Maps, bpf.ShortcutMapJoining)
@@ -328,6 +333,7 @@ func (d *Datapath) attach(dir string) error {
 		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 		s.NoCallbacks = number(d.noCallbacks)
+		s.JoinAfter = d.cfg.JoinAfter
 	}); err != nil {
 		return err
 	}
@@ -356,8 +362,8 @@ func (d *Datapath) Close() error {
 		errs = append(errs, g.close())
 	}
 	clear(d.guards)
-	errs = append(errs, d.joiner.close())
-	d.joiner = nil
+	errs = append(errs, d.joiner.close(), d.watcher.close())
+	d.joiner, d.watcher = nil, nil
 	if d.objects != nil {
 		d.objects.Close()
 		d.objects = nil

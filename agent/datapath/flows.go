@@ -31,6 +31,9 @@ func (d *Datapath) flows() ([]Flow, error) {
 	var flows []Flow
 	boot := time.Now().Add(-monotonic())
 	add := func(id uint64, p *bpf.ShortcutFlow) {
+		if p.Watched != 0 && p.State&uint64(bpf.ShortcutFlowStateFLOW_SERVER_JOINED) == 0 {
+			return // not paired yet
+		}
 		flows = append(flows, Flow{
 			ID:          id,
 			ServerID:    p.Cookie[server],

@@ -52,25 +52,14 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 	if err := CheckJoin(); err != nil {
 		return nil, err
 	}
-	spec, err := bpf.LoadShortcut()
-	if err != nil {
-		return nil, err
-	}
-	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !slices.Contains(joinPrograms(), name) })
-	replacements := map[string]*ebpf.Map{}
-	for name, m := range sharedMaps(spec) {
-		replacements[name] = shared[name]
-		m.MaxEntries = shared[name].MaxEntries()
-	}
-	spec.Maps[bpf.ShortcutMapJoining].MaxEntries = shared[bpf.ShortcutMapSockets].MaxEntries()
 	j := &joiner{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, j.close())
 		}
 	}()
-	if j.objects, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements}); err != nil {
-		return nil, fmt.Errorf("load the iterators: %w", err)
+	if j.objects, err = loadIterators(shared, joinPrograms()); err != nil {
+		return nil, err
 	}
 	for name, to := range map[string]**link.Iter{bpf.ShortcutProgFindSockets: &j.find, bpf.ShortcutProgJoinSockets: &j.join} {
 		if *to, err = link.AttachIter(link.IterOptions{Program: j.objects.Programs[name]}); err != nil {
@@ -78,6 +67,26 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 		}
 	}
 	return j, nil
+}
+
+// loadIterators loads iterators that use the shared maps.
+func loadIterators(shared map[string]*ebpf.Map, names []string) (*ebpf.Collection, error) {
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		return nil, err
+	}
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !slices.Contains(names, name) })
+	replacements := map[string]*ebpf.Map{}
+	for name, m := range sharedMaps(spec) {
+		replacements[name] = shared[name]
+		m.MaxEntries = shared[name].MaxEntries()
+	}
+	spec.Maps[bpf.ShortcutMapJoining].MaxEntries = shared[bpf.ShortcutMapSockets].MaxEntries()
+	objects, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
+	if err != nil {
+		return nil, fmt.Errorf("load the iterators: %w", err)
+	}
+	return objects, nil
 }
 
 // CheckJoin returns why open connections cannot join on the running kernel, or nil.

@@ -66,6 +66,7 @@ func (d *Datapath) Left() int {
 // beginUnload turns redirecting off.
 func (d *Datapath) beginUnload() error {
 	d.getJoiner().end()
+	d.getWatcher().end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unloaded {

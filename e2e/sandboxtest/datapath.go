@@ -22,13 +22,14 @@ type Loaded struct {
 }
 
 // MustLoad opens a datapath, and unloads at the end of the test what is open
-// by then. Unless change says otherwise, a direction takes the shortcut from its
+// by then. Unless change says otherwise, connections join at their handshake, and a direction takes the shortcut from its
 // second message on, however long the test takes, and never goes back by itself.
 func MustLoad(tb testing.TB, s *sandbox.Sandbox, change func(*datapath.Config)) *Loaded {
 	tb.Helper()
 	n := &Loaded{Sandbox: s, Config: datapath.DefaultConfig(), Log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
 	n.Config.Cgroup, n.Config.PinDir = s.Cgroup, s.PinDir
 	n.Config.TrialReads, n.Config.TrialBytes, n.Config.TrialDrains, n.Config.RefreshInterval = 1, 0, 0, 0
+	n.Config.JoinAfter = 0
 	if change != nil {
 		change(&n.Config)
 	}

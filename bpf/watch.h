@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Watch: a connection stays a plain one until it has earned its place in the SOCKHASH, since
+ * to get there costs as much as some ten round trips. Its sockets have callbacks meanwhile,
+ * which the kernel calls under the socket's lock, and nothing else.
+ *
+ * 1. When a socket has sent and received join_after segments of data, it writes an offer.
+ *    The key is where the two streams of the connection began: both ends know it, as
+ *    find_sockets does. The second end finds the offer of the first, and makes the flow.
+ * 2. Each end becomes a candidate, and the agent runs insert_candidates, since only an
+ *    iterator may put a socket into a SOCKHASH at any time.
+ * 3. At its next callback, each end notes where it is in the streams. When both have done
+ *    so, the flow has joined.
+ */
+#ifndef PODSHUNT_WATCH_H
+#define PODSHUNT_WATCH_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "late.h"
+#include "lifetime.h"
+#include "maps.h"
+#include "pairing.h"
+#include "window.h"
+
+/* Behind join_after, all callbacks look for the peer's offer for so many segments, then one in 16. */
+#define WATCH_EAGER 64
+
+/* Without a peer, as if that is on another node, a socket is not watched for more segments. */
+#define WATCH_MAX 4096
+
+/*
+ * Sockets that have earned to join, and whose peers may not have. track: writes, reads and
+ * deletes. Full: the oldest goes, and writes its offer once more.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, PENDING_MAX);
+	__type(key, struct numbers);
+	__type(value, struct join_entry);
+} offers SEC(".maps");
+
+/* Sockets for insert_candidates. track: creates and deletes. Goes with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct candidate);
+} candidates SEC(".maps");
+
+/* Wakes the agent when there is a candidate. Full: the agent is behind, and will see it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 64 << 10); /* a page, which has up to 64 KiB on arm64 */
+} requests SEC(".maps");
+
+static __always_inline void stop_watching(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~(CALLBACKS | WATCHED_CLIENT));
+}
+
+/* Makes a socket of a flow a candidate. */
+static __always_inline void become_candidate(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+					     const struct tcp_sock *tp, struct flow *flow, __u64 id,
+					     __u32 side)
+{
+	struct candidate asks = { .flow = id, .cookie = bpf_get_socket_cookie(ctx), .side = side };
+	struct sk_flow self = { .flow = id, .side = side };
+
+	flow->sock[side & 1] = (__u64)tp;
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | CALLBACKS);
+	if (!bpf_sk_storage_get(&sk_flows, sk, &self, BPF_SK_STORAGE_GET_F_CREATE) ||
+	    !bpf_sk_storage_get(&candidates, sk, &asks, BPF_SK_STORAGE_GET_F_CREATE)) {
+		bpf_sk_storage_delete(&sk_flows, sk);
+		end_unjoined(id, side);
+		stop_watching(ctx);
+		count(OUTCOME_NO_MEMORY, 0);
+		return;
+	}
+	bpf_ringbuf_output(&requests, &id, sizeof(id), 0);
+}
+
+/* Fills in what a socket knows of its connection. */
+static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tcp_sock *tp,
+				       __u64 netns, __u32 side, struct join_entry *offer)
+{
+	offer->cookie[side & 1] = bpf_get_socket_cookie(ctx);
+	offer->netns[side & 1] = netns;
+	offer->blocking |= (__u32)is_blocking(tp) << side;
+	offer->watched = true;
+	if (side == SIDE_CLIENT) {
+		offer->flow = offer->cookie[SIDE_CLIENT];
+		local_address(ctx, offer->client_addr);
+		remote_address(ctx, offer->orig_dst_addr);
+		offer->client_port = ctx->local_port;
+		offer->orig_dst_port = remote_port(ctx);
+	} else {
+		local_address(ctx, offer->server_addr);
+		offer->server_port = ctx->local_port;
+	}
+}
+
+/*
+ * A socket has earned to join. The map may give an entry to another connection at any moment,
+ * so this copies it, and uses the copy only if the entry is still the same one afterwards.
+ */
+static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				       const struct tcp_sock *tp, __u64 netns, bool last)
+{
+	__u32 side = ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT ? SIDE_CLIENT : SIDE_SERVER;
+	__u32 sends = tp->snd_una - (__u32)tp->bytes_acked;
+	__u32 receives = tp->rcv_nxt - (__u32)tp->bytes_received;
+	struct join_entry offer = {}, *there;
+	enum outcome outcome;
+	struct numbers key;
+	struct flow *flow;
+	__u32 peer;
+
+	/* TCP counts the SYN of the client among the bytes that were acknowledged: see match. */
+	key.client_seq = side == SIDE_CLIENT ? sends + 1 : receives;
+	key.server_seq = side == SIDE_CLIENT ? receives : sends;
+	peer = side ^ 1;
+	there = bpf_map_lookup_elem(&offers, &key);
+	if (there) {
+		offer = *(volatile struct join_entry *)there;
+		if (bpf_map_lookup_elem(&offers, &key) != there ||
+		    there->cookie[peer & 1] != offer.cookie[peer & 1])
+			return; /* the next time */
+	}
+	if (offer.cookie[side & 1] && offer.cookie[side & 1] != bpf_get_socket_cookie(ctx)) {
+		stop_watching(ctx); /* connections with equal numbers cannot be told apart */
+		return;
+	}
+	if (offer.step == JOIN_LEAVE) {
+		stop_watching(ctx);
+		return;
+	}
+	if (offer.cookie[side & 1] && offer.cookie[peer & 1]) {
+		/* The peer has made the flow. */
+		flow = flow_by_id(offer.flow);
+		bpf_map_delete_elem(&offers, &key);
+		if (flow && flow->watched && flow->cookie[side & 1] == offer.cookie[side & 1])
+			become_candidate(ctx, sk, tp, flow, offer.flow, side);
+		return;
+	}
+	if (!offer.cookie[peer & 1]) {
+		if (last) {
+			bpf_map_delete_elem(&offers, &key);
+			stop_watching(ctx);
+			count(OUTCOME_NO_PEER, 0);
+		} else if (!there) {
+			offer.client_seq = key.client_seq;
+			offer.server_seq = key.server_seq;
+			fill_offer(ctx, tp, netns, side, &offer);
+			bpf_map_update_elem(&offers, &key, &offer, BPF_NOEXIST);
+		}
+		return;
+	}
+	fill_offer(ctx, tp, netns, side, &offer);
+	if (flow_by_id(offer.flow))
+		return; /* the connection is joining by late.h, or will be deleted soon */
+	outcome = make_flow(&offer);
+	if (outcome == OUTCOME_MAX)
+		return;
+	if (outcome != OUTCOME_PAIRED) {
+		offer.step = JOIN_LEAVE;
+		stop_watching(ctx);
+		count(outcome, 0);
+	}
+	bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
+	flow = flow_by_id(offer.flow);
+	if (outcome == OUTCOME_PAIRED && flow)
+		become_candidate(ctx, sk, tp, flow, offer.flow, side);
+}
+
+/* A callback of a socket that has no flow. */
+static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				       const struct tcp_sock *tp)
+{
+	const struct settings *set = get_settings();
+	__u32 over;
+	__u64 netns;
+
+	if (!set || !set->join_after)
+		return;
+	over = tp->data_segs_in + tp->data_segs_out;
+	if (over < set->join_after)
+		return;
+	over -= set->join_after;
+	if (over >= WATCH_EAGER && bpf_get_prandom_u32() & 15)
+		return;
+	/* Else the callbacks are another program's. */
+	netns = bpf_get_netns_cookie(ctx);
+	if (!enrolled(netns) || !tp->inet_conn.icsk_inet.sk.sk_socket)
+		return;
+	if (!may_join(tp)) {
+		stop_watching(ctx);
+		return;
+	}
+	make_offer(ctx, sk, tp, netns, over >= WATCH_MAX);
+}
+
+/* Ends what become_candidate has begun, for a socket whose flow is gone. Nothing was redirected. */
+static __always_inline void leave_unjoined(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	if (!bpf_sk_storage_get(&candidates, sk, NULL, 0))
+		return;
+	bpf_sk_storage_delete(&candidates, sk);
+	remove_socket(sk, bpf_get_socket_cookie(ctx));
+	stop_watching(ctx);
+}
+
+/* A callback of a socket of a flow that is joining. */
+static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+					 const struct tcp_sock *tp, struct flow *flow,
+					 const struct sk_flow *self)
+{
+	const struct candidate *asks = bpf_sk_storage_get(&candidates, sk, NULL, 0);
+	__u64 both = self->flow << FLOW_STATE_BITS | FLOW_CLIENT_READY | FLOW_SERVER_READY;
+	__u32 side = self->side & 1;
+
+	if (!asks)
+		return;
+	if (!may_join(tp)) {
+		end_unjoined(self->flow, side);
+		leave_unjoined(ctx, sk);
+		count(OUTCOME_JOIN_ENDED, 0);
+		return;
+	}
+	/* Those of blocking sockets sleep most of the time: see await_reads. */
+	if (asks->step != JOIN_INSERTED || (!is_blocking(tp) && has_sleeper(tp)))
+		return;
+	bpf_sk_storage_delete(&candidates, sk);
+	note_positions(tp, flow, side);
+	await_reads(flow, side);
+	__sync_fetch_and_or(&flow->state,
+			    side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY);
+	if (__sync_val_compare_and_swap(&flow->state, both,
+					both | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) == both)
+		count(OUTCOME_PAIRED, 0);
+}
+
+/* The peer has acknowledged bytes (RTT_CB), or the socket is about to send a segment. */
+static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sk_flow *self;
+	struct tcp_sock *tp;
+	struct flow *flow;
+
+	if (!sk)
+		return;
+	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return;
+	if (!self) {
+		on_watched(ctx, sk, tp);
+		return;
+	}
+	if (!self->flow) {
+		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+			learn_mode(ctx, sk);
+		return;
+	}
+	flow = flow_of(self, sk);
+	if (!flow)
+		leave_unjoined(ctx, sk);
+	else if (flow->watched && !(flow->state & FLOW_SERVER_JOINED))
+		on_candidate(ctx, sk, tp, flow, self);
+	else if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+		on_ack(flow, self->side & 1, tp);
+	else
+		on_transmit(ctx, flow, self->side & 1, tp);
+}
+
+/*
+ * Puts candidates into the SOCKHASH. The kernel holds only RCU here, and may give the memory
+ * of a socket to another one at any moment. That has another cookie, which is asked for before
+ * and after.
+ */
+SEC("iter/bpf_sk_storage_map")
+int insert_candidates(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct candidate *asks = ctx->value;
+	struct sock *sk = ctx->sk;
+	struct flow *flow;
+	__u64 cookie;
+	int err;
+
+	if (!sk || !asks || asks->step != JOIN_START)
+		return 0;
+	cookie = asks->cookie;
+	flow = flow_by_id(asks->flow);
+	if (!flow || flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE) ||
+	    bpf_get_socket_cookie(sk) != cookie)
+		return 0;
+	err = bpf_map_update_elem(&sockets, &cookie, sk, BPF_NOEXIST);
+	if (bpf_get_socket_cookie(sk) != cookie) {
+		if (!err)
+			bpf_map_delete_elem(&sockets, &cookie);
+		return 0;
+	}
+	if (!err || err == -EEXIST) { /* an agent that was killed may have put it there */
+		asks->step = JOIN_INSERTED;
+		return 0;
+	}
+	asks->step = JOIN_LEAVE;
+	count(err == -EOPNOTSUPP ? OUTCOME_JOIN_ENDED : join_failure(err), 0);
+	end_unjoined(asks->flow, asks->side);
+	return 0;
+}
+
+#endif
