@@ -162,6 +162,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	group.Go(func() error { return server.Serve(ctx, listener, measure(reconciler, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
 	group.Go(func() error { return joinOpen(ctx, d, reconciler.Snapshot, log) })
+	group.Go(func() error { return joinWatched(ctx, d, log) })
 	group.Go(func() error { return n.lease.run(ctx) })
 	if n.installer != nil {
 		group.Go(func() error { return n.installer.Run(ctx) })
@@ -267,6 +268,22 @@ func joinOpen(ctx context.Context, d *datapath.Datapath, snapshot func() pods.Sn
 		case <-ctx.Done():
 			return nil
 		case <-time.After(min(joinRest*time.Since(began), maxJoinRest)):
+		}
+	}
+}
+
+// joinWatched lets watched connections join, until ctx ends.
+func joinWatched(ctx context.Context, d *datapath.Datapath, log *slog.Logger) error {
+	for {
+		err := d.JoinWatched(ctx)
+		if err == nil {
+			return nil
+		}
+		log.Warn("connections do not join, trying again", "err", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(joinRetry):
 		}
 	}
 }
