@@ -98,7 +98,7 @@ func DefaultConfig() Config {
 		TrialReads:      32,
 		TrialBytes:      256 << 10,
 		TrialDrains:     4,
-		JoinAfter:       64,
+		JoinAfter:       32,
 
 		MaxPolicies: 131072,
 		MaxFlows:    32768,

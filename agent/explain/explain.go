@@ -231,8 +231,8 @@ func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 		if wants(from) || wants(to) {
 			why := v.why(from, to, f.Server.Address.Port())
 			if why.reason == "" {
-				why = answer{reason: reasonUnmatched, message: "a socket is in blocking mode, or the connection was made before both pods took part and could not join, " +
-					"or its handshake cannot be matched (SNAT, TCP Fast Open): reconnect to try again"}
+				why = answer{reason: reasonUnmatched, message: "it has not sent and received enough yet (--join-after), a socket is in blocking mode, or the connection was made before both pods took part and could not join, " +
+					"or its handshake cannot be matched (TCP Fast Open): reconnect to try again"}
 			}
 			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
 			flows = append(flows, f)

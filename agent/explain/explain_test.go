@@ -51,7 +51,7 @@ func testView() *View {
 
 func TestUnpaired(t *testing.T) {
 	const (
-		reconnect = "unmatched []: a socket is in blocking mode, or the connection was made before both pods took part and could not join, or its handshake cannot be matched (SNAT, TCP Fast Open): reconnect to try again"
+		reconnect = "unmatched []: it has not sent and received enough yet (--join-after), a socket is in blocking mode, or the connection was made before both pods took part and could not join, or its handshake cannot be matched (TCP Fast Open): reconnect to try again"
 		stranger  = "peer_not_here []: the other end is not a pod of this node that takes part"
 	)
 	listen := func(netns uint64, local string) Socket {
