@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package measure times one connection between two processes: round trips,
-// streams, or how fast connections come and go. It measures the kernel: the two
+// streams and mixtures of both, or how fast connections come and go. It measures the kernel: the two
 // ends are processes of their own, each pinned to a CPU, whose loops are system
 // calls on one thread with Go's scheduler and garbage collector kept out.
 //
@@ -29,22 +29,40 @@ const (
 	// Stream sends messages one way as fast as they are taken. They are counted
 	// by the receiver, whose buffer is larger than most of them.
 	Stream Kind = "stream"
-	// Connect connects, sends a byte each way and closes, the client first.
+	// BothWays sends such messages in both directions of one connection at once. Each
+	// end writes a message and reads what has come, in turn. The server counts both.
+	BothWays Kind = "both ways"
+	// Replies is a Stream whose receiver answers each message with one of 64 bytes.
+	Replies Kind = "replies"
+	// RandomSizes is a PingPong of requests and answers of 1 byte to Size. Small ones
+	// are as many as large ones, and every run has the same.
+	RandomSizes Kind = "random sizes"
+	// Connect connects, sends a byte each way, as often as Requests says, and closes,
+	// the client first.
 	Connect Kind = "connect"
 )
+
+// countsBytes says whether the server counts bytes, rather than the client times.
+func (k Kind) countsBytes() bool { return k == Stream || k == BothWays || k == Replies }
 
 // Spec is one measurement.
 type Spec struct {
 	Kind Kind
 	// Size is that of a message. Connect has none.
 	Size int
+	// Requests is how often a connection of Connect sends a byte each way; 0 means once.
+	Requests int
 	// Duration is how long it counts, after a warm-up of WarmUp.
 	Duration, WarmUp time.Duration
 	// Listen is an IPv4 address and port, or the absolute path of a unix socket.
 	Listen string
 	// NonBlocking has the ends wait by poll(2) when there is nothing to read or no
-	// room to write; otherwise read and write themselves wait.
+	// room to write; otherwise read and write themselves wait. BothWays and Replies
+	// need it.
 	NonBlocking bool
+	// NoDelay sets TCP_NODELAY: TCP then does not hold back the end of a message until
+	// the rest is acknowledged.
+	NoDelay bool
 	// Dial is where the client connects to, if not to Listen.
 	Dial string
 }
@@ -53,7 +71,7 @@ type Spec struct {
 type End struct {
 	// Start starts the process, such as in the network namespace of a pod.
 	Start func(*exec.Cmd) error
-	// CPU is the one that it is pinned to.
+	// CPU is the one that it is pinned to; below 0, it is pinned to none.
 	CPU int
 }
 
@@ -61,9 +79,10 @@ type End struct {
 type Result struct {
 	// Rate is per second: bytes, connections, or round trips that take P50.
 	Rate float64
-	// P50 and P99 are percentiles of the round trips of a PingPong.
+	// P50 and P99 are percentiles: of round trips, or of the time from connect to
+	// close. The kinds that count bytes have none.
 	P50, P99 time.Duration
-	// Count is how many messages (Stream: bytes) or connections Rate is made from.
+	// Count is how many round trips, bytes or connections Rate is made from.
 	Count int
 }
 
@@ -111,6 +130,9 @@ func Run(ctx context.Context, spec Spec, server, client End) (Result, error) {
 }
 
 func run(ctx context.Context, spec Spec, server, client End) (Result, error) {
+	if (spec.Kind == BothWays || spec.Kind == Replies) && !spec.NonBlocking {
+		return Result{}, errors.New("sockets in blocking mode: this kind needs non-blocking ones")
+	}
 	ctx, cancel := context.WithTimeout(ctx, spec.WarmUp+spec.Duration+grace)
 	defer cancel()
 	s, err := start(ctx, "server", child{spec, true, server.CPU}, server)
@@ -135,7 +157,7 @@ func run(ctx context.Context, spec Spec, server, client End) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	if spec.Kind == Stream {
+	if spec.Kind.countsBytes() {
 		return results[1], nil
 	}
 	return results[0], nil

@@ -44,6 +44,11 @@ func TestRun(t *testing.T) {
 		{Stream, 128, true},
 		{Stream, 128 << 10, false},
 		{Stream, 128 << 10, true},
+		{BothWays, 64, true},
+		{BothWays, 1 << 20, true},
+		{Replies, 64 << 10, true},
+		{RandomSizes, 64 << 10, false},
+		{RandomSizes, 64 << 10, true},
 		{Connect, 0, false},
 		{Connect, 0, true},
 	} {
@@ -51,10 +56,10 @@ func TestRun(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %d %s", tc.kind, tc.size, network), func(t *testing.T) {
 				spec := Spec{
 					Kind: tc.kind, Size: tc.size, Duration: 50 * time.Millisecond, WarmUp: 10 * time.Millisecond,
-					Listen: listen, NonBlocking: tc.nonBlocking,
+					Listen: listen, NonBlocking: tc.nonBlocking, NoDelay: tc.nonBlocking, Requests: 3,
 				}
 				began := time.Now()
-				got, err := Run(t.Context(), spec, here(0), here(runtime.NumCPU()-1))
+				got, err := Run(t.Context(), spec, here(-1), here(runtime.NumCPU()-1))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -64,7 +69,7 @@ func TestRun(t *testing.T) {
 				if got.Count == 0 || got.Rate <= 0 {
 					t.Errorf("nothing measured: got %+v", got)
 				}
-				if hasTimes := got.P50 > 0 && got.P99 >= got.P50; hasTimes != (tc.kind == PingPong) {
+				if hasTimes := got.P50 > 0 && got.P99 >= got.P50; hasTimes == tc.kind.countsBytes() {
 					t.Errorf("round trips: got %v and %v", got.P50, got.P99)
 				}
 			})
@@ -83,6 +88,7 @@ func TestRunFails(t *testing.T) {
 		want string
 	}{
 		{"client refused", t.Context(), Spec{Kind: PingPong, Size: 1, Listen: freeAddress(t), Dial: refused}, "client: exit status 1: connect: connection refused"},
+		{"blocking", t.Context(), Spec{Kind: BothWays, Size: 1, Listen: refused}, "needs non-blocking ones"},
 		{"bad address", t.Context(), Spec{Kind: Stream, Size: 1, Listen: "[::1]:80"}, "accepted are IPv4 addresses"},
 		{"interrupted", ended, Spec{Kind: Connect, Listen: freeAddress(t)}, context.Canceled.Error()},
 	} {

@@ -68,8 +68,8 @@ func open(to unix.Sockaddr, nonBlocking bool) (socket, error) {
 	return s, s.setTimeouts()
 }
 
-func listen(at unix.Sockaddr) (socket, error) {
-	s, err := open(at, false)
+func listen(at unix.Sockaddr, nonBlocking bool) (socket, error) {
+	s, err := open(at, nonBlocking)
 	if err != nil {
 		return socket{}, err
 	}
@@ -107,16 +107,23 @@ func connect(to unix.Sockaddr, nonBlocking bool) (socket, error) {
 	return s, nil
 }
 
-func (s socket) accept(nonBlocking bool) (socket, error) {
+// accept returns a socket of the listener's mode.
+func (s socket) accept() (socket, error) {
 	flags := unix.SOCK_CLOEXEC
-	if nonBlocking {
+	if s.nonBlocking {
 		flags |= unix.SOCK_NONBLOCK
 	}
 	fd, _, err := unix.Accept4(s.fd, flags)
+	for errors.Is(err, unix.EAGAIN) && s.nonBlocking {
+		if err := s.poll(unix.POLLIN); err != nil {
+			return socket{}, err
+		}
+		fd, _, err = unix.Accept4(s.fd, flags)
+	}
 	if err != nil {
 		return socket{}, fmt.Errorf("accept: %w", err)
 	}
-	conn := socket{fd, nonBlocking}
+	conn := socket{fd, s.nonBlocking}
 	return conn, conn.setTimeouts()
 }
 
@@ -130,8 +137,7 @@ func (s socket) setTimeouts() error {
 	return nil
 }
 
-// noDelay keeps TCP from holding back the end of a message until the rest is
-// acknowledged. It is for messages that are answered.
+// noDelay sets TCP_NODELAY, unless the address is a unix socket's.
 func (s socket) noDelay(to unix.Sockaddr) error {
 	if _, ok := to.(*unix.SockaddrUnix); ok {
 		return nil

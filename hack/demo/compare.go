@@ -57,7 +57,7 @@ func (d *demo) compare(ctx context.Context) error {
 	run := func(r row, listen, dial string) (measure.Result, error) {
 		spec := measure.Spec{
 			Kind: r.kind, Size: r.size, Duration: d.duration, WarmUp: warmUp,
-			Listen: listen, Dial: dial, NonBlocking: r.kind == measure.Stream,
+			Listen: listen, Dial: dial, NonBlocking: r.kind == measure.Stream, NoDelay: r.kind == measure.PingPong,
 		}
 		return measure.Run(ctx, spec, end(d.server.Start, cpu), end(d.client.Start, cpu))
 	}
