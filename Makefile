@@ -25,6 +25,8 @@ APPS ?= $(CURDIR)/.cache/apps
 CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
+# For make bench: flags of hack/bench, such as "-rows '^stream 16 KiB' -cores one -rounds 20".
+BENCH_ARGS ?=
 # What runs the tests of unit, test and test-cluster; CI takes a program that repeats the failures at the end.
 GOTEST ?= go test
 
@@ -119,9 +121,9 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
 	hack/verify.sh
 
-bench: build cni ## measure this machine into docs/measurements.md (root)
+bench: build cni ## measure this machine into docs/measurements.md, in some 25 minutes (root)
 	$(BUILD) -o bin/bench ./hack/bench
-	$(SUDO) bin/bench >bin/measurements.md
+	$(SUDO) bin/bench $(BENCH_ARGS) >bin/measurements.md
 	mv bin/measurements.md docs/
 	go test -exec "$(SUDO)" -run '^$$' -bench Guards ./agent/datapath
 	go test -exec "$(SUDO)" -run '^$$' -bench Node -timeout 20m ./e2e

@@ -24,61 +24,6 @@ import (
 // port is the server's.
 const port = 8000
 
-// warmUp lets TCP open its windows and the shortcut see the receivers read.
-const warmUp = 50 * time.Millisecond
-
-// row is one line of the result.
-type row struct {
-	kind measure.Kind
-	size int
-	// bare rows are measured with nothing loaded as well.
-	bare bool
-}
-
-func rows() []row {
-	return []row{
-		{measure.PingPong, 1, true},
-		{measure.PingPong, 1 << 10, false},
-		{measure.PingPong, 16 << 10, false},
-		{measure.PingPong, 64 << 10, false},
-		{measure.Stream, 128, false},
-		{measure.Stream, 512, false},
-		{measure.Stream, 1 << 10, false},
-		{measure.Stream, 4 << 10, false},
-		{measure.Stream, 16 << 10, true},
-		{measure.Stream, 64 << 10, false},
-		{measure.Stream, 128 << 10, false},
-		{measure.Connect, 0, true},
-	}
-}
-
-// variant is a way for the two pods to be connected.
-type variant int
-
-const (
-	// tcp runs where no program of podshunt is attached.
-	tcp variant = iota
-	shortcut
-	// clientOnly and serverOnly have the other pod not enrolled.
-	clientOnly
-	serverOnly
-	unixSocket
-)
-
-// variants of a row, in the order of the first round.
-func (r row) variants() []variant {
-	if r.kind == measure.Connect {
-		return []variant{tcp, shortcut, clientOnly, serverOnly, unixSocket}
-	}
-	return []variant{tcp, shortcut, clientOnly, unixSocket}
-}
-
-// placement says which CPUs the ends are pinned to.
-type placement struct {
-	name           string
-	server, client int
-}
-
 // sample is one measurement.
 type sample struct {
 	measure.Result
@@ -97,6 +42,7 @@ type bench struct {
 	plain, watched string
 	settings       settings
 	datapath       *datapath.Datapath // nil while nothing is loaded
+	cookies        []uint64           // of client and server
 	observer       string
 }
 
@@ -126,6 +72,11 @@ func newBench(s settings) (_ *bench, err error) {
 		return nil, err
 	}
 	for _, p := range []*sandbox.Pod{b.client, b.server} {
+		cookie, err := p.Cookie()
+		if err != nil {
+			return nil, err
+		}
+		b.cookies = append(b.cookies, cookie)
 		if err := p.Sysctl("net.ipv4.tcp_rmem", receiveBuffer); err != nil {
 			return nil, err
 		}
@@ -149,32 +100,18 @@ func (b *bench) close() error {
 	return errors.Join(append(errs, b.sandbox.Close())...)
 }
 
-// load attaches podshunt to the watched cgroup and allows all connections of the
-// client and the server, once both are enrolled.
-func (b *bench) load() error {
+// load attaches podshunt to the watched cgroup, with the settings of a mode.
+func (b *bench) load(m mode) error {
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup = b.watched
 	cfg.Budget, cfg.PodBudget = uint32(b.settings.budget), max(cfg.PodBudget, uint64(b.settings.budget))
-	cfg.AllowBlocking = true // ping-pong and connections wait inside of read
+	m.change(&cfg)
 	d, err := b.sandbox.OpenDatapath(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
 	}
 	b.datapath, b.observer = d, d.Observer()
-	go func() {
-		if err := d.JoinWatched(context.Background()); err != nil { // until it is unloaded
-			fmt.Fprintln(os.Stderr, "bench:", err)
-		}
-	}()
-	client, err := b.client.Cookie()
-	if err != nil {
-		return err
-	}
-	server, err := b.server.Cookie()
-	if err != nil {
-		return err
-	}
-	return d.SetPolicy(sandbox.Between(rule.Allow, client, server))
+	return nil
 }
 
 func (b *bench) unload(ctx context.Context) error {
@@ -185,11 +122,11 @@ func (b *bench) unload(ctx context.Context) error {
 
 // alternate measures the variants in turn. Every second round goes backwards,
 // so that none always has the same one before it.
-func (b *bench) alternate(ctx context.Context, r row, p placement, variants []variant, rounds int) (table, error) {
+func (b *bench) alternate(ctx context.Context, p place, variants []variant) (table, error) {
 	t := table{}
-	for range rounds {
+	for range b.settings.rounds {
 		for _, v := range variants {
-			s, err := b.measure(ctx, r, p, v)
+			s, err := b.measure(ctx, p.row, p.placement, v)
 			if err != nil {
 				return nil, err
 			}
@@ -203,19 +140,19 @@ func (b *bench) alternate(ctx context.Context, r row, p placement, variants []va
 
 func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sample, error) {
 	spec := measure.Spec{
-		Kind: r.kind, Size: r.size, Duration: b.settings.duration, WarmUp: warmUp,
-		NonBlocking: r.kind == measure.Stream || b.settings.nonBlocking,
-		Listen:      netip.AddrPortFrom(b.server.IPv4, port).String(),
+		Kind: r.kind, Size: r.size, Requests: r.requests, Duration: b.settings.length, WarmUp: b.settings.warmUp,
+		NonBlocking: r.mode != blocking, NoDelay: r.noDelay,
+		Listen: netip.AddrPortFrom(b.server.IPv4, port).String(),
 	}
 	if v == unixSocket {
 		spec.Listen = filepath.Join(b.sandbox.Base, "server.sock")
 	}
 	cgroup := b.watched
-	if v == tcp || v == unixSocket {
+	if v == tcp || v == tcpAgain || v == unixSocket {
 		cgroup = b.plain
 	}
 	if b.datapath != nil {
-		if err := errors.Join(b.enrol(b.client, v == shortcut || v == clientOnly), b.enrol(b.server, v == shortcut || v == serverOnly)); err != nil {
+		if err := b.prepare(v); err != nil {
 			return sample{}, err
 		}
 	}
@@ -233,8 +170,8 @@ func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sam
 	}
 	counted := after.minus(before)
 	// How much then took the shortcut is for the reader of the table to judge.
-	if (counted.paired > 0) && (v != shortcut) {
-		return sample{}, fmt.Errorf("%s: this is not what was to be measured: %d connections paired", r.name(), counted.paired)
+	if (counted.paired > 0) != v.pairs() {
+		return sample{}, fmt.Errorf("%s: this is not what was to be measured: %d connections paired", r.title(), counted.paired)
 	}
 	s := sample{Result: result}
 	if counted.sent > 0 {
@@ -243,16 +180,27 @@ func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sam
 	return s, nil
 }
 
-// enrol makes a pod take part or not.
-func (b *bench) enrol(p *sandbox.Pod, takesPart bool) error {
-	cookie, err := p.Cookie()
-	if err != nil {
+// prepare makes the pods take part as the variant wants, and forgets what was learned
+// of the server's port: no measurement profits or suffers from the ones before.
+func (b *bench) prepare(v variant) error {
+	verdict := rule.Allow
+	if v == held {
+		verdict = rule.Hold
+	}
+	if err := b.datapath.SetPolicy(sandbox.Between(verdict, b.cookies...)); err != nil {
 		return err
 	}
-	if takesPart {
-		return b.datapath.Enrol(cookie)
+	for i, takesPart := range []bool{v.pairs() || v == clientOnly, v.pairs() || v == serverOnly} {
+		change := b.datapath.Release
+		if takesPart {
+			change = b.datapath.Enrol
+		}
+		if err := change(b.cookies[i]); err != nil {
+			return err
+		}
 	}
-	return b.datapath.Release(cookie)
+	_, err := b.datapath.Forget(func(uint64, uint64, uint16) bool { return true })
+	return err
 }
 
 // in places an end in a pod, a cgroup and on a CPU.

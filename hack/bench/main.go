@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -45,43 +46,56 @@ func body() int {
 
 // settings are the flags.
 type settings struct {
-	rounds      int
-	duration    time.Duration
-	kinds       []measure.Kind
-	cores       int
-	nonBlocking bool
-	budget      uint
+	rounds         int
+	length, warmUp time.Duration
+	rows           *regexp.Regexp
+	cores          []string
+	budget         uint
 }
 
 func parse(args []string, stderr io.Writer) (settings, error) {
-	var s settings
-	all := []measure.Kind{measure.PingPong, measure.Stream, measure.Connect}
+	s := settings{rows: regexp.MustCompile(""), cores: []string{"one", "two", "free"}}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured")
-	flags.DurationVar(&s.duration, "duration", 200*time.Millisecond, "how long one measurement counts")
-	flags.IntVar(&s.cores, "cores", 0, "1: only with both ends on one core, 2: only across two; 0: both")
-	flags.BoolVar(&s.nonBlocking, "non-blocking", false, "ping-pong and connections wait by poll(2), as streams always do, not inside of read(2)")
+	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured; below 6 there are no intervals")
+	flags.DurationVar(&s.length, "length", 100*time.Millisecond, "how long one measurement counts")
+	flags.DurationVar(&s.warmUp, "warm-up", 50*time.Millisecond, "how long each runs before, for TCP to open its windows and for the shortcut to see the receivers read")
 	flags.UintVar(&s.budget, "budget", uint(datapath.DefaultConfig().Budget), "`bytes` that a receiver may leave unread, as --budget of the agent")
-	flags.Func("only", "kinds to measure, separated by commas (default ping-pong,stream,connect)", func(list string) error {
-		for name := range strings.SplitSeq(list, ",") {
-			if !slices.Contains(all, measure.Kind(name)) {
+	flags.Func("rows", "`regexp` of the rows to measure, such as '^ping-pong 1 B, nodelay' (default all)", func(value string) (err error) {
+		s.rows, err = regexp.Compile(value)
+		return err
+	})
+	flags.Func("cores", "`list` of where the ends run: one core, two, or free to run on any (default one,two,free)", func(list string) error {
+		all := s.cores
+		s.cores = strings.Split(list, ",")
+		for _, name := range s.cores {
+			if !slices.Contains(all, name) {
 				return fmt.Errorf("%q: accepted are %q", name, all)
 			}
-			s.kinds = append(s.kinds, measure.Kind(name))
 		}
 		return nil
 	})
 	if err := flags.Parse(args); err != nil {
 		return settings{}, err
 	}
-	if s.kinds == nil {
-		s.kinds = all
-	}
-	if flags.NArg() > 0 || s.rounds < 1 || s.duration <= 0 || s.cores < 0 || s.cores > 2 {
-		return settings{}, errors.New("accepted are -rounds from 1, -duration above 0, -cores 0 to 2, and nothing else; see -h")
+	if flags.NArg() > 0 || s.rounds < 1 || s.length <= 0 || s.warmUp < 0 {
+		return settings{}, errors.New("accepted are -rounds from 1, -length above 0, -warm-up from 0, and nothing else; see -h")
 	}
 	return s, nil
+}
+
+// place is where a row was measured.
+type place struct {
+	placement placement
+	row       row
+}
+
+// results are of the places in which TCP is compared; before, loaded and after of the
+// bare rows on one core.
+type results struct {
+	todo                  []place
+	compared              map[place]table
+	before, loaded, after map[place]table
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
@@ -94,73 +108,81 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
+	where, err := placements(cpus, s.cores)
+	if err != nil {
+		return err
+	}
+	r := results{compared: map[place]table{}}
+	for _, p := range where {
+		for _, row := range rows() {
+			if s.rows.MatchString(row.title()) && p.has(row) {
+				r.todo = append(r.todo, place{p, row})
+			}
+		}
+	}
+	if r.todo == nil {
+		return fmt.Errorf("rows %q: none has such a name in these placements", s.rows)
+	}
 	b, err := newBench(s)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
+	progress := func(p place) {
+		fmt.Fprintf(stderr, "%4.0fs  %s: %s\n", time.Since(began).Seconds(), p.placement.name, p.row.title())
+	}
+	if err := b.measureAll(ctx, &r, progress); err != nil {
+		return err
+	}
+	if err := b.writeHeader(stdout, args); err != nil {
+		return err
+	}
+	r.write(stdout)
+	_, err = fmt.Fprintf(stdout, "\nThe run took %.0f s.\n", time.Since(began).Seconds())
+	return err
+}
 
-	todo := slices.DeleteFunc(rows(), func(r row) bool { return !slices.Contains(s.kinds, r.kind) })
-	bare := slices.DeleteFunc(slices.Clone(todo), func(r row) bool { return !r.bare })
-	oneCore := placement{"Both ends on one core", cpus[0], cpus[0]}
-	placements := []placement{oneCore}
-	if len(cpus) > 1 && s.cores != 1 {
-		placements = append(placements, placement{"Across two cores", cpus[0], cpus[1]})
-	}
-	if s.cores == 2 {
-		placements = placements[1:]
-	}
-
-	progress := func(p placement, r row) {
-		fmt.Fprintf(stderr, "%4.0fs  %s: %s\n", time.Since(began).Seconds(), p.name, r.name())
-	}
-	measureAll := func(p placement, rows []row, variants func(row) []variant) (map[row]table, error) {
-		all := map[row]table{}
-		for _, r := range rows {
-			progress(p, r)
-			t, err := b.alternate(ctx, r, p, variants(r), s.rounds)
+// measureAll fills in the results.
+func (b *bench) measureAll(ctx context.Context, r *results, progress func(place)) error {
+	bare := func() (map[place]table, error) {
+		all := map[place]table{}
+		for _, p := range r.bare() {
+			progress(p)
+			t, err := b.alternate(ctx, p, []variant{tcp})
 			if err != nil {
 				return nil, err
 			}
-			all[r] = t
+			all[p] = t
 		}
 		return all, nil
 	}
-	onlyTCP := func(row) []variant { return []variant{tcp} }
-
-	before, err := measureAll(oneCore, bare, onlyTCP)
-	if err != nil {
+	var err error
+	if r.before, err = bare(); err != nil {
 		return err
 	}
-	if err := b.load(); err != nil {
-		return err
-	}
-	results := make([]map[row]table, len(placements))
-	for i, p := range placements {
-		if results[i], err = measureAll(p, todo, row.variants); err != nil {
+	for _, m := range modes() {
+		if err := b.load(m); err != nil {
+			return err
+		}
+		for _, p := range r.todo {
+			if p.row.mode != m {
+				continue
+			}
+			progress(p)
+			if r.compared[p], err = b.alternate(ctx, p, p.row.variants()); err != nil {
+				return err
+			}
+		}
+		if m == usual {
+			if r.loaded, err = bare(); err != nil {
+				return err
+			}
+		}
+		if err := b.unload(ctx); err != nil {
 			return err
 		}
 	}
-	loaded, err := measureAll(oneCore, bare, onlyTCP)
-	if err != nil {
-		return err
-	}
-	if err := b.unload(ctx); err != nil {
-		return err
-	}
-	after, err := measureAll(oneCore, bare, onlyTCP)
-	if err != nil {
-		return err
-	}
-
-	if err := writeHeader(stdout, b.observer, args, s); err != nil {
-		return err
-	}
-	for i, p := range placements {
-		writeResults(stdout, p, todo, results[i])
-	}
-	writeBare(stdout, bare, before, loaded, after)
-	_, err = fmt.Fprintf(stdout, "\nThe run took %.0f s.\n", time.Since(began).Seconds())
+	r.after, err = bare()
 	return err
 }
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The result as Markdown.
+
 package main
 
 import (
@@ -7,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -16,101 +19,79 @@ import (
 	"github.com/podshunt/podshunt/e2e/measure"
 )
 
-// none fills the cell of what was not measured.
-const none = "–"
-
-func (r row) name() string {
-	switch {
-	case r.kind == measure.Connect:
-		return "connections"
-	case r.size < 1<<10:
-		return fmt.Sprintf("%s %d B", r.kind, r.size)
-	}
-	return fmt.Sprintf("%s %d KiB", r.kind, r.size>>10)
-}
-
-// median of what get takes from each sample; 0 for none.
-func median(samples []sample, get func(sample) float64) float64 {
-	values := make([]float64, len(samples))
-	for i, s := range samples {
-		values[i] = get(s)
-	}
-	slices.Sort(values)
-	n := len(values)
-	if n == 0 {
-		return 0
-	}
-	return (values[(n-1)/2] + values[n/2]) / 2
-}
-
-// ratio is the median of the ratios of each round: what happens to the machine
-// over time then concerns both sides alike.
-func ratio(samples, base []sample) string {
+// value is the median in the unit of the row.
+func (r row) value(samples []sample) string {
 	if len(samples) == 0 {
 		return none
 	}
-	ratios := make([]sample, len(samples))
-	for i := range samples {
-		ratios[i].Rate = samples[i].Rate / base[i].Rate
+	if r.kind == measure.Connect {
+		return fmt.Sprintf("%.0f /s", median(samples, rate))
 	}
-	return fmt.Sprintf("%.2f", median(ratios, rate))
+	if p99 := median(samples, func(s sample) float64 { return s.P99.Seconds() }); p99 > 0 {
+		return fmt.Sprintf("%.2f (%.1f) µs", 1e6*median(samples, func(s sample) float64 { return s.P50.Seconds() }), 1e6*p99)
+	}
+	return fmt.Sprintf("%.2f Gbit/s", median(samples, rate)*8/1e9)
 }
 
-func rate(s sample) float64 { return s.Rate }
-
-// value is the median in the unit of the row.
-func (r row) value(samples []sample) string {
-	microseconds := func(get func(sample) time.Duration) float64 {
-		return median(samples, func(s sample) float64 { return float64(get(s)) / 1e3 })
-	}
-	switch r.kind {
-	case measure.PingPong:
-		return fmt.Sprintf("%.2f (%.1f) µs", microseconds(func(s sample) time.Duration { return s.P50 }),
-			microseconds(func(s sample) time.Duration { return s.P99 }))
-	case measure.Stream:
-		return fmt.Sprintf("%.2f Gbit/s", median(samples, rate)*8/1e9)
-	}
-	return fmt.Sprintf("%.0f /s", median(samples, rate))
-}
-
-func writeHeader(w io.Writer, observer string, args []string, s settings) error {
+func (b *bench) writeHeader(w io.Writer, args []string) error {
 	var uname unix.Utsname
 	if err := unix.Uname(&uname); err != nil {
 		return fmt.Errorf("read the kernel's release: %w", err)
-	}
-	sockets := "non-blocking and waited for by poll(2) in streams, waiting inside of read(2) in the others"
-	if s.nonBlocking {
-		sockets = "non-blocking and waited for by poll(2)"
 	}
 	cpu, err := cpuModel()
 	if err != nil {
 		return err
 	}
+	cpus, err := allowedCPUs()
+	if err != nil {
+		return err
+	}
+	command := strings.ReplaceAll(strings.Join(append([]string{"hack/bench"}, args...), " "), "|", `\|`) // else a new cell
 	fmt.Fprintf(w, `# Measurements
 
 | | |
 | --- | --- |
 | date | %s |
 | kernel | %s |
-| CPU | %s |
+| CPU | %d of %s |
 | command | %s |
-| tcp_rmem and congestion control of the pods | %s, %s |
-
+| congestion control | %s |
+`, time.Now().Format("2006-01-02"), unix.ByteSliceToString(uname.Release[:]), len(cpus), cpu, "`"+command+"`", measure.Congestion)
+	for _, name := range []string{"tcp_rmem", "tcp_wmem", "tcp_autocorking"} {
+		var value []byte
+		err := b.client.Do(func() (err error) {
+			value, err = os.ReadFile(filepath.Join("/proc/sys/net/ipv4", name))
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		line(w, name, strings.Join(strings.Fields(string(value)), " "))
+	}
+	_, err = fmt.Fprintf(w, `
 Two pods on one bridge, wired by the CNI plugins bridge and host-local. Each value is the median of %d rounds
-of %v; the variants take turns within a round. A ratio is the median of the rounds' ratios, and above 1 is faster.
+of %v after a warm-up of %v; the variants take turns within a round.
 
-- **ping-pong**: a message there and back; median (99th percentile) of the round trips.
-- **stream**: messages one way, read with a buffer of 256 KiB; without TCP_NODELAY.
-- **connections**: connect, one byte each way, close; one after the other. TIME_WAIT is off in the pods.
+- **ping-pong**: a message there and back; median (99th percentile) of the round trips. **random to 64 KiB**: requests and
+  answers of 1 byte to 64 KiB, as many small ones as large ones, the same in each run.
+- **stream**: messages one way, read with a buffer of 256 KiB. **both ways**: each end writes a message and reads what has
+  come, in turn; the bytes of both are counted. **replies**: each message of the stream is answered with 64 bytes.
+- **connections**: connect, so many times one byte each way, close; one after the other. The p99 is of this whole time.
+  TIME_WAIT is off in the pods.
 - **TCP**: from a cgroup without programs of podshunt. **shortcut**: both pods enrolled; **bytes by shortcut** is the
-  part of the bytes sent that took it. **peer not enrolled**: TCP between an enrolled client and a server that is not,
-  against TCP; for connections, the reverse (only the server enrolled) follows the slash.
-- Sockets are %s.
+  part of the bytes sent that took it. **TCP to TCP**: TCP once more in each round, which shows the noise of the machine.
+  **peer not enrolled**: TCP between an enrolled client and a server that is not, to TCP; for connections, the reverse
+  (only the server enrolled) follows the slash. **held**: both pods enrolled, connections paired but kept on TCP, to TCP.
+- A ratio above 1 is faster. It is the median of the rounds' ratios, and in brackets is its 95 %% interval: from the
+  k-th smallest to the k-th largest of these ratios, with the largest k that tosses of a coin allow (of %d: %d). Ratios
+  of p99 are those of the 99th percentiles.
+- **slower**: the whole interval is below %.2f, for the median or for the p99.
+- Sockets are non-blocking and waited for by poll(2), as those in blocking mode stay on TCP by default. The tables of
+  sockets in blocking mode accept that hazard (limits.md#blocking-recv).
 - The receive observer (here: %s) is attached to the whole machine, so it also runs for TCP and the unix socket; the
-  last table shows what that costs.
-`, time.Now().Format("2006-01-02"), unix.ByteSliceToString(uname.Release[:]), cpu,
-		"`"+strings.TrimSpace("hack/bench "+strings.Join(args, " "))+"`", receiveBuffer, measure.Congestion, s.rounds, s.duration, sockets, observer)
-	return nil
+  last table shows what that costs. No guard is attached (limits.md#speed).
+`, b.settings.rounds, b.settings.length, b.settings.warmUp, b.settings.rounds, intervalRank(b.settings.rounds), slower, b.observer)
+	return err
 }
 
 func cpuModel() (string, error) {
@@ -128,29 +109,129 @@ func cpuModel() (string, error) {
 	return "not in /proc/cpuinfo", lines.Err() // arm64 has numbers there only
 }
 
-func writeResults(w io.Writer, p placement, rows []row, results map[row]table) {
-	fmt.Fprintf(w, "\n## %s\n\n", p.name)
-	line(w, "", "TCP", "shortcut", "ratio to TCP", "bytes by shortcut", "unix socket", "shortcut to unix", "peer not enrolled")
-	line(w, "---", "--:", "--:", "--:", "--:", "--:", "--:", "--:")
-	for _, r := range rows {
-		t := results[r]
-		peer := ratio(t[clientOnly], t[tcp])
-		if reverse := ratio(t[serverOnly], t[tcp]); reverse != none {
-			peer += " / " + reverse
+// bare lists the places of the last table.
+func (r *results) bare() []place {
+	return slices.DeleteFunc(slices.Clone(r.todo), func(p place) bool { return !p.row.bare || p.placement.flag != "one" })
+}
+
+func (r *results) write(w io.Writer) {
+	r.writeSlower(w)
+	for todo := r.todo; len(todo) > 0; {
+		first := todo[0]
+		n := slices.IndexFunc(todo, func(p place) bool { return p.placement != first.placement || p.row.table() != first.row.table() })
+		if n < 0 {
+			n = len(todo)
 		}
-		line(w, r.name(), r.value(t[tcp]), r.value(t[shortcut]), "**"+ratio(t[shortcut], t[tcp])+"**",
-			fmt.Sprintf("%.1f %%", 100*median(t[shortcut], func(s sample) float64 { return s.share })),
-			r.value(t[unixSocket]), ratio(t[shortcut], t[unixSocket]), peer)
+		fmt.Fprintf(w, "\n## %s, %s\n\n", first.placement.name, first.row.table())
+		r.writeTable(w, todo[:n])
+		todo = todo[n:]
+	}
+	if bare := r.bare(); len(bare) > 0 {
+		r.writeBare(w, bare)
 	}
 }
 
-func writeBare(w io.Writer, rows []row, before, loaded, after map[row]table) {
+// slower names what of the variant is slower than TCP.
+func (t table) slower(v variant) []string {
+	var names []string
+	if ratio(t[v], t[tcp], rate).below(slower) {
+		names = append(names, "median")
+	}
+	if ratio(t[v], t[tcp], tail).below(slower) {
+		names = append(names, "p99")
+	}
+	return names
+}
+
+// verdict is no if the variant is not slower than TCP, as far as is known.
+func (t table) verdict(v variant) string {
+	switch names := t.slower(v); {
+	case len(names) > 0:
+		return strings.Join(names, ", ")
+	case intervalRank(len(t[v])) == 0:
+		return none
+	}
+	return "no"
+}
+
+func (t table) share() string {
+	return fmt.Sprintf("%.1f %%", 100*median(t[shortcut], func(s sample) float64 { return s.share }))
+}
+
+// writeSlower lists the rows that are slower than TCP.
+func (r *results) writeSlower(w io.Writer) {
+	lines := [][]string{{"", "slower", "ratio to TCP", "p99 to TCP", "bytes by shortcut"}}
+	noise := 0
+	for _, p := range r.todo {
+		t := r.compared[p]
+		if t.slower(tcpAgain) != nil {
+			noise++
+		}
+		if t.slower(shortcut) != nil {
+			lines = append(lines, []string{
+				p.placement.name + ": " + p.row.title(), t.verdict(shortcut), ratio(t[shortcut], t[tcp], rate).String(), ratio(t[shortcut], t[tcp], tail).String(), t.share(),
+			})
+		}
+	}
+	fmt.Fprintf(w, "\n## Slower than TCP\n\n%d of %d rows; of TCP to TCP, %d.\n", len(lines)-1, len(r.todo), noise)
+	if len(lines) > 1 {
+		fmt.Fprintln(w)
+		write(w, lines)
+	}
+}
+
+func (r *results) writeTable(w io.Writer, places []place) {
+	lines := [][]string{{
+		"", "TCP", "shortcut", "ratio to TCP", "p99 to TCP", "TCP to TCP", "p99, TCP to TCP", "slower",
+		"bytes by shortcut", "unix socket", "shortcut to unix", "peer not enrolled", "held",
+	}}
+	for _, p := range places {
+		t := r.compared[p]
+		peer := ratio(t[clientOnly], t[tcp], rate).String()
+		if reverse := ratio(t[serverOnly], t[tcp], rate).String(); reverse != none {
+			peer += " / " + reverse
+		}
+		lines = append(lines, []string{
+			p.row.name(), p.row.value(t[tcp]), p.row.value(t[shortcut]),
+			"**" + ratio(t[shortcut], t[tcp], rate).String() + "**", ratio(t[shortcut], t[tcp], tail).String(),
+			ratio(t[tcpAgain], t[tcp], rate).String(), ratio(t[tcpAgain], t[tcp], tail).String(), t.verdict(shortcut),
+			t.share(), p.row.value(t[unixSocket]), ratio(t[shortcut], t[unixSocket], rate).short(), peer,
+			ratio(t[held], t[tcp], rate).String(),
+		})
+	}
+	write(w, lines)
+}
+
+func (r *results) writeBare(w io.Writer, places []place) {
+	lines := [][]string{{"", "before loading", "loaded", "after unloading", "loaded to before", "loaded to after"}}
+	for _, p := range places {
+		b, l, a := r.before[p][tcp], r.loaded[p][tcp], r.after[p][tcp]
+		lines = append(lines, []string{
+			p.row.title(), p.row.value(b), p.row.value(l), p.row.value(a), ratio(l, b, rate).String(), ratio(l, a, rate).String(),
+		})
+	}
 	fmt.Fprint(w, "\n## Plain TCP on one core with podshunt loaded and with nothing loaded\n\n")
-	line(w, "", "before loading", "loaded", "after unloading", "loaded to before", "loaded to after")
-	line(w, "---", "--:", "--:", "--:", "--:", "--:")
-	for _, r := range rows {
-		b, l, a := before[r][tcp], loaded[r][tcp], after[r][tcp]
-		line(w, r.name(), r.value(b), r.value(l), r.value(a), ratio(l, b), ratio(l, a))
+	write(w, lines)
+}
+
+// write writes a table whose first line is its head, without the columns that have
+// nothing but that.
+func write(w io.Writer, lines [][]string) {
+	kept := func(column int) bool {
+		return column == 0 || slices.ContainsFunc(lines[1:], func(cells []string) bool { return cells[column] != none })
+	}
+	for i, cells := range lines {
+		var out, rule []string
+		for column, cell := range cells {
+			if kept(column) {
+				out, rule = append(out, cell), append(rule, "--:")
+			}
+		}
+		line(w, out...)
+		if i == 0 {
+			rule[0] = "---"
+			line(w, rule...)
+		}
 	}
 }
 
