@@ -3,7 +3,9 @@
 package main
 
 import (
+	"io"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -36,7 +38,7 @@ func TestRatio(t *testing.T) {
 		slower        bool
 	}{
 		{"not measured", nil, samples(1, 2), none, false},
-		{"rounds are compared one by one", samples(10, 40, 80), samples(20, 20, 20), "2.00", false},
+		{"rounds are compared one by one", samples(20, 30, 120), samples(10, 20, 40), "2.00", false},
 		{"even number", samples(10, 20), samples(10, 10), "1.50", false},
 		{"too few rounds to be sure", samples(1, 1, 1, 1, 1), samples(2, 2, 2, 2, 2), "0.50", false},
 		{"slower", samples(90, 91, 92, 93, 94, 95), samples(100, 100, 100, 100, 100, 100), "0.93 (0.90–0.95)", true},
@@ -104,6 +106,23 @@ func TestPlacements(t *testing.T) {
 				t.Errorf("%v on CPUs %v: got %v, want %v", tc.cores, tc.cpus, got, tc.want)
 			}
 		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	for _, args := range [][]string{{"-rounds", "0"}, {"-length", "0s"}, {"-cores", "three"}, {"-rows", "("}, {"more"}} {
+		if got, err := parse(args, io.Discard); err == nil {
+			t.Errorf("%q: got %+v, want an error", args, got)
+		}
+	}
+	got, err := parse([]string{"-rows", "^stream 64 B, nodelay$", "-cores", "one,free"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chosen := slices.DeleteFunc(rows(), func(r row) bool { return !got.rows.MatchString(r.title()) })
+	want := []row{{kind: measure.Stream, size: 64, noDelay: true}}
+	if !slices.Equal(chosen, want) || !slices.Equal(got.cores, []string{"one", "free"}) {
+		t.Errorf("got rows %+v on %q, want %+v on one and free", chosen, got.cores, want)
 	}
 }
 
