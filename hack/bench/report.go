@@ -87,9 +87,9 @@ of %v after a warm-up of %v; the variants take turns within a round.
   of p99 are those of the 99th percentiles.
 - **slower**: the whole interval is below %.2f, for the median or for the p99.
 - Sockets are non-blocking and waited for by poll(2), as those in blocking mode stay on TCP by default. The tables of
-  sockets in blocking mode accept that hazard (limits.md#blocking-recv).
+  sockets in blocking mode accept [that hazard](limits.md#blocking-recv).
 - The receive observer (here: %s) is attached to the whole machine, so it also runs for TCP and the unix socket; the
-  last table shows what that costs. No guard is attached (limits.md#speed).
+  last table shows what that costs. No guard is attached: [what they cost](limits.md#speed) was measured under emulation.
 `, b.settings.rounds, b.settings.length, b.settings.warmUp, b.settings.rounds, intervalRank(b.settings.rounds), slower, b.observer)
 	return err
 }
