@@ -81,7 +81,7 @@ of %v after a warm-up of %v; the variants take turns within a round.
 - **TCP**: from a cgroup without programs of podshunt. **shortcut**: both pods enrolled; **bytes by shortcut** is the
   part of the bytes sent that took it. **TCP to TCP**: TCP once more in each round, which shows the noise of the machine.
   **peer not enrolled**: TCP between an enrolled client and a server that is not, to TCP; for connections, the reverse
-  (only the server enrolled) follows the slash. **held**: both pods enrolled, connections paired but kept on TCP, to TCP.
+  (only the server enrolled) follows the slash. **watched**: both pods enrolled, connections that are watched and do not join, to TCP.
 - A ratio above 1 is faster. It is the median of the rounds' ratios, and in brackets is its 95 %% interval: from the
   k-th smallest to the k-th largest of these ratios, with the largest k that tosses of a coin allow (of %d: %d). Ratios
   of p99 are those of the 99th percentiles.
@@ -183,7 +183,7 @@ func (r *results) writeSlower(w io.Writer) {
 func (r *results) writeTable(w io.Writer, places []place) {
 	lines := [][]string{{
 		"", "TCP", "shortcut", "ratio to TCP", "p99 to TCP", "TCP to TCP", "p99, TCP to TCP", "slower",
-		"bytes by shortcut", "unix socket", "shortcut to unix", "peer not enrolled", "held",
+		"bytes by shortcut", "unix socket", "shortcut to unix", "peer not enrolled", "watched",
 	}}
 	for _, p := range places {
 		t := r.compared[p]
@@ -196,7 +196,7 @@ func (r *results) writeTable(w io.Writer, places []place) {
 			"**" + ratio(t[shortcut], t[tcp], rate).String() + "**", ratio(t[shortcut], t[tcp], tail).String(),
 			ratio(t[tcpAgain], t[tcp], rate).String(), ratio(t[tcpAgain], t[tcp], tail).String(), t.verdict(shortcut),
 			t.share(), p.row.value(t[unixSocket]), ratio(t[shortcut], t[unixSocket], rate).short(), peer,
-			ratio(t[held], t[tcp], rate).String(),
+			ratio(t[watched], t[tcp], rate).String(),
 		})
 	}
 	write(w, lines)

@@ -20,8 +20,8 @@ type row struct {
 	size, requests int
 	noDelay        bool
 	mode           mode
-	// held rows are also measured with paired connections that stay on TCP.
-	held bool
+	// watched rows are also measured with connections that are watched and do not join.
+	watched bool
 	// bare rows are measured with nothing loaded as well.
 	bare bool
 }
@@ -59,8 +59,8 @@ func rows() []row {
 			for _, size := range sizes {
 				all = append(all, row{
 					kind: kind, size: size, noDelay: noDelay,
-					held: kind == measure.PingPong && noDelay && (size == 1 || size == kib),
-					bare: kind == measure.PingPong && noDelay && size == 1 || kind == measure.Stream && !noDelay && size == 16*kib,
+					watched: kind == measure.PingPong && noDelay && (size == 1 || size == kib),
+					bare:    kind == measure.PingPong && noDelay && size == 1 || kind == measure.Stream && !noDelay && size == 16*kib,
 				})
 			}
 		}
@@ -71,7 +71,7 @@ func rows() []row {
 		each(measure.Replies, 64*kib)
 		if noDelay { // a single byte is never held back
 			for _, requests := range []int{1, 10, 100} {
-				all = append(all, row{kind: measure.Connect, requests: requests, noDelay: true, held: true, bare: requests == 1})
+				all = append(all, row{kind: measure.Connect, requests: requests, noDelay: true, watched: true, bare: requests == 1})
 			}
 		}
 	}
@@ -117,6 +117,9 @@ func sizeName(n int) string {
 	return fmt.Sprintf("%d MiB", n/mib)
 }
 
+// mayEndEarly reports whether connections may end before they have joined.
+func (r row) mayEndEarly() bool { return r.kind == measure.Connect }
+
 // table is the heading that the row goes under, in the section of a placement.
 func (r row) table() string {
 	switch {
@@ -148,16 +151,16 @@ const (
 	tcp variant = iota
 	shortcut
 	tcpAgain
-	// held has both pods enrolled, and connections that are paired but kept on TCP.
-	held
+	// watched has both pods enrolled, and a policy that lets no connection join yet.
+	watched
 	// clientOnly and serverOnly have the other pod not enrolled.
 	clientOnly
 	serverOnly
 	unixSocket
 )
 
-// pairs says whether connections of the variant are paired.
-func (v variant) pairs() bool { return v == shortcut || v == held }
+// both says whether both pods are enrolled.
+func (v variant) both() bool { return v == shortcut || v == watched }
 
 // variants of a row, in the order of the first round. To save time, peers that are not
 // enrolled are measured with connections, with ping-pong as most programs set
@@ -170,8 +173,8 @@ func (r row) variants() []variant {
 	case r.kind == measure.PingPong && r.noDelay, r.kind == measure.Stream && !r.noDelay:
 		all = append(all, clientOnly)
 	}
-	if r.held {
-		all = append(all, held)
+	if r.watched {
+		all = append(all, watched)
 	}
 	return append(all, unixSocket)
 }
