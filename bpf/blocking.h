@@ -26,6 +26,12 @@ static __always_inline bool is_blocking(const struct tcp_sock *tp)
 	return !(tp->inet_conn.icsk_inet.sk.sk_socket->file->f_flags & O_NONBLOCK);
 }
 
+/* Returns true if blocking sockets may take part, on the whole node or by the policy of a pair. */
+static __always_inline bool allows_blocking(const struct settings *set, __u32 of_policy)
+{
+	return set->allow_blocking || of_policy;
+}
+
 /*
  * Returns true if the sender's socket has to leave the SOCKHASH. A recv that
  * sleeps in tcp_bpf_recvmsg returns EAGAIN when anything but data wakes it
@@ -40,8 +46,8 @@ static __always_inline bool should_evict(const struct side *own, const struct se
 {
 	__u32 reader = own->receiving.blocking_reader;
 
-	return is_blocking(tp) &&
-	       (!set->allow_blocking || (reader && reader != (__u32)bpf_get_current_pid_tgid()));
+	return is_blocking(tp) && (!allows_blocking(set, own->sending.blocking) ||
+				   (reader && reader != (__u32)bpf_get_current_pid_tgid()));
 }
 
 /*

@@ -148,6 +148,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	count_queued(dir, end, read);
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
+	/* Before all else, since should_evict needs it, too. */
 	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
 	if (flow->state & FLOW_ANY_EVICTING)
@@ -156,14 +157,6 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_SWITCHED_OFF;
 	if (set->lease_ns && now > set->lease_ns)
 		return OUTCOME_STALE;
-	if (dir->generation != generation) {
-		struct policy policy = {};
-
-		ask_policy(flow, &policy);
-		dir->generation = generation;
-		dir->verdict = policy.verdict;
-		dir->policy_reason = policy.reason;
-	}
 	if (dir->verdict != VERDICT_ALLOW)
 		return OUTCOME_NOT_ALLOWED;
 	if (tp->inet_conn.icsk_inet.sk.sk_shutdown & SEND_SHUTDOWN)
@@ -175,7 +168,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_ZEROCOPY;
 	if (reader->state & READ_UNSUPPORTED)
 		return OUTCOME_UNSUPPORTED;
-	if (reader->blocking_reader && !set->allow_blocking)
+	if (reader->blocking_reader && !allows_blocking(set, dir->blocking))
 		return OUTCOME_EVICTED;
 	if (!(reader->state & READ_SEEN) || reader->reads < reader->reads_needed)
 		return OUTCOME_NOT_SEEN;
@@ -308,10 +301,10 @@ int deliver(struct sk_msg_md *msg)
 	if (!dir->evict && should_evict(&flow->side[own], set, tp)) {
 		dir->evict = true;
 		ask_to_evict(set);
-		if (!set->allow_blocking)
+		if (!allows_blocking(set, dir->blocking))
 			remember(flow, own, UNSUPPORTED_BLOCKING);
 	}
-	if (!set->allow_blocking && flow->side[own ^ 1].receiving.blocking_reader &&
+	if (!allows_blocking(set, dir->blocking) && flow->side[own ^ 1].receiving.blocking_reader &&
 	    !dir->evict_peer) {
 		dir->evict_peer = true;
 		ask_to_evict(set);

@@ -120,7 +120,8 @@ struct sending {
 	__u32 generation; /* generation of the policy that verdict is from */
 	__u8 verdict; /* enum verdict */
 	__u8 tcp_cost; /* what a byte of TCP takes of the receive buffer: see measure_cost */
-	__u16 reserved;
+	__u8 blocking; /* of the policy */
+	__u8 reserved;
 	__u32 policy_reason;
 	enum outcome reason; /* why the last message that went by TCP did not take the shortcut */
 	__u32 switches; /* from TCP to the shortcut */
@@ -246,6 +247,7 @@ enum policy_prefix { POLICY_PREFIX_PODS = 128, POLICY_PREFIX_PORT = 144 };
 struct policy {
 	enum verdict verdict;
 	__u32 reason; /* policy.Reason of the agent; the programs only store it */
+	__u32 blocking; /* both pods let blocking sockets take part: see allows_blocking */
 };
 
 /*
@@ -285,7 +287,7 @@ struct settings {
 	__u32 generation; /* raised after every change of the policy */
 	__u32 redirect; /* 0 sends every message by TCP */
 	__u32 budget; /* bytes: the highest limit of a direction */
-	__u32 allow_blocking; /* let blocking sockets take part: see should_evict */
+	__u32 allow_blocking; /* of all pods: see allows_blocking */
 	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, counted as for limit */
 	__u64 refresh_ns; /* a direction sends a message by TCP at least this often; 0: never */
 	__u64 lease_ns; /* CLOCK_MONOTONIC until which the policy may be trusted; 0: for ever */

@@ -126,7 +126,7 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 		return outcome;
 	if (it->watched && policy.verdict == VERDICT_HOLD)
 		return OUTCOME_MAX; /* it is watched for as long */
-	if (it->blocking && !set->allow_blocking)
+	if (it->blocking && !allows_blocking(set, policy.blocking))
 		return it->blocking & 1 << SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT
 						       : OUTCOME_BLOCKING_SERVER;
 	if (bpf_map_update_elem(&flows, &id, &blank, BPF_NOEXIST))
@@ -244,6 +244,15 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
 	       state;
 }
 
+/* Returns true if a blocking socket may join. Without callbacks, nothing evicts it in time. */
+static __always_inline bool may_block(const struct settings *set, const struct join_entry *it)
+{
+	struct policy policy = {};
+
+	look_up_policy(it->netns[SIDE_CLIENT], it->netns[SIDE_SERVER], it->server_port, &policy);
+	return allows_blocking(set, policy.blocking) && !set->no_callbacks;
+}
+
 /*
  * The next step of a socket, which needs its lock. There are some milliseconds between two.
  *
@@ -265,8 +274,7 @@ static __always_inline enum outcome next_step(struct sock_common *skc, struct tc
 		return OUTCOME_JOIN_ENDED;
 	if (!tp->inet_conn.icsk_inet.sk.sk_socket)
 		return OUTCOME_MAX; /* not accepted yet */
-	/* Without callbacks, nothing evicts a blocking socket in time. */
-	if (is_blocking(tp) && (!set->allow_blocking || set->no_callbacks))
+	if (is_blocking(tp) && !may_block(set, it))
 		return it->side == SIDE_CLIENT ? OUTCOME_BLOCKING_CLIENT : OUTCOME_BLOCKING_SERVER;
 	/* Those of blocking sockets sleep most of the time: see await_reads. */
 	if (!is_blocking(tp) && has_sleeper(tp))

@@ -105,6 +105,7 @@ static __always_inline void set_verdict(struct sending *dir, const struct policy
 {
 	dir->verdict = policy->verdict;
 	dir->policy_reason = policy->reason;
+	dir->blocking = policy->blocking;
 }
 
 static __always_inline void start_direction(struct flow *flow, __u32 from, __u32 seq,
@@ -144,7 +145,7 @@ static __always_inline enum outcome admit(const struct settings *set, __u64 clie
 	look_up_policy(client, server, port, policy);
 	if (policy->verdict == VERDICT_REFUSE)
 		return OUTCOME_POLICY_REFUSED;
-	if (is_unsupported(client, server, port))
+	if (is_unsupported(client, server, port, allows_blocking(set, policy->blocking)))
 		return OUTCOME_UNSUPPORTED_PORT;
 	if (!has_share(client, set) || !has_share(server, set))
 		return OUTCOME_SHARE;
@@ -179,9 +180,9 @@ static __always_inline enum outcome pair_client(struct bpf_sock_ops *ctx, __u64 
 		return OUTCOME_KERNEL_SOCKET;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return OUTCOME_CLIENT_ULP;
-	if (!set->allow_blocking && is_blocking(tp))
+	if (!allows_blocking(set, policy.blocking) && is_blocking(tp))
 		return OUTCOME_BLOCKING_CLIENT;
-	if (!set->allow_blocking && syn->blocking) {
+	if (!allows_blocking(set, policy.blocking) && syn->blocking) {
 		const struct learned_value *known =
 			find_learned(0, syn->server_netns, syn->server_port);
 
@@ -303,7 +304,8 @@ static __always_inline enum outcome pair_server(struct bpf_sock_ops *ctx, __u64 
 	if (flow->netns[SIDE_SERVER] != netns || flow->server_port != ctx->local_port)
 		return OUTCOME_UNMATCHED;
 	/* May have become so since, perhaps by keep_mptcp_out for this very connection. */
-	if (is_unsupported(flow->netns[SIDE_CLIENT], netns, flow->server_port))
+	if (is_unsupported(flow->netns[SIDE_CLIENT], netns, flow->server_port,
+			   allows_blocking(set, flow->side[SIDE_CLIENT].sending.blocking)))
 		return OUTCOME_UNSUPPORTED_PORT;
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)

@@ -225,9 +225,10 @@ type ShortcutPendingKey struct {
 }
 
 type ShortcutPolicy struct {
-	_       structs.HostLayout
-	Verdict ShortcutVerdict
-	Reason  uint32
+	_        structs.HostLayout
+	Verdict  ShortcutVerdict
+	Reason   uint32
+	Blocking uint32
 }
 
 type ShortcutPolicyKey struct {
@@ -279,7 +280,8 @@ type ShortcutSending struct {
 	Generation    uint32
 	Verdict       uint8
 	TcpCost       uint8
-	Reserved      uint16
+	Blocking      uint8
+	Reserved      uint8
 	PolicyReason  uint32
 	Reason        ShortcutOutcome
 	Switches      uint32

@@ -9,6 +9,7 @@
 #ifndef PODSHUNT_UNSUPPORTED_H
 #define PODSHUNT_UNSUPPORTED_H
 
+#include <stdbool.h>
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
@@ -27,12 +28,15 @@
 #define MSG_ERRQUEUE 0x2000
 #define RECV_SUPPORTED (MSG_PEEK | MSG_DONTWAIT | 0x4000 | 0x10000 | 0x40000000 | 0x80000000)
 
-static __always_inline bool is_unsupported(__u64 client, __u64 server, __u32 port)
+static __always_inline bool is_unsupported(__u64 client, __u64 server, __u32 port, bool blocking)
 {
+	/* What is known of blocking sockets counts only where these may not take part. */
+	__u32 counts = blocking ? ~UNSUPPORTED_BLOCKING : ~0U;
 	struct learned_value *of_server = find_learned(0, server, port);
 	struct learned_value *of_client = find_learned(client, server, port);
 
-	return (of_server && of_server->reasons) || (of_client && of_client->reasons);
+	return (of_server && of_server->reasons & counts) ||
+	       (of_client && of_client->reasons & counts);
 }
 
 /* Marks a server port unsupported, for all clients, or for one pod if client is not 0. */
