@@ -495,6 +495,8 @@ func TestWriteStatus(t *testing.T) {
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Message: "first\nsecond"},
+			{Pod: api.PodRef{Namespace: "a", Name: "d"}, Enrolled: true, AcceptBlocking: true},
+			{Pod: api.PodRef{Namespace: "a", Name: "e"}, AcceptBlocking: true, Message: "waiting"},
 		},
 		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		Guards:           []string{"flags", "splice"},
@@ -528,9 +530,11 @@ two     no            fine
 three   yes           short
 four    yes, guarded  none
 
-POD  ADDRESSES         STATE       REASON
+POD  ADDRESSES         STATE                             REASON
 a/b  10.0.0.1 fd00::1  takes part
-a/c  -                 tcp         first; second
+a/c  -                 tcp                               first; second
+a/d  -                 takes part, blocking sockets too
+a/e  -                 tcp                               waiting
 
 NOT PAIRED  SERVER PORT  FROM        USED             SINCE
 a/b         80           everywhere  splice, MSG_OOB  1970-01-01 00:00:00

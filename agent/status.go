@@ -75,6 +75,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 		state := "tcp"
 		if p.Enrolled {
 			state = "takes part"
+			if p.AcceptBlocking {
+				state += ", blocking sockets too"
+			}
 		}
 		t.row(p.Pod.String(), join(p.Addresses), state, p.Message)
 	}

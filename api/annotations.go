@@ -30,6 +30,10 @@ const (
 	// AnnotationPausedUntil keeps the pod's connections on TCP until a time in
 	// RFC 3339 form.
 	AnnotationPausedUntil = AnnotationPrefix + "paused-until"
+	// AnnotationBlockingSockets lets connections take part whose sockets are in blocking
+	// mode ("accept"), if the pods at both ends have it, or keeps them on TCP ("refuse").
+	// A recv that blocks may then return EAGAIN, so it is for programs that retry.
+	AnnotationBlockingSockets = AnnotationPrefix + "blocking-sockets"
 )
 
 // MaxPortRanges limits the ports and ranges that an annotation may list. Each takes
@@ -59,6 +63,8 @@ type Settings struct {
 	ExcludePorts []PortRange
 	// PausedUntil keeps the pod's connections on TCP until then.
 	PausedUntil time.Time
+	// AcceptBlocking lets sockets in blocking mode take part, if both pods ask for it.
+	AcceptBlocking bool
 }
 
 // ParseAnnotations reads the annotations of podshunt among those of a pod;
@@ -99,9 +105,17 @@ func ParseAnnotations(annotations map[string]string) (Settings, error) {
 			if err != nil {
 				err = errors.New(`accepted is a time in RFC 3339 form such as "2026-01-31T18:00:00Z"`)
 			}
+		case AnnotationBlockingSockets:
+			switch value {
+			case "accept":
+				s.AcceptBlocking = true
+			case "refuse":
+			default:
+				err = errors.New(`accepted are "accept" and "refuse"`)
+			}
 		default:
 			err = fmt.Errorf("unknown annotation; accepted are %s",
-				strings.Join([]string{AnnotationShortcut, AnnotationPorts, AnnotationExcludePorts, AnnotationPausedUntil}, ", "))
+				strings.Join([]string{AnnotationShortcut, AnnotationPorts, AnnotationExcludePorts, AnnotationPausedUntil, AnnotationBlockingSockets}, ", "))
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("annotation %s=%q: %w", name, Shorten(value, mostOfValue), err))

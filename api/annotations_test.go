@@ -29,17 +29,19 @@ func TestParseAnnotations(t *testing.T) {
 		{
 			name: "all",
 			annotations: map[string]string{
-				"podshunt.io/shortcut":      "enabled",
-				"podshunt.io/ports":         "1, 8000-8010 ,65535",
-				"podshunt.io/exclude-ports": "8001-8001",
-				"podshunt.io/paused-until":  "2026-01-31T18:00:00Z",
-				"example.com/other":         "",
+				"podshunt.io/shortcut":         "enabled",
+				"podshunt.io/ports":            "1, 8000-8010 ,65535",
+				"podshunt.io/exclude-ports":    "8001-8001",
+				"podshunt.io/paused-until":     "2026-01-31T18:00:00Z",
+				"podshunt.io/blocking-sockets": "accept",
+				"example.com/other":            "",
 			},
 			want: api.Settings{
-				Enabled:      true,
-				Ports:        []api.PortRange{{First: 1, Last: 1}, {First: 8000, Last: 8010}, {First: 65535, Last: 65535}},
-				ExcludePorts: []api.PortRange{{First: 8001, Last: 8001}},
-				PausedUntil:  time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC),
+				Enabled:        true,
+				Ports:          []api.PortRange{{First: 1, Last: 1}, {First: 8000, Last: 8010}, {First: 65535, Last: 65535}},
+				ExcludePorts:   []api.PortRange{{First: 8001, Last: 8001}},
+				PausedUntil:    time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC),
+				AcceptBlocking: true,
 			},
 		},
 		{
@@ -57,12 +59,23 @@ func TestParseAnnotations(t *testing.T) {
 			annotations: map[string]string{"podshunt.io/shortcut": "enabled", "podshunt.io/port": "80"},
 			wantErr: []string{
 				`annotation podshunt.io/port="80": unknown annotation; accepted are podshunt.io/shortcut, ` +
-					"podshunt.io/ports, podshunt.io/exclude-ports, podshunt.io/paused-until",
+					"podshunt.io/ports, podshunt.io/exclude-ports, podshunt.io/paused-until, podshunt.io/blocking-sockets",
 			},
 		},
 		{name: "case", annotations: map[string]string{"podshunt.io/shortcut": "Enabled"}, wantErr: []string{`accepted are "enabled" and "disabled"`}},
 		{name: "boolean", annotations: map[string]string{"podshunt.io/shortcut": "true"}, wantErr: []string{`podshunt.io/shortcut="true"`}},
 		{name: "empty switch", annotations: map[string]string{"podshunt.io/shortcut": ""}, wantErr: []string{`accepted are "enabled"`}},
+		{
+			name:        "blocking sockets refused, such as against the namespace's default",
+			annotations: map[string]string{"podshunt.io/shortcut": "enabled", "podshunt.io/blocking-sockets": "refuse"},
+			want:        api.Settings{Enabled: true},
+		},
+		{
+			name:        "blocking sockets by a word that is not accepted",
+			annotations: map[string]string{"podshunt.io/shortcut": "enabled", "podshunt.io/blocking-sockets": "true"},
+			wantErr:     []string{`annotation podshunt.io/blocking-sockets="true": accepted are "accept" and "refuse"`},
+		},
+		{name: "blocking sockets by nothing", annotations: map[string]string{"podshunt.io/blocking-sockets": ""}, wantErr: []string{`podshunt.io/blocking-sockets=""`}},
 		{name: "pause without zone", annotations: map[string]string{"podshunt.io/paused-until": "2026-01-31T18:00:00"}, wantErr: []string{"RFC 3339"}},
 		{name: "pause as duration", annotations: map[string]string{"podshunt.io/paused-until": "10m"}, wantErr: []string{"RFC 3339"}},
 		{

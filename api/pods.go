@@ -23,6 +23,9 @@ type PodStatus struct {
 	// says it to people; no code depends on it.
 	Reason  PodReason `json:"reason,omitempty"`
 	Message string    `json:"message,omitempty"`
+	// AcceptBlocking is true if the pod lets its sockets in blocking mode take part, where
+	// the pod at the other end does so, too.
+	AcceptBlocking bool `json:"acceptBlocking,omitempty"`
 }
 
 // PodState says whether a pod takes part.

@@ -149,6 +149,13 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
 	/* Before all else, since should_evict needs it, too. */
+	if (dir->generation != generation) {
+		struct policy policy = {};
+
+		ask_policy(flow, &policy);
+		dir->generation = generation;
+		set_verdict(dir, &policy);
+	}
 	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
 	if (flow->state & FLOW_ANY_EVICTING)

@@ -175,7 +175,7 @@ func (d *Datapath) due(pods podPair, had []entry) {
 			continue
 		}
 		at, found := slices.BinarySearchFunc(had, e, compareKeys)
-		if !found || had[at].value.Verdict == bpf.ShortcutVerdictVERDICT_REFUSE {
+		if !found || had[at].value.Verdict == bpf.ShortcutVerdictVERDICT_REFUSE || e.value.Blocking > had[at].value.Blocking {
 			d.duePairs[pods] = true
 			return
 		}

@@ -243,7 +243,7 @@ func join(words [2]uint32) uint64 { return uint64(words[0]) | uint64(words[1])<<
 
 // appendEntries turns a rule into entries of the longest-prefix match.
 func appendEntries(list []entry, r rule.Rule) []entry {
-	value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason}
+	value := bpf.ShortcutPolicy{Verdict: bpf.ShortcutVerdict(r.Verdict), Reason: r.Reason, Blocking: number(r.Blocking)}
 	for port, length := range prefixes(r.First, r.Last) {
 		list = append(list, entry{uint32(bpf.ShortcutPolicyPrefixPOLICY_PREFIX_PODS) + uint32(length), networkOrder(port), value})
 	}

@@ -30,10 +30,14 @@ type UnsupportedPort struct {
 	Since   time.Time
 }
 
+// UnsupportedBlocking is the code of a socket in blocking mode. It does not count between
+// pods that accept such sockets.
+const UnsupportedBlocking = "blocking"
+
 // unsupportedCodes names the bits of enum unsupported, from the lowest on.
 func unsupportedCodes() [bpf.ShortcutUnsupportedUNSUPPORTED_MAX]string {
 	return [...]string{
-		"msg_waitall", "msg_oob", "recv_flags", "so_rcvlowat", "fionread", "splice", "tcp_ulp", "so_zerocopy", "mptcp_listener", "blocking",
+		"msg_waitall", "msg_oob", "recv_flags", "so_rcvlowat", "fionread", "splice", "tcp_ulp", "so_zerocopy", "mptcp_listener", UnsupportedBlocking,
 	}
 }
 

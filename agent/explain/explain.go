@@ -116,15 +116,28 @@ func (v *View) why(client, server *pods.Pod, port uint16) answer {
 	if decision.Verdict != rule.Allow {
 		return answer{reason: decision.Reason.Code(), message: decision.String()}
 	}
-	u, ok := v.unsupported[policyKey{0, server.NetnsCookie, port}]
-	if !ok {
-		if u, ok = v.unsupported[asked]; !ok {
-			return answer{}
+	for _, key := range []policyKey{{0, server.NetnsCookie, port}, asked} {
+		reasons := v.unsupported[key].Reasons
+		if policy.AcceptBlocking(client.Policy, server.Policy) {
+			reasons = slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return r == datapath.UnsupportedBlocking })
+		}
+		if len(reasons) > 0 {
+			return answer{reasonUnsupported, reasons, fmt.Sprintf(
+				"an earlier connection to this server port used %s, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again",
+				Calls(reasons))}
 		}
 	}
-	return answer{reasonUnsupported, u.Reasons, fmt.Sprintf(
-		"an earlier connection to this server port used %s, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again",
-		Calls(u.Reasons))}
+	return answer{}
+}
+
+// unmatched is the answer where nothing but the connection itself can be why.
+func unmatched(client, server *pods.Pod) answer {
+	blocking := "a socket is in blocking mode (see " + api.AnnotationBlockingSockets + "), or "
+	if policy.AcceptBlocking(client.Policy, server.Policy) {
+		blocking = ""
+	}
+	return answer{reason: reasonUnmatched, message: "it has not sent and received enough yet (--join-after), " + blocking +
+		"the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"}
 }
 
 // UnsupportedPort returns the port with the names of its pods.
@@ -231,8 +244,7 @@ func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 		if wants(from) || wants(to) {
 			why := v.why(from, to, f.Server.Address.Port())
 			if why.reason == "" {
-				why = answer{reason: reasonUnmatched, message: "it has not sent and received enough yet (--join-after), a socket is in blocking mode, or the connection was made before both pods took part and could not join, " +
-					"or its handshake cannot be matched (TCP Fast Open): reconnect to try again"}
+				why = unmatched(from, to)
 			}
 			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
 			flows = append(flows, f)

@@ -29,7 +29,8 @@ func wantDiff(t *testing.T, what string, want, got any) {
 func at(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
 
 // The pods of the tests: client 1 (10.0.0.1), web 2 (10.0.0.2, port 22 excluded),
-// out 3 (10.0.0.3, not opted in), held 4 (10.0.0.4, paused).
+// out 3 (10.0.0.3, not opted in), held 4 (10.0.0.4, paused), java 5 (10.0.0.5) and its
+// client jdbc 6 (10.0.0.6), which accept blocking sockets.
 func testView() *View {
 	now := time.Unix(1_000_000, 0)
 	pod := func(name string, cookie uint64, s api.Settings, state api.PodState, reason api.PodReason, message string) pods.Pod {
@@ -45,13 +46,20 @@ func testView() *View {
 		web, web, // two interfaces
 		pod("out", 3, api.Settings{}, api.PodOut, api.PodNotOptedIn, "not opted in"),
 		pod("held", 4, api.Settings{Enabled: true, PausedUntil: now.Add(time.Hour)}, api.PodHeld, api.PodPaused, "paused"),
+		pod("java", 5, api.Settings{Enabled: true, AcceptBlocking: true}, api.PodEnrolled, "", ""),
+		pod("jdbc", 6, api.Settings{Enabled: true, AcceptBlocking: true}, api.PodEnrolled, "", ""),
 		pod("unknown", 0, api.Settings{Enabled: true}, api.PodWaiting, api.PodNetnsUnknown, "its netns cannot be read"),
-	}, policy.Cluster{}, []datapath.UnsupportedPort{{Netns: 2, Client: 1, Port: 8888, Reasons: []string{"splice", "msg_oob"}}}, now)
+	}, policy.Cluster{}, []datapath.UnsupportedPort{
+		{Netns: 2, Client: 1, Port: 8888, Reasons: []string{"splice", "msg_oob"}},
+		{Netns: 5, Port: 80, Reasons: []string{"blocking"}},
+		{Netns: 5, Port: 81, Reasons: []string{"blocking"}},
+		{Netns: 5, Client: 6, Port: 81, Reasons: []string{"splice", "blocking"}},
+	}, now)
 }
 
 func TestUnpaired(t *testing.T) {
 	const (
-		reconnect = "unmatched []: it has not sent and received enough yet (--join-after), a socket is in blocking mode, or the connection was made before both pods took part and could not join, or its handshake cannot be matched (TCP Fast Open): reconnect to try again"
+		reconnect = "unmatched []: it has not sent and received enough yet (--join-after), a socket is in blocking mode (see podshunt.io/blocking-sockets), or the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"
 		stranger  = "peer_not_here []: the other end is not a pod of this node that takes part"
 	)
 	listen := func(netns uint64, local string) Socket {
@@ -148,6 +156,30 @@ func TestUnpaired(t *testing.T) {
 			},
 			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:8888 > default/web 10.0.0.2:8888: unsupported [splice msg_oob]: " +
 				"an earlier connection to this server port used splice, MSG_OOB, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again"},
+		},
+		{
+			name: "a port that is known for blocking sockets, with consent of one pod",
+			sockets: []Socket{
+				listen(5, "0.0.0.0:80"), open(1, 11, "10.0.0.1:5000", "10.0.0.5:80"), open(5, 12, "10.0.0.5:80", "10.0.0.1:5000"),
+			},
+			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.5:80 > default/java 10.0.0.5:80: unsupported [blocking]: " +
+				"an earlier connection to this server port used a socket in blocking mode, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again"},
+		},
+		{
+			name: "a port that is known for blocking sockets, with consent of both pods",
+			sockets: []Socket{
+				listen(5, "0.0.0.0:80"), open(6, 11, "10.0.0.6:5000", "10.0.0.5:80"), open(5, 12, "10.0.0.5:80", "10.0.0.6:5000"),
+			},
+			want: []string{"default/jdbc 10.0.0.6:5000 > 10.0.0.5:80 > default/java 10.0.0.5:80: unmatched []: " +
+				"the connection was made before both pods took part and could not join, or its handshake cannot be matched (SNAT, TCP Fast Open): reconnect to try again"},
+		},
+		{
+			name: "a port that is known for more than blocking sockets",
+			sockets: []Socket{
+				listen(5, "0.0.0.0:81"), open(6, 11, "10.0.0.6:5000", "10.0.0.5:81"), open(5, 12, "10.0.0.5:81", "10.0.0.6:5000"),
+			},
+			want: []string{"default/jdbc 10.0.0.6:5000 > 10.0.0.5:81 > default/java 10.0.0.5:81: unsupported [splice]: " +
+				"an earlier connection to this server port used splice, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again"},
 		},
 		{
 			name:    "the listener is closed",

@@ -107,6 +107,7 @@ func (r *Reconciler) classify(e *entry, w *Intent, standing Standing) {
 	p.Policy = policy.Pod{ID: e.cookie, Namespace: p.Pod.Namespace, Name: p.Pod.Name}
 	if w != nil {
 		p.Policy.Labels, p.Policy.Ports, p.Policy.Settings, p.Policy.Bandwidth = w.Labels, w.Ports, w.Settings, w.Bandwidth
+		p.AcceptBlocking = w.Settings.AcceptBlocking
 		if len(w.Addresses) > 0 {
 			// They may have changed since the attachment was made.
 			p.Addresses = w.Addresses
@@ -157,12 +158,15 @@ func (r *Reconciler) report(p *Pod, waiting bool) bool {
 		}
 	}
 	p.Enrolled = p.State == api.PodEnrolled || p.State == api.PodHeld
-	logged := fmt.Sprint(p.State, p.NetnsCookie, p.Message)
+	logged := fmt.Sprint(p.State, p.NetnsCookie, p.AcceptBlocking, p.Message)
 	if p.entry.lastLogged == logged {
 		return false
 	}
 	p.entry.lastLogged = logged
 	log := r.cfg.Log.With("pod", p.Pod.String(), "netns", p.Netns, "netns_cookie", p.NetnsCookie, "reason", p.Message)
+	if p.AcceptBlocking {
+		log = log.With("accept_blocking", true)
+	}
 	if p.Enrolled {
 		log.Info("pod takes part")
 	} else {

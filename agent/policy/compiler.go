@@ -30,10 +30,12 @@ type Compiler struct {
 type pair struct{ client, server uint64 }
 
 // allowedPorts has the ports of a pair that are not refused, and the reason of their
-// verdict. Without ports the pair is refused.
+// verdict. Without ports the pair is refused. blocking is set if both pods accept blocking
+// sockets.
 type allowedPorts struct {
-	ports  portSet
-	reason Reason
+	ports    portSet
+	reason   Reason
+	blocking bool
 }
 
 // Update returns the pairs whose rules differ from those of the last Update, and
@@ -122,7 +124,7 @@ func (c *Compiler) Rules() []rule.Rule {
 // put stores the allowed ports of a pair, and returns true if they have changed.
 func (c *Compiler) put(key pair, next allowedPorts) bool {
 	last := c.pairs[key]
-	if last.reason == next.reason && slices.Equal(last.ports, next.ports) {
+	if last.reason == next.reason && last.blocking == next.blocking && slices.Equal(last.ports, next.ports) {
 		return false
 	}
 	if len(next.ports) == 0 {
@@ -158,7 +160,7 @@ func newAllowedPorts(client, server *pod, share int) allowedPorts {
 			return allowedPorts{}
 		}
 	}
-	a := allowedPorts{ports, defaultReason(client, server)}
+	a := allowedPorts{ports, defaultReason(client, server), AcceptBlocking(client.Pod, server.Pod)}
 	if share > 0 && a.entries() > share {
 		return allowedPorts{}
 	}
@@ -178,6 +180,7 @@ func (a allowedPorts) rules(key pair) []rule.Rule {
 	add := func(ports api.PortRange, v rule.Verdict, reason Reason) {
 		rules = append(rules, rule.Rule{
 			Client: key.client, Server: key.server, First: ports.First, Last: ports.Last, Verdict: v, Reason: uint32(reason),
+			Blocking: a.blocking && v != rule.Refuse,
 		})
 	}
 	listed, v, reason := a.ports, a.reason.verdict(), a.reason

@@ -117,6 +117,11 @@ type Pod struct {
 	Redirects bool
 }
 
+// AcceptBlocking reports whether two pods let sockets in blocking mode take part.
+func AcceptBlocking(client, server Pod) bool {
+	return client.Settings.AcceptBlocking && server.Settings.AcceptBlocking
+}
+
 // NamedPort is a container port with a name.
 type NamedPort struct {
 	Name   string

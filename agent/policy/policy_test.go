@@ -25,7 +25,7 @@ func ports(bounds ...uint16) []api.PortRange {
 func TestRules(t *testing.T) {
 	now := time.Date(2026, 1, 31, 18, 0, 0, 0, time.UTC)
 	later, latest := now.Add(time.Minute), now.Add(time.Hour)
-	all := api.PortRange{First: 0, Last: 65535}
+	all, port22 := api.PortRange{First: 0, Last: 65535}, api.PortRange{First: 22, Last: 22}
 	on := api.Settings{Enabled: true}
 	allow := Decision{Verdict: rule.Allow, Reason: Allowed}
 	refuse := Decision{Verdict: rule.Refuse}
@@ -40,6 +40,12 @@ func TestRules(t *testing.T) {
 		p := rule.PairRules{Client: client, Server: server}
 		for _, r := range ranges {
 			p.Rules = append(p.Rules, newRule(client, server, r, d))
+		}
+		return p
+	}
+	blocking := func(p rule.PairRules) rule.PairRules {
+		for i := range p.Rules {
+			p.Rules[i].Blocking = true
 		}
 		return p
 	}
@@ -78,7 +84,7 @@ func TestRules(t *testing.T) {
 			pods: []Pod{{ID: 1, Settings: api.Settings{Enabled: true, ExcludePorts: ports(22, 22)}}},
 			rules: []rule.PairRules{{Client: 1, Server: 1, Rules: []rule.Rule{
 				newRule(1, 1, all, allow),
-				newRule(1, 1, api.PortRange{First: 22, Last: 22}, refuse),
+				newRule(1, 1, port22, refuse),
 			}}},
 		},
 		{
@@ -144,6 +150,26 @@ func TestRules(t *testing.T) {
 			until: later,
 		},
 		{
+			name: "blocking sockets where both pods accept them, not on refused ports",
+			pods: []Pod{
+				{ID: 1, Settings: api.Settings{Enabled: true, AcceptBlocking: true, PausedUntil: later}},
+				{ID: 2, Settings: api.Settings{Enabled: true, AcceptBlocking: true, ExcludePorts: ports(22, 22)}},
+				{ID: 3, Settings: on},
+			},
+			rules: []rule.PairRules{
+				blocking(pair(1, 1, hold(ClientPaused), all)),
+				blocking(pair(2, 1, hold(ServerPaused), all)),
+				pair(3, 1, hold(ServerPaused), all),
+				{Client: 1, Server: 2, Rules: append(blocking(pair(1, 2, hold(ClientPaused), all)).Rules, newRule(1, 2, port22, refuse))},
+				{Client: 2, Server: 2, Rules: append(blocking(pair(2, 2, allow, all)).Rules, newRule(2, 2, port22, refuse))},
+				{Client: 3, Server: 2, Rules: append(pair(3, 2, allow, all).Rules, newRule(3, 2, port22, refuse))},
+				pair(1, 3, hold(ClientPaused), all),
+				pair(2, 3, allow, all),
+				pair(3, 3, allow, all),
+			},
+			until: later,
+		},
+		{
 			name:  "a pause that is over",
 			pods:  []Pod{{ID: 1, Settings: api.Settings{Enabled: true, PausedUntil: now}}},
 			rules: []rule.PairRules{pair(1, 1, allow, all)},
@@ -182,7 +208,8 @@ func TestChanges(t *testing.T) {
 		return Cluster{Namespaces: map[string]map[string]string{"default": labels}, Policies: policies}
 	}
 	teamA := map[string]string{"team": "a"}
-	renamed, paused, out := web, web, web
+	renamed, paused, blocking, out := web, web, web, web
+	blocking.Settings.AcceptBlocking, db.Settings.AcceptBlocking = true, true
 	renamed.Labels = map[string]string{"app": "other"}
 	paused.Settings.PausedUntil = now.Add(time.Second)
 	out.Settings = api.Settings{}
@@ -203,6 +230,8 @@ func TestChanges(t *testing.T) {
 		{"labels that no policy asks for", []Pod{renamed, db, job}, with(teamA, open), 0, nil},
 		{"a pause", []Pod{paused, db, job}, with(teamA, open), 0, []string{"1-1=1", "2-1=1", "3-1=1", "1-2=1", "1-3=1"}},
 		{"its end", []Pod{paused, db, job}, with(teamA, open), time.Second, []string{"1-1=1", "2-1=1", "3-1=1", "1-2=1", "1-3=1"}},
+		{"both of a pair accept blocking sockets", []Pod{blocking, db, job}, with(teamA, open), time.Second, []string{"1-1=1", "2-1=1", "1-2=1"}},
+		{"only one does", []Pod{web, db, job}, with(teamA, open), time.Second, []string{"1-1=1", "2-1=1", "1-2=1"}},
 		{"opted out", []Pod{out, db, job}, with(teamA, open), 0, []string{"1-1=0", "1-2=0", "1-3=0", "2-1=0", "3-1=0"}},
 		{"a pod goes", []Pod{out, db}, with(teamA, open), 0, []string{"2-3=0", "3-2=0", "3-3=0"}},
 		{"all go", nil, Cluster{}, 0, []string{"2-2=0"}},

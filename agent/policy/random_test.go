@@ -71,6 +71,11 @@ func TestRandom(t *testing.T) {
 				for _, server := range pods {
 					key := pair{client.ID, server.ID}
 					any, asked := false, pick(r, testPorts...)
+					for _, r := range rules[key] {
+						if want := client.Settings.AcceptBlocking && server.Settings.AcceptBlocking && r.Verdict != rule.Refuse; r.Blocking != want {
+							t.Fatalf("cluster %d step %d: %+v to %+v: rule %+v, want blocking %t", i, step, client, server, r, want)
+						}
+					}
 					for _, port := range testPorts {
 						want := naive(client, server, port, cluster, now)
 						any = any || want.verdict() != rule.Refuse
@@ -201,6 +206,7 @@ func (r generator) pod(id uint64, now time.Time) Pod {
 	if r.chance(15) {
 		p.Settings.PausedUntil = now.Add(time.Duration(r.IntN(4)-1) * time.Second)
 	}
+	p.Settings.AcceptBlocking = r.chance(40)
 	p.Redirects = r.chance(10)
 	if r.chance(5) {
 		p.Bandwidth = "kubernetes.io/egress-bandwidth"

@@ -27,6 +27,8 @@ type Rule struct {
 	// First and Last are in host byte order; both are included.
 	First, Last uint16
 	Verdict     Verdict
+	// Blocking lets sockets in blocking mode take part: both pods accept what follows.
+	Blocking bool
 	// Reason is a number that the kernel keeps beside the verdict and returns with
 	// each flow. policy.Reason has the meanings.
 	Reason uint32
