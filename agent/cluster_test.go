@@ -225,7 +225,7 @@ func TestCluster(t *testing.T) {
 	server.put("ADDED", "pods", clusterPod(old, nil))
 	bad := &sandbox.Pod{Namespace: "default", Name: "bad", UID: "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee", IPv4: netip.MustParseAddr("192.0.2.1")}
 	server.put("ADDED", "pods", clusterPod(bad, map[string]string{api.AnnotationPorts: "http"}))
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{UID: "12345678-1111-4222-8333-444455556666"})
 	server.put("ADDED", "pods", clusterPod(web, on))
 	sandboxtest.WaitFor(t, "pods", func() []string { return a.MustStates(t) }, func(s []string) bool {

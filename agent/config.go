@@ -51,7 +51,6 @@ func defaults() config {
 		runDir:      api.RunDir,
 		sandboxed:   patterns{"*gvisor*", "*runsc*", "*kata*", "*firecracker*", "*quark*", "*edera*"},
 		proc:        "/proc",
-		kernelFlags: kernelFlags{hazards: "refuse"},
 		logFormat:   "auto",
 		logLevel:    "info",
 		datapath:    datapath.DefaultConfig(),

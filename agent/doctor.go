@@ -30,6 +30,21 @@ can run it. --disable-guards leaves some out:
             this guard runs for every read and write of a file on the node
   ulp       TCP_ULP (kTLS) fails with ENOENT, so that programs encrypt themselves`
 
+// hazardsHelp says what breaks where a hazard is accepted.
+func hazardsHelp() string {
+	var b strings.Builder
+	b.WriteString(`Hazards are what a kernel does differently on the shortcut than on TCP. Some are fatal,
+and keep all pods on TCP where no guard helps; another keeps sockets in blocking mode
+there. --accept-hazards=NAME,... lets them take part all the same; all accepts each of
+these. On a kernel that has the hazard, these programs break then:
+`)
+	names, consequences := hazards.Acceptable()
+	for i, name := range names {
+		fmt.Fprintf(&b, "  %-19s  %s\n", name, consequences[i])
+	}
+	return b.String()
+}
+
 func newDoctorCommand() *cobra.Command {
 	f := defaults().kernelFlags
 	var output string
@@ -41,9 +56,9 @@ than on TCP (hazards). It needs root but no agent, and changes nothing on the no
 The exit status is 0 if pods would take part with these flags, and 4 if this kernel
 keeps them on TCP.
 
-` + guardsHelp,
+` + hazardsHelp() + "\n" + guardsHelp,
 		Example: `  podshunt-agent doctor
-  podshunt-agent doctor --kernel-hazards=accept --output=json`,
+  podshunt-agent doctor --accept-hazards=fionread-tcp,blocking-recv --output=json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.validate(); err != nil {
@@ -75,20 +90,44 @@ keeps them on TCP.
 
 // kernelFlags say which kernels pods may take part on, and which guards may be used.
 type kernelFlags struct {
-	hazards        string // refuse or accept
-	disabledGuards []string
+	acceptedHazards []string // by name, or all
+	disabledGuards  []string
 }
 
 func (f *kernelFlags) register(cmd *cobra.Command) {
-	choiceVar(cmd, &f.hazards, "kernel-hazards", "",
-		"`action` on kernels where programs break on the shortcut: refuse keeps all pods on TCP; accept lets them take part, and the programs that \"podshunt-agent doctor\" names break",
-		"refuse", "accept")
+	acceptable := acceptableHazards()
+	cmd.Flags().StringSliceVar(&f.acceptedHazards, "accept-hazards", nil,
+		"`hazards` of the kernel that do not keep pods, or sockets in blocking mode, on TCP, so that the programs named above break, separated by commas: "+strings.Join(acceptable, ", "))
+	completeWords(cmd, "accept-hazards", acceptable)
 	names := datapath.GuardNames()
 	cmd.Flags().StringSliceVar(&f.disabledGuards, "disable-guards", nil, "`guards` to leave out, separated by commas: "+strings.Join(names, ", "))
 	completeWords(cmd, "disable-guards", names)
 }
 
+// allHazards accepts every hazard that can be accepted.
+const allHazards = "all"
+
+// acceptableHazards returns the words that --accept-hazards takes.
+func acceptableHazards() []string {
+	names, _ := hazards.Acceptable()
+	return append(names, allHazards)
+}
+
+// accepted returns the names of the accepted hazards, in the order of the table.
+func (f *kernelFlags) accepted() []string {
+	names, _ := hazards.Acceptable()
+	return slices.DeleteFunc(names, func(name string) bool {
+		return !slices.Contains(f.acceptedHazards, name) && !slices.Contains(f.acceptedHazards, allHazards)
+	})
+}
+
 func (f *kernelFlags) validate() error {
+	acceptable := acceptableHazards()
+	for _, name := range f.acceptedHazards {
+		if !slices.Contains(acceptable, name) {
+			return fmt.Errorf("--accept-hazards=%q: accepted are %s", name, strings.Join(acceptable, ", "))
+		}
+	}
 	names := datapath.GuardNames()
 	for _, name := range f.disabledGuards {
 		if !slices.Contains(names, name) {
@@ -102,7 +141,7 @@ func (f *kernelFlags) validate() error {
 func (f *kernelFlags) kernelReport() api.KernelReport {
 	e := api.KernelReport{
 		TypeMeta: api.TypeMeta{APIVersion: api.Version, Kind: api.KindKernelReport},
-		Version:  version, Kernel: kernelRelease(), HazardsAccepted: f.hazards == "accept",
+		Version:  version, Kernel: kernelRelease(), AcceptedHazards: f.accepted(),
 	}
 	if err := datapath.CheckKernel(); err != nil {
 		e.Reason, e.Message = api.KernelLacksFeatures, err.Error()
@@ -116,10 +155,8 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 		}
 	}
 	e.Hazards = hazards.Measure(guards)
-	if !e.HazardsAccepted {
-		if e.Message = refuseHazards(e.Hazards); e.Message != "" {
-			e.Reason = api.KernelFatalHazards
-		}
+	if e.Message = refuseHazards(e.Hazards, e.AcceptedHazards); e.Message != "" {
+		e.Reason = api.KernelFatalHazards
 	}
 	e.TakesPart = e.Reason == ""
 	return e
@@ -165,12 +202,22 @@ func guardsIn(hazards []api.Hazard) []string {
 	return guards
 }
 
+// acceptedHazards returns the accepted hazards that a kernel has and no guard makes harmless.
+func acceptedHazards(hazards []api.Hazard, accepted []string) (found []api.Hazard) {
+	for _, h := range hazards {
+		if h.Present && h.Guard == "" && slices.Contains(accepted, h.Name) {
+			found = append(found, h)
+		}
+	}
+	return found
+}
+
 // refuseHazards returns why no pod may take part on this kernel, or "". It names the
 // programs that would break, so that nobody accepts a hazard without knowing them.
-func refuseHazards(hazards []api.Hazard) string {
+func refuseHazards(hazards []api.Hazard, accepted []string) string {
 	var names, consequences []string
 	for _, h := range hazards {
-		if h.Present && h.Fatal {
+		if h.Present && h.Fatal && !slices.Contains(accepted, h.Name) {
 			names = append(names, h.Name)
 			if !slices.Contains(consequences, h.Consequence) {
 				consequences = append(consequences, h.Consequence)
@@ -181,8 +228,8 @@ func refuseHazards(hazards []api.Hazard) string {
 		return ""
 	}
 	return fmt.Sprintf("kernel hazards %s: %s. Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
-		"with --kernel-hazards=accept they take part on this one, and those programs break",
-		strings.Join(names, ", "), strings.Join(consequences, "; "))
+		"with --accept-hazards=%s they take part on this one, and those programs break",
+		strings.Join(names, ", "), strings.Join(consequences, "; "), strings.Join(names, ","))
 }
 
 // refusal returns the error of doctor if no pod would take part.
@@ -206,7 +253,7 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 		t.row("HAZARD", "STATE", "", "")
 	}
 	for _, h := range e.Hazards {
-		t.row(h.Name, hazardState(h, e.HazardsAccepted), "this kernel", h.Detail)
+		t.row(h.Name, hazardState(h, e.AcceptedHazards), "this kernel", h.Detail)
 		if h.Present {
 			t.row("", "", "consequence", h.Consequence)
 			t.row("", "", "podshunt", h.Action)

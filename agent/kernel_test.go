@@ -104,7 +104,7 @@ func TestAgent(t *testing.T) {
 	a.MustWritePods(t, "client "+on, "web "+on+", podshunt.io/exclude-ports: '2222'")
 	// The agent is not there yet: the plugin leaves word.
 	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	plain := sandboxtest.MustAddPod(t, a, "plain", sandbox.PodOptions{})
 	notListed := "not opted in: no entry in " + a.PodsFile
@@ -138,7 +138,7 @@ func TestAgent(t *testing.T) {
 	// A restart is not noticed.
 	a.MustStop(t)
 	c.mustPing(t)
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	c.mustPing(t)
 	if f := c.flow(t, a); !shortcut(f) || f.ToServer.Switches != 1 || f.ToServer.TCPBytes != 100 {
 		t.Errorf("got %+v %+v, want it on the shortcut all the time", f, f.ToServer)
@@ -193,7 +193,7 @@ func TestOptIns(t *testing.T) {
 		go func() { errs <- c.talk(stop) }()
 	}
 	a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: disabled")
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	if !a.MustStatus(t).OpenConnections.Join {
 		close(stop)
 		return // the kernels of the virtual machines are safe for it
@@ -253,7 +253,7 @@ func (c connection) talk(stop <-chan struct{}) error {
 func TestUnloadWithoutAgent(t *testing.T) {
 	a := mustAgent(t)
 	a.MustWritePods(t, "web podshunt.io/shortcut: enabled")
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	a.MustTakePart(t, "web")
 	l := sandboxtest.MustListen(t, web, "tcp4", ":0")
@@ -296,7 +296,7 @@ func TestHazardsRefused(t *testing.T) {
 	a.mustStart(t)
 	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
 	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
-	want := refuseHazards(a.MustStatus(t).Hazards)
+	want := refuseHazards(a.MustStatus(t).Hazards, nil)
 	if want == "" {
 		a.MustTakePart(t, "client", "web")
 	}
@@ -322,7 +322,7 @@ func TestForget(t *testing.T) {
 	a := mustAgent(t)
 	const on = "podshunt.io/shortcut: enabled"
 	a.MustWritePods(t, "client "+on, "web "+on)
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
 	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	a.MustTakePart(t, "client", "web")
@@ -384,23 +384,26 @@ func TestForget(t *testing.T) {
 // The doctor says what the agent does on the same kernel.
 func TestDoctor(t *testing.T) {
 	mustAgent(t) // for root
-	for _, hazards := range []string{"refuse", "accept"} {
+	for _, accepted := range []string{"", "fionread-tcp,fionread-redirected,splice", "all"} {
 		var out bytes.Buffer
-		err := run(t.Context(), []string{"doctor", "-o", "json", "--kernel-hazards=" + hazards}, &out, t.Output())
+		err := run(t.Context(), []string{"doctor", "-o", "json", "--accept-hazards=" + accepted}, &out, t.Output())
 		var e api.KernelReport
 		if err := json.Unmarshal(out.Bytes(), &e); err != nil {
 			t.Fatal(err)
 		}
 		want := ""
-		if hazards == "refuse" {
-			want = refuseHazards(e.Hazards)
+		if accepted == "" {
+			want = refuseHazards(e.Hazards, nil)
+		}
+		if blocking := slices.Contains(e.AcceptedHazards, "blocking-recv"); blocking != (accepted == "all") {
+			t.Errorf("%q: got accepted %v, want blocking-recv among them: %t", accepted, e.AcceptedHazards, !blocking)
 		}
 		status := exitRefused
 		if want == "" {
 			status = 0
 		}
 		if e.Message != want || e.TakesPart != (want == "") || exitStatus(err) != status || len(e.Hazards) == 0 {
-			t.Errorf("%s: got %+v and error %v, want the refusal %q and status %d", hazards, e, err, want, status)
+			t.Errorf("%s: got %+v and error %v, want the refusal %q and status %d", accepted, e, err, want, status)
 		}
 	}
 	var out bytes.Buffer

@@ -66,7 +66,7 @@ func TestCommandErrors(t *testing.T) {
 		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
 		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + nowhere + "/none"}, "open mount namespace"},
 		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
-		{"hazards", []string{"run", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
+		{"hazards", []string{"run", "--accept-hazards=splice,waitall"}, `--accept-hazards="waitall": accepted are fionread-tcp, fionread-redirected, splice, blocking-recv, all`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
 		{"log level", []string{"run", "--log-level=all"}, `--log-level="all": accepted are debug, info, warn, error`},
 		{"size", []string{"run", "--max-flows=5000000000"}, "accepted are numbers from 0 to 4294967295"},
@@ -75,7 +75,7 @@ func TestCommandErrors(t *testing.T) {
 		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},
 		{"guard", []string{"run", "--disable-guards=ulp,oob"}, `--disable-guards="oob": accepted are fionread, flags, splice, ulp`},
 		{"doctor guard", []string{"doctor", "--disable-guards=oob"}, `--disable-guards="oob": accepted are fionread, flags, splice, ulp`},
-		{"doctor hazards", []string{"doctor", "--kernel-hazards=maybe"}, `--kernel-hazards="maybe": accepted are refuse, accept`},
+		{"doctor hazards", []string{"doctor", "--accept-hazards=accept"}, `--accept-hazards="accept": accepted are fionread-tcp, fionread-redirected, splice, blocking-recv, all`},
 		{"doctor output", []string{"doctor", "-o", "xml"}, `--output="xml": accepted are text, json`},
 		{"forget pod", []string{"forget", "web"}, `pod "web": accepted is namespace/name`},
 		{"flows of no pod", []string{"flows", "--pod", "web"}, `--pod: pod "web": accepted is namespace/name`},
@@ -215,7 +215,8 @@ func TestCompletion(t *testing.T) {
 		return out.String()
 	}
 	const noFiles, dirs = ":4\n", ":16\n"
-	wantDiff(t, "words", "refuse\naccept\n"+noFiles, complete("doctor", "--kernel-hazards", ""))
+	wantDiff(t, "words", "auto\ntext\njson\n"+noFiles, complete("run", "--log-format", ""))
+	wantDiff(t, "hazards", "fionread-tcp\nfionread-redirected\nsplice\nblocking-recv\nall\n"+noFiles, complete("doctor", "--accept-hazards", ""))
 	wantDiff(t, "guards", "fionread\nflags\nsplice\nulp\n"+noFiles, complete("run", "--disable-guards", ""))
 	wantDiff(t, "directory", dirs, complete("status", "--run-dir", ""))
 	wantDiff(t, "argument", noFiles, complete("status", ""))
@@ -261,6 +262,7 @@ func TestChartValues(t *testing.T) {
 	}
 	values := schema.Properties["agent"].Properties
 	wantDiff(t, "guards", datapath.GuardNames(), slices.Sorted(slices.Values(values["disableGuards"].Items.Enum)))
+	wantDiff(t, "hazards", acceptableHazards(), values["acceptHazards"].Items.Enum)
 	run := newRunCommand()
 	for value := range values {
 		name := regexp.MustCompile("[A-Z]").ReplaceAllStringFunc(value, func(s string) string { return "-" + strings.ToLower(s) })
@@ -359,7 +361,7 @@ func TestRefuseHazards(t *testing.T) {
 		{Name: "absent", Fatal: true, Detail: "fine"},
 		{Name: "harmless", Present: true, Detail: "seen"},
 	}
-	wantDiff(t, "nothing fatal", "", refuseHazards(hazards))
+	wantDiff(t, "nothing fatal", "", refuseHazards(hazards, nil))
 	hazards = append(hazards,
 		api.Hazard{Name: "bad", Present: true, Fatal: true, Detail: "seen", Consequence: "some programs stall"},
 		api.Hazard{Name: "guarded", Present: true, Guard: "g", Consequence: "nothing"},
@@ -367,7 +369,17 @@ func TestRefuseHazards(t *testing.T) {
 		api.Hazard{Name: "as bad", Present: true, Fatal: true, Consequence: "some programs stall"})
 	wantDiff(t, "fatal", "kernel hazards bad, worse, as bad: some programs stall; others crash. "+
 		"Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
-		"with --kernel-hazards=accept they take part on this one, and those programs break", refuseHazards(hazards))
+		"with --accept-hazards=bad,worse,as bad they take part on this one, and those programs break", refuseHazards(hazards, []string{"harmless"}))
+	wantDiff(t, "one of them is left", "kernel hazards worse: others crash. "+
+		"Pods take part on a kernel without them (`podshunt-agent doctor` has the details); "+
+		"with --accept-hazards=worse they take part on this one, and those programs break", refuseHazards(hazards, []string{"bad", "as bad"}))
+	accepted := []string{"absent", "harmless", "bad", "guarded", "worse", "as bad"}
+	wantDiff(t, "all are accepted", "", refuseHazards(hazards, accepted))
+	var names []string
+	for _, h := range acceptedHazards(hazards, accepted) {
+		names = append(names, h.Name)
+	}
+	wantDiff(t, "accepted ones that break something", []string{"harmless", "bad", "worse", "as bad"}, names)
 }
 
 func TestWriteFlows(t *testing.T) {
@@ -485,12 +497,13 @@ func TestTableRow(t *testing.T) {
 
 func TestWriteStatus(t *testing.T) {
 	status := api.Status{
-		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins",
+		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins", AcceptedHazards: []string{"two", "four", "five"},
 		Hazards: []api.Hazard{
 			{Name: "one", Present: true, Fatal: true, Detail: "stalls"},
 			{Name: "two", Detail: "fine"},
 			{Name: "three", Present: true, Detail: "short"},
 			{Name: "four", Present: true, Guard: "splice", Detail: "none"},
+			{Name: "five", Present: true, Detail: "EAGAIN"},
 		},
 		Pods: []api.PodStatus{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, Enrolled: true},
@@ -524,11 +537,12 @@ cni plugin        installed in /c/10-x.conflist since 2026-01-02 03:04:05: anoth
 source            no file
 policy            map full
 
-HAZARD  PRESENT       DETAIL
-one     yes, refused  stalls
-two     no            fine
-three   yes           short
-four    yes, guarded  none
+HAZARD  PRESENT        DETAIL
+one     yes, refused   stalls
+two     no             fine
+three   yes            short
+four    yes, guarded   none
+five    yes, accepted  EAGAIN
 
 POD  ADDRESSES         STATE                             REASON
 a/b  10.0.0.1 fd00::1  takes part
@@ -548,7 +562,7 @@ connection_paired  1
 `, out.String())
 
 	out.Reset()
-	if err := writeStatus(&out, api.Status{Version: "v1", Unloaded: true, HazardsAccepted: true, Hazards: status.Hazards[:1]}); err != nil {
+	if err := writeStatus(&out, api.Status{Version: "v1", Unloaded: true, AcceptedHazards: []string{"one"}, Hazards: status.Hazards[:1]}); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"v1, unloaded: nothing is shortcut", "yes, accepted", "none\n"} {

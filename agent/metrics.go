@@ -50,7 +50,7 @@ func newStatusCollector(fixed api.Status, snapshot func() pods.Snapshot, unloade
 		info:        desc("build_info", "Always 1; the labels say what runs here.", "version", "go_version", "kernel", "observer"),
 		pods:        desc("pods", "Pods of this node that the agent knows, by state.", "state"),
 		hazard:      desc("kernel_hazard", "Whether this kernel has the hazard: it does something differently on the shortcut than on TCP.", "hazard", "fatal"),
-		accepted:    desc("kernel_hazards_accepted", "Whether fatal hazards are accepted (--kernel-hazards=accept)."),
+		accepted:    desc("kernel_hazards_accepted", "How many hazards this kernel has that are accepted, so that programs break (--accept-hazards)."),
 		sourceError: desc("source_error", "Whether the source of what pods ask for cannot be read: the last known state stays in force."),
 		policyError: desc("policy_error", "Whether the kernel's map of policies is incomplete: what is missing stays on TCP."),
 		leaseLeft:   desc("policy_lease_seconds", "For how many seconds the policy in the kernel is still trusted; below 0 all connections go by TCP. Absent if it is trusted for ever."),
@@ -80,7 +80,7 @@ func (c *statusCollector) Collect(metrics chan<- prometheus.Metric) {
 		}
 		gauge(c.hazard, number(h.Present), h.Name, fatal)
 	}
-	gauge(c.accepted, number(c.fixed.HazardsAccepted))
+	gauge(c.accepted, float64(len(acceptedHazards(c.fixed.Hazards, c.fixed.AcceptedHazards))))
 	gauge(c.sourceError, number(snapshot.SourceError != nil))
 	gauge(c.policyError, number(snapshot.PolicyError != nil))
 	gauge(c.isUnloaded, number(c.unloaded()))

@@ -27,7 +27,8 @@ func TestStatusMetrics(t *testing.T) {
 	}
 	c := newStatusCollector(api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "fexit",
-		Hazards: []api.Hazard{{Name: "splice", Present: true, Fatal: true}, {Name: "waitall"}},
+		Hazards:         []api.Hazard{{Name: "splice", Present: true, Fatal: true}, {Name: "waitall"}, {Name: "blocking-recv", Present: true}},
+		AcceptedHazards: []string{"fionread-tcp", "splice", "blocking-recv"},
 	}, func() pods.Snapshot { return snapshot }, func() bool { return false }, func() *api.Lease { return nil })
 	registry := prometheus.NewPedanticRegistry()
 	if err := registry.Register(c); err != nil {
@@ -37,7 +38,8 @@ func TestStatusMetrics(t *testing.T) {
 		"podshunt_build_info " + runtime.Version() + " 6.18 fexit v1": 1,
 		"podshunt_kernel_hazard false waitall":                        0,
 		"podshunt_kernel_hazard true splice":                          1,
-		"podshunt_kernel_hazards_accepted":                            0,
+		"podshunt_kernel_hazards_accepted":                            2,
+		"podshunt_kernel_hazard false blocking-recv":                  1,
 		"podshunt_pods enrolled":                                      1,
 		"podshunt_pods held":                                          0,
 		"podshunt_pods out":                                           1,

@@ -53,7 +53,7 @@ func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelR
 		Cgroup:          d.Cgroup(),
 		PinDir:          cfg.datapath.PinDir,
 		Hazards:         e.Hazards,
-		HazardsAccepted: e.HazardsAccepted,
+		AcceptedHazards: e.AcceptedHazards,
 	}}
 }
 

@@ -55,7 +55,7 @@ func TestRedirectedPort(t *testing.T) {
 	a := mustAgent(t)
 	a.MustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled",
 		`mesh podshunt.io/shortcut: enabled, podshunt.io/exclude-ports: "80"`)
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
 	web, mesh := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "mesh", sandbox.PodOptions{})
 	a.MustTakePart(t, "client", "web", "mesh")

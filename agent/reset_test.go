@@ -121,7 +121,7 @@ func testForce(t *testing.T, family string, running bool) {
 	a := mustAgent(t)
 	const on = "podshunt.io/shortcut: enabled"
 	a.MustWritePods(t, "client "+on, "web "+on)
-	a.mustStart(t, "--kernel-hazards=accept")
+	a.mustStart(t, sandboxtest.AcceptFatal)
 	client, web := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	a.MustTakePart(t, "client", "web")
 	network, listen, host := "tcp4", ":0", web.IPv4.String()

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -50,7 +51,7 @@ With --cni-conf-dir and --cni-bin-dir the agent installs the CNI plugin, the pro
 podshunt beside this one, in the container runtime's configuration, and keeps it
 there.
 
-` + guardsHelp,
+` + hazardsHelp() + "\n" + guardsHelp,
 		Example: `  podshunt-agent run --node-name=worker-1
   podshunt-agent run --pods-file=/etc/podshunt/pods.yaml --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin
   podshunt-agent run --node-name=worker-1 --disable-guards=splice,ulp`,
@@ -81,7 +82,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	cfg.datapath.AllowBlocking = kernelReport.HazardsAccepted || !present(kernelReport.Hazards, hazards.BlockingRecv)
+	cfg.datapath.AllowBlocking = slices.Contains(kernelReport.AcceptedHazards, hazards.BlockingRecv) || !present(kernelReport.Hazards, hazards.BlockingRecv)
 	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
 	src, err := openSource(cfg, kernelReport.Message, log)
 	if err != nil {
@@ -133,6 +134,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	if kernelReport.Message != "" {
 		log.Error("no pod takes part", "reason", kernelReport.Message)
+	}
+	for _, h := range acceptedHazards(kernelReport.Hazards, kernelReport.AcceptedHazards) {
+		log.Warn("a hazard of this kernel is accepted, and programs break", "hazard", h.Name, "programs", h.Consequence)
 	}
 
 	metrics := newMetrics(d, n.fixed, reconciler.Snapshot, n.unloaded.Load, n.lease.state)

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -67,7 +68,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row()
 	t.row("HAZARD", "PRESENT", "DETAIL")
 	for _, h := range s.Hazards {
-		t.row(h.Name, hazardState(h, s.HazardsAccepted), h.Detail)
+		t.row(h.Name, hazardState(h, s.AcceptedHazards), h.Detail)
 	}
 	t.row()
 	t.row("POD", "ADDRESSES", "STATE", "REASON")
@@ -122,16 +123,16 @@ func cniText(s api.CNIStatus) string {
 	return text
 }
 
-func hazardState(h api.Hazard, accepted bool) string {
+func hazardState(h api.Hazard, accepted []string) string {
 	switch {
 	case !h.Present:
 		return "no"
 	case h.Guard != "":
 		return "yes, guarded"
+	case slices.Contains(accepted, h.Name):
+		return "yes, accepted"
 	case !h.Fatal:
 		return "yes"
-	case accepted:
-		return "yes, accepted"
 	}
 	return "yes, refused"
 }

@@ -44,7 +44,7 @@ func TestUninstall(t *testing.T) {
 	note := fmt.Sprintf("note: %s still names podshunt: if it means the plugin, no pod starts with this file once %s is deleted; "+
 		"let the program that wrote it write it again, or take podshunt out of it, before you delete that binary\n", multus, filepath.Join(binDir, "podshunt"))
 	address, health := mustFreeAddress(t), mustFreeAddress(t)
-	a.mustStart(t, "--kernel-hazards=accept", "--metrics-address="+address, "--health-address="+health,
+	a.mustStart(t, sandboxtest.AcceptFatal, "--metrics-address="+address, "--health-address="+health,
 		"--cni-conf-dir="+confDir, "--cni-bin-dir="+binDir)
 	client, web := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
 	read := func() string {

@@ -117,8 +117,9 @@ type Status struct {
 	Cgroup   string   `json:"cgroup"`
 	PinDir   string   `json:"pinDir"`
 	Hazards  []Hazard `json:"hazards"`
-	// HazardsAccepted is true with --kernel-hazards=accept.
-	HazardsAccepted bool `json:"hazardsAccepted"`
+	// AcceptedHazards has the names of the hazards that --accept-hazards accepts, whether this
+	// kernel has them or not.
+	AcceptedHazards []string `json:"acceptedHazards,omitempty"`
 	// OpenConnections says what becomes of connections that are older than the opt-in.
 	OpenConnections OpenConnections `json:"openConnections"`
 	// Guards names the attached guards; none are while no pod takes part and no
@@ -193,8 +194,8 @@ type KernelReport struct {
 	Kernel  string `json:"kernel"`
 	// Hazards is empty if the kernel lacks what the tests for them need.
 	Hazards []Hazard `json:"hazards,omitempty"`
-	// HazardsAccepted is true with --kernel-hazards=accept.
-	HazardsAccepted bool            `json:"hazardsAccepted"`
+	// AcceptedHazards is as in Status.
+	AcceptedHazards []string        `json:"acceptedHazards,omitempty"`
 	OpenConnections OpenConnections `json:"openConnections"`
 	// TakesPart reports whether pods would take part. If not, Reason and Message say why.
 	TakesPart bool         `json:"takesPart"`

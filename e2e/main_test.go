@@ -48,7 +48,7 @@ func mustNode(t testing.TB) *node {
 // mustStart returns when the agent answers.
 func (n *node) mustStart(t testing.TB, flags ...string) {
 	t.Helper()
-	n.MustStart(t, slices.Concat([]string{"--kernel-hazards=accept"}, sandboxtest.Soon(), flags)...)
+	n.MustStart(t, slices.Concat([]string{sandboxtest.AcceptFatal}, sandboxtest.Soon(), flags)...)
 }
 
 // entries returns how many entries each of the named maps has.

@@ -101,7 +101,7 @@ func hazards() []hazard {
 			name: BlockingRecv, probe: probeSleepingRecv,
 			absent:      "a recv that sleeps reports a reset as such",
 			consequence: "programs with sockets in blocking mode: a signal or a reset gives EAGAIN",
-			action:      "sockets in blocking mode are kept out, unless hazards are accepted",
+			action:      "sockets in blocking mode are kept out, unless this hazard is accepted, or both pods accept them by " + api.AnnotationBlockingSockets,
 		},
 		{
 			name: "oob", probe: probeOOB,
@@ -136,6 +136,17 @@ func hazards() []hazard {
 			action:      "sockets that an MPTCP listener accepts are kept out, and later connections to the port are not paired",
 		},
 	}
+}
+
+// Acceptable returns the names of the hazards that can be accepted, each with who notices
+// it then: those that keep every pod on TCP, or sockets in blocking mode.
+func Acceptable() (names, consequences []string) {
+	for _, h := range hazards() {
+		if h.fatal || h.name == BlockingRecv {
+			names, consequences = append(names, h.name), append(consequences, h.consequence)
+		}
+	}
+	return names, consequences
 }
 
 // Measure returns all hazards, and whether this kernel has them. It takes a few

@@ -149,7 +149,7 @@ func TestPrograms(t *testing.T) {
 	var hazards []api.Hazard
 
 	t.Run("tcp", func(t *testing.T) {
-		hazards = n.mustStart(t, map[string]string{"default/opted-in": optedIn}, "--kernel-hazards=refuse").Hazards
+		hazards = n.mustStart(t, map[string]string{"default/opted-in": optedIn}).Hazards
 		n.mustRefuseFatal(t, hazards)
 		for i, p := range all {
 			t.Run(p.name, func(t *testing.T) {
@@ -173,7 +173,7 @@ func TestPrograms(t *testing.T) {
 				annotations[p.namespace()+"/"+p.pod] = p.annotations
 			}
 		}
-		n.mustStart(t, annotations, "--kernel-hazards=accept")
+		n.mustStart(t, annotations, sandboxtest.AcceptFatal+",blocking-recv")
 		for i, p := range all {
 			r := &rows[i]
 			t.Run(p.name, func(t *testing.T) {

@@ -28,7 +28,7 @@ func (c *cluster) helm(args ...string) (string, error) {
 // one that has to be accepted, and a node is not the whole machine.
 func chartValues() []string {
 	return []string{
-		"--set=agent.kernelHazards=accept",
+		"--set=agent.acceptHazards={fionread-tcp,fionread-redirected,splice}",
 		"--set=agent.cgroup=/run/cgroup2",
 	}
 }

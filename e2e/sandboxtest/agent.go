@@ -34,6 +34,10 @@ func Soon() []string {
 	return []string{"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0"}
 }
 
+// AcceptFatal is a flag by which pods take part on every kernel: the sockets of most tests are
+// in non-blocking mode, and ask for nothing before they read.
+const AcceptFatal = "--accept-hazards=fionread-tcp,fionread-redirected,splice"
+
 // MustStart is Start. At the end of the test the agent is stopped.
 func (a Agent) MustStart(tb testing.TB, flags ...string) {
 	tb.Helper()

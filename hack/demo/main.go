@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -142,7 +143,8 @@ func (d *demo) startAgent(ctx context.Context) error {
 	if err := d.writePods("disabled"); err != nil {
 		return err
 	}
-	const accept = "--kernel-hazards=accept"
+	// Ping-pong waits inside of recv.
+	const accept = "--accept-hazards=fionread-tcp,fionread-redirected,splice,blocking-recv"
 	d.say("podshunt-agent %s", strings.Join(d.agent.RunArgs(accept), " \\\n   "))
 	soon, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -164,12 +166,15 @@ func (d *demo) startAgent(ctx context.Context) error {
 		d.say("This kernel has no hazards.")
 		return nil
 	}
-	d.say("This kernel serves shortcut sockets differently from plain TCP. With --kernel-hazards=accept, the demo accepts:")
+	d.say("This kernel serves shortcut sockets differently from plain TCP:")
 	t := newTable(d.out, 0)
 	for _, h := range present {
 		consequence := ""
-		if h.Fatal {
-			consequence = " (by default, no pod would take part here)"
+		switch accepted := slices.Contains(status.AcceptedHazards, h.Name); {
+		case accepted && h.Fatal:
+			consequence = " (accepted; by default, no pod would take part here)"
+		case accepted && h.Guard == "":
+			consequence = " (accepted; by default, sockets in blocking mode would stay on TCP)"
 		}
 		fmt.Fprintf(t, "   %s\t%s%s\n", h.Name, h.Detail, consequence)
 	}
