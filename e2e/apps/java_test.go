@@ -166,21 +166,21 @@ func javaOptions() []string {
 	return []string{"-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx256m", "-XX:-UsePerfData"}
 }
 
-// java compiles the programs, and returns the arguments to run them.
-func (s *stage) java() []string {
+// java compiles a class, and returns the arguments to run it.
+func (s *stage) java(class, text string) []string {
 	s.Helper()
-	source := s.script("Programs.java", javaPrograms)
+	source := s.script(class+".java", text)
 	var compiler []string
 	for _, o := range javaOptions() {
 		compiler = append(compiler, "-J"+o)
 	}
 	s.run(s.server, nil, "javac", append(compiler, "-nowarn", source)...)
-	return append(javaOptions(), "-cp", filepath.Dir(source), "Programs")
+	return append(javaOptions(), "-cp", filepath.Dir(source), class)
 }
 
 func javaHTTP(s *stage) {
 	s.makeShelf()
-	java := s.java()
+	java := s.java("Programs", javaPrograms)
 	address := s.serve(s.server, webPort, syscall.SIGTERM, "java", append(java, "http-server", fmt.Sprint(webPort))...)
 	s.exchange(s.client, address, "java", append(java, "http-client")...)
 	s.exchange(s.client, address, "java", append(java, "url-connection")...)
@@ -190,7 +190,7 @@ func javaHTTP(s *stage) {
 const recordsPort = 1521
 
 func javaRecords(s *stage) {
-	java := s.java()
+	java := s.java("Programs", javaPrograms)
 	address := s.serve(s.server, recordsPort, syscall.SIGTERM, "java", append(java, "record-server", fmt.Sprint(recordsPort))...)
 	// Without a timeout a read sleeps in recv; with one it waits by poll.
 	for _, timeout := range []string{"0", "100000"} {

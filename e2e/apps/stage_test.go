@@ -191,6 +191,13 @@ func (s *stage) run(p *sandbox.Pod, stdin io.Reader, name string, args ...string
 // address when it listens on the port.
 func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name string, args ...string) netip.AddrPort {
 	s.Helper()
+	address, _ := s.serveProcess(p, port, end, name, args...)
+	return address
+}
+
+// serveProcess is serve, and returns the process as well.
+func (s *stage) serveProcess(p *sandbox.Pod, port uint16, end syscall.Signal, name string, args ...string) (netip.AddrPort, *os.Process) {
+	s.Helper()
 	// It outlives the run's context, to be ended in its own way: one that is killed
 	// leaves its children and their ports to the next run.
 	cmd := s.commandUntil(context.WithoutCancel(s.ctx), name, args...)
@@ -214,7 +221,7 @@ func (s *stage) serve(p *sandbox.Pod, port uint16, end syscall.Signal, name stri
 			s.Logf("%s says:\n%s", name, tail(log.Bytes()))
 		}
 	})
-	return s.listening(p, port)
+	return s.listening(p, port), cmd.Process
 }
 
 // listening returns a pod's address when the port is open. It tries from the
