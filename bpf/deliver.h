@@ -60,6 +60,13 @@ static __always_inline enum outcome peer_unsupported(const struct flow *flow, __
 	return ulp ? OUTCOME_ULP : OUTCOME_LOWAT;
 }
 
+static __always_inline void set_verdict(struct sending *dir, const struct policy *policy)
+{
+	dir->verdict = policy->verdict;
+	dir->policy_reason = policy->reason;
+	dir->blocking = policy->blocking;
+}
+
 /* Looks up the verdict. If the pod's own NAT has changed the port, both ports must be allowed. */
 static __always_inline void ask_policy(const struct flow *flow, struct policy *policy)
 {

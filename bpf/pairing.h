@@ -101,13 +101,6 @@ static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 		count(OUTCOME_SYNS_FULL, 0);
 }
 
-static __always_inline void set_verdict(struct sending *dir, const struct policy *policy)
-{
-	dir->verdict = policy->verdict;
-	dir->policy_reason = policy->reason;
-	dir->blocking = policy->blocking;
-}
-
 static __always_inline void start_direction(struct flow *flow, __u32 from, __u32 seq,
 					    __u32 generation, const struct policy *policy)
 {
