@@ -171,6 +171,9 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	if (outcome != OUTCOME_PAIRED) {
 		offer.step = JOIN_LEAVE;
 		stop_watching(ctx);
+		if (outcome == OUTCOME_BLOCKING_SERVER)
+			remember_port(0, offer.netns[SIDE_SERVER], offer.server_port,
+				      UNSUPPORTED_BLOCKING);
 		count(outcome, 0);
 	}
 	bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);

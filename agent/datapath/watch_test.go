@@ -8,10 +8,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
@@ -122,5 +125,189 @@ func TestWatch(t *testing.T) {
 				waitUntil(t, name+" to be empty", func() bool { return n.usage(t)[name] == 0 })
 			}
 		})
+	}
+}
+
+// TestWatchStaysOut: connections that have not earned it, or do not suit, stay plain TCP, and
+// leave nothing behind.
+func TestWatchStaysOut(t *testing.T) {
+	setBlocking := func(s *rawSocket) error { return unix.SetNonblock(s.fd, false) }
+	const enough = 5 * joinAfter
+	for _, tc := range []struct {
+		name     string
+		verdict  rule.Verdict
+		messages int
+		change   func(c, s *rawSocket) error
+		alone    bool // the server's pod takes no part
+		want     map[string]uint64
+	}{
+		{name: "too few messages", verdict: rule.Allow, messages: joinAfter/2 - 1, want: map[string]uint64{}},
+		{name: "refused", verdict: rule.Refuse, messages: enough, want: map[string]uint64{"connection_policy_refused": 1}},
+		{name: "on hold", verdict: rule.Hold, messages: 20 * enough, want: map[string]uint64{}},
+		{name: "peer takes no part", verdict: rule.Allow, messages: 3000, alone: true, want: map[string]uint64{"connection_no_peer": 1}},
+		{
+			name: "client in blocking mode", verdict: rule.Allow, messages: enough, change: func(c, _ *rawSocket) error { return setBlocking(c) },
+			want: map[string]uint64{"connection_blocking_client": 1},
+		},
+		{
+			name: "server in blocking mode", verdict: rule.Allow, messages: enough, change: func(_, s *rawSocket) error { return setBlocking(s) },
+			want: map[string]uint64{"connection_blocking_server": 1},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, watched)
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.joinWatched(t)
+			if tc.alone {
+				if err := n.Release(cookies[1]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			before := n.counts(t)
+			c, s := rawPair(t, pods[0], l, address)
+			if tc.change != nil {
+				if err := tc.change(c, s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			sandboxtest.MustPing(t, c, s, tc.messages, 100)
+			n.mustCount(t, before, tc.want)
+			for _, name := range []string{"flows", "sockets"} {
+				if got := n.usage(t)[name]; got != 0 {
+					t.Errorf("got %d entries of %s, want none", got, name)
+				}
+			}
+			if tc.verdict != rule.Hold {
+				return
+			}
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			n.mustTalkUntilPaired(t, before, c, s)
+			n.mustBeShortcut(t, c, s)
+		})
+	}
+}
+
+// mustTalkUntilPaired exchanges messages until a connection has joined since before.
+func (n *node) mustTalkUntilPaired(tb testing.TB, before map[string]uint64, c, s io.ReadWriter) {
+	tb.Helper()
+	waitUntil(tb, "the connection to join", func() bool {
+		sandboxtest.MustPing(tb, c, s, 1, 100)
+		return n.since(tb, before)["connection_paired"] == 1
+	})
+}
+
+// TestWatchWithoutAgent: a connection that has earned it while no agent runs goes on as plain
+// TCP, and joins when one comes back.
+func TestWatchWithoutAgent(t *testing.T) {
+	n := mustNode(t, watched)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	before := n.counts(t)
+	c, s := rawPair(t, pods[0], l, address)
+	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
+	n.mustCount(t, before, map[string]uint64{})
+	if err := n.Datapath.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
+	n.MustOpen(t)
+	n.joinWatched(t)
+	n.mustTalkUntilPaired(t, before, c, s)
+	n.mustBeShortcut(t, c, s)
+}
+
+// TestWatchSwept: if a sweep has ended the flow of a connection that has waited for an agent
+// for too long, both ends go on as plain TCP.
+func TestWatchSwept(t *testing.T) {
+	n := mustNode(t, watched)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	c, s := rawPair(t, pods[0], l, address)
+	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
+	if got := n.usage(t)["flows"]; got != 1 {
+		t.Fatalf("got %d flows, want the one that waits", got)
+	}
+	if err := n.Sweep(0); err != nil {
+		t.Fatal(err)
+	}
+	n.joinWatched(t)
+	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
+	for _, name := range []string{"flows", "sockets"} {
+		if got := n.usage(t)[name]; got != 0 {
+			t.Errorf("got %d entries of %s, want none", got, name)
+		}
+	}
+}
+
+// TestWatchMeetsEnds: watched connections that end in any way at any moment of their joining
+// see what they would on TCP, and leave nothing behind.
+func TestWatchMeetsEnds(t *testing.T) {
+	n := mustNode(t, watched)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	n.joinWatched(t)
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	rounds, connections := 20, 24
+	if testing.Short() {
+		rounds = 4
+	}
+	for round := range rounds {
+		var all []func() error
+		for i := range connections {
+			c, s := rawPair(t, pods[0], l, address)
+			random := rand.New(rand.NewPCG(uint64(round), uint64(i)))
+			end := make(chan struct{})
+			time.AfterFunc(time.Duration(random.IntN(20_000))*time.Microsecond, func() { close(end) })
+			all = append(all, func() error { return endSomehow(c, s, random, end) })
+		}
+		if err := together(all...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := n.counts(t)
+	t.Logf("of %d connections: %v", rounds*connections, got)
+	if got["connection_paired"] == 0 {
+		t.Error("got no connection that has joined")
+	}
+	n.waitUsage(t, map[string]int{"pods": 2, "policies": n.usage(t)["policies"]})
+	for cookie, charge := range n.charges(t) {
+		if charge != 0 {
+			t.Errorf("netns %d: got a charge of %d, want none", cookie, charge)
+		}
+	}
+}
+
+// TestWatchUnloads: an unload while connections join leaves nothing, and no byte is lost.
+func TestWatchUnloads(t *testing.T) {
+	n := mustNode(t, watched)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	var all []func() error
+	for i := range 32 {
+		c, s := rawPair(t, pods[0], l, address)
+		one := traffic{seed: byte(i), bytes: 1 << 20, maxWrite: 4 << 10, maxRead: 8 << 10, writerPause: 32 << 10}
+		all = append(all, func() error { return exchange(c, s, one, one) })
+	}
+	all = append(all, func() error {
+		waitUntil(t, "connections that have earned to join", func() bool { return n.usage(t)["flows"] > 0 })
+		n.joinWatched(t)
+		time.Sleep(time.Duration(rand.IntN(5)) * time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), deadline)
+		defer cancel()
+		if _, err := n.Unload(ctx); err != nil {
+			t.Error(err)
+		}
+		if got := n.Left(); got != 0 {
+			t.Errorf("got %d sockets left, want none", got)
+		}
+		return nil
+	})
+	if err := together(all...); err != nil {
+		t.Fatal(err)
 	}
 }
