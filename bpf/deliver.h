@@ -13,6 +13,7 @@
 #include "blocking.h"
 #include "flow.h"
 #include "kernel.h"
+#include "leave.h"
 #include "limits.h"
 #include "maps.h"
 #include "trial.h"
@@ -165,6 +166,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	}
 	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
+	if (dir->leaves)
+		return OUTCOME_NO_GAIN;
 	if (flow->state & FLOW_ANY_EVICTING)
 		return OUTCOME_EVICTED;
 	if (!set->redirect)
@@ -307,6 +310,8 @@ int deliver(struct sk_msg_md *msg)
 			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 		remember_option(flow, own, outcome, tp);
 	}
+	if (weigh(flow, own, size, outcome, held))
+		ask_to_evict(set);
 	if (!(dir->flags & SENDING_LEARNED) &&
 	    flow->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {
 		dir->flags |= SENDING_LEARNED;

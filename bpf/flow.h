@@ -121,7 +121,7 @@ struct sending {
 	__u8 verdict; /* enum verdict */
 	__u8 tcp_cost; /* what a byte of TCP takes of the receive buffer: see measure_cost */
 	__u8 blocking; /* of the policy */
-	__u8 reserved;
+	__u8 leaves; /* both sockets are to be evicted: see leave.h */
 	__u32 policy_reason;
 	enum outcome reason; /* why the last message that went by TCP did not take the shortcut */
 	__u32 switches; /* from TCP to the shortcut */
@@ -184,7 +184,10 @@ struct receiving {
 	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
 	__u32 reads_needed; /* reads before anything is redirected: see complete */
 	__u64 began; /* position of the stream at its start, or where there was no room: see window.h */
-	__u32 reserved[4];
+	/* Of the messages that this socket has sent lately; deliver writes them: see leave.h. */
+	__u32 paid;
+	__u32 unpaid;
+	__u32 reserved[2];
 };
 
 struct side {

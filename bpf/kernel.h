@@ -92,8 +92,14 @@ struct sk_psock {
 	struct list_head ingress_msg; /* redirected messages that are unread */
 };
 
+struct pipe_inode_info {
+	unsigned int head;
+	unsigned int tail;
+};
+
 struct task_struct {
 	void *stack; /* its lowest address */
+	struct pipe_inode_info *splice_pipe;
 };
 
 struct wait_queue_entry {

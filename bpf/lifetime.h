@@ -107,9 +107,9 @@ static __always_inline void on_ack(struct flow *flow, __u32 own, const struct tc
 
 	if (tp->inet_conn.icsk_inet.sk.sk_socket->flags & SOCK_NOSPACE && is_blocking(tp))
 		dir->evict = true;
-	if (dir->evict)
+	if (dir->evict || dir->leaves)
 		evict(flow, own);
-	if (dir->evict_peer && flow->state & FLOW_SERVER_JOINED)
+	if ((dir->evict_peer || dir->leaves) && flow->state & FLOW_SERVER_JOINED)
 		evict(flow, own ^ 1);
 }
 

@@ -16,6 +16,7 @@ enum outcome {
 	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
+	OUTCOME_NO_GAIN, /* both sockets are evicted, or about to be: see leave.h */
 	OUTCOME_EVICTED, /* either socket is evicted, or about to be: see lifetime.h */
 	OUTCOME_STALE, /* the agent has not vouched for the policy for too long */
 	OUTCOME_NOT_ALLOWED, /* policy */

@@ -161,52 +161,53 @@ const (
 	ShortcutOutcomeOUTCOME_SWITCHED_OFF     ShortcutOutcome = 2
 	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 3
 	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 4
-	ShortcutOutcomeOUTCOME_EVICTED          ShortcutOutcome = 5
-	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 6
-	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 7
-	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 8
-	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 9
-	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 10
-	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 11
-	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 13
-	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 44
-	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 45
-	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 46
-	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 47
-	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 48
-	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 49
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_NO_GAIN          ShortcutOutcome = 5
+	ShortcutOutcomeOUTCOME_EVICTED          ShortcutOutcome = 6
+	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 7
+	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 8
+	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 9
+	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 10
+	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 11
+	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 12
+	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 14
+	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 46
+	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 47
+	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 51
 )
 
 type ShortcutPending struct {
@@ -267,7 +268,9 @@ type ShortcutReceiving struct {
 	Window           uint32
 	ReadsNeeded      uint32
 	Began            uint64
-	Reserved         [4]uint32
+	Paid             uint32
+	Unpaid           uint32
+	Reserved         [2]uint32
 }
 
 type ShortcutSending struct {
@@ -281,7 +284,7 @@ type ShortcutSending struct {
 	Verdict       uint8
 	TcpCost       uint8
 	Blocking      uint8
-	Reserved      uint8
+	Leaves        uint8
 	PolicyReason  uint32
 	Reason        ShortcutOutcome
 	Switches      uint32

@@ -85,7 +85,11 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	}
 	if p.State&uint64(evicted) != 0 {
 		dir.Evicted, dir.Shortcut = true, false
-		dir.Reason = outcomes()[bpf.ShortcutOutcomeOUTCOME_EVICTED].code
+		reason := bpf.ShortcutOutcomeOUTCOME_EVICTED
+		if p.Side[client].Sending.Leaves != 0 || p.Side[server].Sending.Leaves != 0 {
+			reason = bpf.ShortcutOutcomeOUTCOME_NO_GAIN
+		}
+		dir.Reason = outcomes()[reason].code
 	} else if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
 		dir.Reason = outcomes()[s.Reason].code
 	}

@@ -23,6 +23,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 		bpf.ShortcutOutcomeOUTCOME_PEER_MISSING:     {api.OutcomeMessage, "peer_missing"},
 		bpf.ShortcutOutcomeOUTCOME_PEER_GONE:        {api.OutcomeMessage, "peer_gone"},
 		bpf.ShortcutOutcomeOUTCOME_EVICTED:          {api.OutcomeMessage, "evicted"},
+		bpf.ShortcutOutcomeOUTCOME_NO_GAIN:          {api.OutcomeMessage, "no_gain"},
 		bpf.ShortcutOutcomeOUTCOME_STALE:            {api.OutcomeMessage, "stale"},
 		bpf.ShortcutOutcomeOUTCOME_NOT_ALLOWED:      {api.OutcomeMessage, "not_allowed"},
 		bpf.ShortcutOutcomeOUTCOME_SHUT_DOWN:        {api.OutcomeMessage, "shut_down"},

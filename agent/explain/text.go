@@ -19,6 +19,7 @@ var messageTexts = map[string]string{
 	"peer_missing":     "the server's socket has not joined",
 	"peer_gone":        "the other socket is closed",
 	"evicted":          "a socket in blocking mode has been evicted from the shortcut",
+	"no_gain":          "the shortcut is no faster for what this connection sends",
 	"stale":            "for longer than --policy-lease no agent has confirmed that the policy is up to date",
 	"not_allowed":      "not allowed",
 	"shut_down":        "the sender has shut down writing",

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+
+/*
+ * Leave: a flow goes back to plain TCP when the shortcut is no faster for what it sends. Then
+ * both sockets are evicted, since to be in the SOCKHASH alone costs some time for each message.
+ */
+#ifndef PODSHUNT_LEAVE_H
+#define PODSHUNT_LEAVE_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "kernel.h"
+#include "limits.h"
+
+/* A message up to here counts as small: in a stream of such messages, TCP joins many. */
+#define MESSAGE_SMALL 256
+
+/*
+ * With so many pages, sendfile is faster by TCP, which sends the pages of the file, where the
+ * shortcut copies them. Before Linux 6.5 each page is a message.
+ */
+#define SENDFILE_PAGES 4
+#define PAGE_LEAST 4096
+
+/* How many messages of a direction are weighed at a time. */
+#define LEAVE_WINDOW 2048
+
+/* A flow leaves when so many messages do not pay for each one that does. */
+#define LEAVE_RATIO 3
+
+/*
+ * Returns how many pages sendfile has at hand, or 0 if the message is of another call: they
+ * are in the thread's own pipe, which only that uses (splice_direct_to_actor).
+ */
+static __always_inline __u16 sendfile_pages(void)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pipe_inode_info *pipe = task->splice_pipe;
+
+	if (!pipe)
+		return 0;
+	return BPF_CORE_READ_BITFIELD_PROBED(pipe, head) -
+	       BPF_CORE_READ_BITFIELD_PROBED(pipe, tail);
+}
+
+/*
+ * Weighs a message, and returns true if the flow is to leave from now on. It pays if it took the shortcut, unless it is a small one behind others
+ * that are unread. It does not pay if it had to go by TCP because earlier ones had. What
+ * goes by TCP for another reason, such as the policy, says nothing. A large message of
+ * sendfile counts as many, by its size.
+ */
+static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum outcome outcome,
+				  __u32 held)
+{
+	struct receiving *mine = &flow->side[own & 1].receiving;
+	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
+	struct sending *dir = &flow->side[own & 1].sending;
+	bool leaves;
+
+	if (dir->verdict != VERDICT_ALLOW || dir->leaves)
+		return false;
+	if (size >= PAGE_LEAST && sendfile_pages() >= SENDFILE_PAGES)
+		mine->unpaid += size >> 10;
+	else if (outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED)
+		mine->unpaid++;
+	else if (outcome != OUTCOME_SHORTCUT)
+		return false;
+	else if (size <= MESSAGE_SMALL && held > size + MESSAGE_COST)
+		mine->unpaid++;
+	else
+		mine->paid++;
+	if (mine->paid + mine->unpaid < LEAVE_WINDOW)
+		return false;
+	leaves = mine->unpaid + other->unpaid > LEAVE_RATIO * (mine->paid + other->paid);
+	mine->paid /= 2;
+	mine->unpaid /= 2;
+	dir->leaves = leaves;
+	return leaves;
+}
+
+#endif
