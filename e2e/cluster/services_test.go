@@ -42,24 +42,19 @@ func proveServices(t *testing.T, number int) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	all := p.mustTalk(
+	for _, tr := range p.mustTalk(
 		optIn(client("direct", n, pod+":8080")),
 		optIn(client("clusterip", n, service+":80")),
 		optIn(client("headless", n, headless)),
 		optIn(client("mptcp", n, pod+":8081")),
 		optIn(client("database", n, pod+":8082", "-protocol=database", "-size=4096")),
-		optIn(client("nodeport", n, nodePort)))
-	shortcut, tr := all[:len(all)-1], all[len(all)-1]
-	for _, tr := range shortcut {
+		optIn(client("nodeport", n, nodePort)), // kube-proxy changes its source address
+	) {
 		share := tr.mustBeShortcut()
 		r := tr.mustFinish()
 		p.figure("%-9s kube-proxy in %s mode: %.1f %% by the shortcut, %d requests, longest %v",
 			tr.client, n.proxyMode, 100*share, r.Requests, r.Longest)
 	}
-	tr.mustBecome("unpaired", settleTime, isUnpaired)
-	reason := tr.flows()[0].Message
-	r := tr.mustFinish()
-	p.figure("%-9s kube-proxy in %s mode: on TCP (%q), %d requests", tr.client, n.proxyMode, reason, r.Requests)
 }
 
 // proveNodes has a server on each node: only connections that stay on the node are paired.
