@@ -64,7 +64,7 @@ test-kernels: build cni ## kernel tests on Debian's kernels in QEMU (root)
 # -v shows each program's result while it runs, and the table.
 test-apps: build cni ## real programs between two pods, on plain TCP and with the shortcut (root)
 	$(SUDO) e2e/apps/fetch.sh $(APPS)
-	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v -run TestPrograms . $(TESTFLAGS)
+	REQUIRE_ROOT=1 PODSHUNT_APPS=$(APPS) go -C e2e/apps test -exec "$(SUDO)" -count=1 -timeout 20m -v -run 'TestPrograms|TestJavaBlocking' . $(TESTFLAGS)
 
 # One kernel, KERNELS=6.12, is a piece of work; what works is not run again.
 test-apps-kernels: build cni ## real programs with the default settings on Debian's kernels in QEMU (root)

@@ -317,6 +317,61 @@ func TestHazardsRefused(t *testing.T) {
 	}
 }
 
+// A client in blocking mode takes part where both pods accept that, by what the pods file says.
+func TestBlockingSockets(t *testing.T) {
+	a := mustAgent(t)
+	const on, blocking = "podshunt.io/shortcut: enabled", ", podshunt.io/blocking-sockets: "
+	a.MustWritePods(t, "client "+on+blocking+"accept", "web "+on)
+	a.mustStart(t, sandboxtest.AcceptFatal)
+	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
+	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
+	a.MustTakePart(t, "client", "web")
+	l := sandboxtest.MustListen(t, web, "tcp4", ":0")
+	to := &unix.SockaddrInet4{Addr: web.IPv4.As4(), Port: l.Addr().(*net.TCPAddr).Port}
+	accepted := func(pods ...string) func(api.Status) bool {
+		return func(s api.Status) bool {
+			var accept []string
+			for _, p := range s.Pods {
+				if p.AcceptBlocking {
+					accept = append(accept, p.Pod.Name)
+				}
+			}
+			return slices.Equal(accept, pods)
+		}
+	}
+	status := func() api.Status { return a.MustStatus(t) }
+	connect := func() api.Flow {
+		t.Helper()
+		fd := -1
+		if err := client.Do(func() (err error) {
+			fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			return errors.Join(err, unix.Connect(fd, to))
+		}); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		flows := a.MustFlows(t)
+		if len(flows) != 1 {
+			t.Fatalf("got flows %+v, want one", flows)
+		}
+		return flows[0]
+	}
+
+	sandboxtest.WaitFor(t, "one pod accepts", status, accepted("client"))
+	if f := connect(); f.Paired || !strings.Contains(f.Message, "a socket is in blocking mode (see podshunt.io/blocking-sockets)") {
+		t.Errorf("got %+v, want it not paired, and why", f)
+	}
+	a.MustWritePods(t, "client "+on+blocking+"accept", "web "+on+blocking+"accept")
+	sandboxtest.WaitFor(t, "both pods accept", status, accepted("client", "web"))
+	sandboxtest.WaitFor(t, "all connections closed", func() []api.Flow { return a.MustFlows(t) }, func(f []api.Flow) bool { return len(f) == 0 })
+	if f := connect(); !f.Paired {
+		t.Errorf("got %+v, want it paired", f)
+	}
+	a.MustWritePods(t, "client "+on+blocking+"accept", "web "+on+blocking+"maybe")
+	sandboxtest.WaitFor(t, "a word that is not accepted", status, accepted("client"))
+	wantDiff(t, "states", []string{"client: takes part", `web: annotation podshunt.io/blocking-sockets="maybe": accepted are "accept" and "refuse"`}, a.MustStates(t))
+}
+
 // What a connection uses that is not served is told and remembered, until it is forgotten.
 func TestForget(t *testing.T) {
 	a := mustAgent(t)

@@ -107,6 +107,22 @@ func TestWish(t *testing.T) {
 			},
 		},
 		{
+			name:      "blocking sockets by its namespace",
+			namespace: map[string]string{api.AnnotationBlockingSockets: "accept"},
+			want:      func(w *pods.Intent) { w.Settings.AcceptBlocking = true },
+		},
+		{
+			name:      "blocking sockets refused against its namespace",
+			change:    func(p *corev1.Pod) { p.Annotations[api.AnnotationBlockingSockets] = "refuse" },
+			namespace: map[string]string{api.AnnotationBlockingSockets: "accept"},
+		},
+		{
+			name:    "blocking sockets by a word that is not accepted",
+			change:  func(p *corev1.Pod) { p.Annotations[api.AnnotationBlockingSockets] = "yes" },
+			want:    func(w *pods.Intent) { w.Settings = api.Settings{} },
+			wantErr: []string{`annotation podshunt.io/blocking-sockets="yes": accepted are "accept" and "refuse"`},
+		},
+		{
 			name:      "bad annotations of both",
 			change:    func(p *corev1.Pod) { p.Annotations[api.AnnotationPorts] = "http" },
 			namespace: map[string]string{api.AnnotationExcludePorts: "x", "podshunt.io/y": "z"},
