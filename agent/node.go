@@ -79,9 +79,7 @@ func (n *node) Status() (api.Status, error) {
 	status.Lease = n.lease.state()
 	unsupported, err1 := n.datapath.UnsupportedPorts()
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
-	for _, u := range unsupported {
-		status.UnsupportedPorts = append(status.UnsupportedPorts, view.UnsupportedPort(u))
-	}
+	status.UnsupportedPorts = view.UnsupportedPorts(unsupported)
 	var err2, err3 error
 	status.Maps, err2 = n.datapath.Maps()
 	status.Outcomes, err3 = n.datapath.Outcomes()

@@ -117,17 +117,21 @@ func (v *View) why(client, server *pods.Pod, port uint16) answer {
 		return answer{reason: decision.Reason.Code(), message: decision.String()}
 	}
 	for _, key := range []policyKey{{0, server.NetnsCookie, port}, asked} {
-		reasons := v.unsupported[key].Reasons
-		if policy.AcceptBlocking(client.Policy, server.Policy) {
-			reasons = slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return r == datapath.UnsupportedBlocking })
-		}
-		if len(reasons) > 0 {
+		if reasons := counting(v.unsupported[key].Reasons, client, server); len(reasons) > 0 {
 			return answer{reasonUnsupported, reasons, fmt.Sprintf(
 				"an earlier connection to this server port used %s, which does not work on the shortcut: `podshunt-agent forget` lets new ones be paired again",
 				Calls(reasons))}
 		}
 	}
 	return answer{}
+}
+
+// counting returns the reasons that keep connections between two pods on TCP.
+func counting(reasons []string, client, server *pods.Pod) []string {
+	if !policy.AcceptBlocking(client.Policy, server.Policy) {
+		return reasons
+	}
+	return slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return r == datapath.UnsupportedBlocking })
 }
 
 // unmatched is the answer where nothing but the connection itself can be why.
@@ -140,14 +144,24 @@ func unmatched(client, server *pods.Pod) answer {
 		"the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"}
 }
 
-// UnsupportedPort returns the port with the names of its pods.
-func (v *View) UnsupportedPort(u datapath.UnsupportedPort) api.UnsupportedPort {
-	described := api.UnsupportedPort{Port: u.Port, Reasons: u.Reasons, Since: u.Since}
-	if p := v.byCookie[u.Netns]; p != nil {
-		described.Pod = p.Pod
-	}
-	if p := v.byCookie[u.Client]; p != nil {
-		described.Client = &p.Pod
+// UnsupportedPorts returns the ports with the names of their pods, without those that only
+// a client's sockets in blocking mode have made so which both pods accept now.
+func (v *View) UnsupportedPorts(ports []datapath.UnsupportedPort) (described []api.UnsupportedPort) {
+	for _, u := range ports {
+		d := api.UnsupportedPort{Port: u.Port, Reasons: u.Reasons, Since: u.Since}
+		server, client := v.byCookie[u.Netns], v.byCookie[u.Client]
+		if server != nil {
+			d.Pod = server.Pod
+		}
+		if client != nil {
+			d.Client = &client.Pod
+		}
+		if server != nil && client != nil {
+			if d.Reasons = counting(u.Reasons, client, server); len(d.Reasons) == 0 {
+				continue
+			}
+		}
+		described = append(described, d)
 	}
 	return described
 }

@@ -197,6 +197,24 @@ func TestUnpaired(t *testing.T) {
 	}
 }
 
+// TestUnsupportedPorts: a port is listed unless nothing of it counts between its two pods.
+func TestUnsupportedPorts(t *testing.T) {
+	pod := func(name string) api.PodRef { return api.PodRef{Namespace: "default", Name: name} }
+	java, client, jdbc := pod("java"), pod("client"), pod("jdbc")
+	wantDiff(t, "ports", []api.UnsupportedPort{
+		{Pod: java, Port: 80, Reasons: []string{"blocking"}}, // for other clients
+		{Pod: java, Client: &client, Port: 80, Reasons: []string{"blocking"}},
+		{Pod: java, Client: &jdbc, Port: 81, Reasons: []string{"splice"}},
+		{Port: 82, Reasons: []string{"splice"}},
+	}, testView().UnsupportedPorts([]datapath.UnsupportedPort{
+		{Netns: 5, Port: 80, Reasons: []string{"blocking"}},
+		{Netns: 5, Client: 1, Port: 80, Reasons: []string{"blocking"}},
+		{Netns: 5, Client: 6, Port: 80, Reasons: []string{"blocking"}},
+		{Netns: 5, Client: 6, Port: 81, Reasons: []string{"splice", "blocking"}},
+		{Netns: 99, Port: 82, Reasons: []string{"splice"}},
+	}))
+}
+
 func TestPaired(t *testing.T) {
 	since := time.Unix(1000, 0)
 	flow := datapath.Flow{
