@@ -378,9 +378,14 @@ func TestJoinMeetsEnds(t *testing.T) {
 // TestJoinBlocking: where sockets in blocking mode may take part, open ones join even if
 // their programs sleep in recv nearly all the time, and get every byte.
 func TestJoinBlocking(t *testing.T) {
+	t.Run("on the node", func(t *testing.T) { testJoinBlocking(t, false) })
+	t.Run("between the pods", func(t *testing.T) { testJoinBlocking(t, true) })
+}
+
+func testJoinBlocking(t *testing.T, byPolicy bool) {
 	n := mustNode(t, func(c *datapath.Config) {
 		atOnce(c)
-		c.AllowBlocking = true
+		c.AllowBlocking = !byPolicy
 	})
 	if !canJoin(t, n) {
 		return
@@ -427,7 +432,17 @@ func TestJoinBlocking(t *testing.T) {
 	}
 	join := func() error {
 		defer close(done)
-		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+		rules := sandbox.Between(rule.Allow, cookies...)
+		if byPolicy {
+			n.MustSetPolicy(t, rules)
+			if got := n.mustJoin(t, pods...); got != 0 {
+				t.Errorf("got %d connections that have joined without consent, want none", got)
+			}
+			for i := range rules {
+				rules[i].Blocking = true
+			}
+		}
+		n.MustSetPolicy(t, rules)
 		want := 1
 		if version, err := datapath.RunningVersion(); err != nil || !version.LateCallbacks() {
 			want = 0 // nothing would evict them in time
