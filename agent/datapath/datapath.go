@@ -102,7 +102,10 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
 	var err error
 	if d.watcher, err = newWatcher(d.objects.Maps); err != nil {
-		return nil, errors.Join(err, d.Close())
+		log.Warn("this kernel lets no watched connection join: all join at their handshake", "err", err)
+		if err := d.setControl(func(s *bpf.ShortcutSettings) { s.JoinAfter = 0 }); err != nil {
+			return nil, errors.Join(err, d.Close())
+		}
 	}
 	return d, nil
 }
