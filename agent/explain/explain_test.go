@@ -171,7 +171,8 @@ func TestUnpaired(t *testing.T) {
 				listen(5, "0.0.0.0:80"), open(6, 11, "10.0.0.6:5000", "10.0.0.5:80"), open(5, 12, "10.0.0.5:80", "10.0.0.6:5000"),
 			},
 			want: []string{"default/jdbc 10.0.0.6:5000 > 10.0.0.5:80 > default/java 10.0.0.5:80: unmatched []: " +
-				"the connection was made before both pods took part and could not join, or its handshake cannot be matched (SNAT, TCP Fast Open): reconnect to try again"},
+				"it has not sent and received enough yet (--join-after), the connection was made before both pods took part and could not join, " +
+				"or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"},
 		},
 		{
 			name: "a port that is known for more than blocking sockets",
