@@ -25,7 +25,8 @@ APPS ?= $(CURDIR)/.cache/apps
 CLUSTER ?= $(CURDIR)/.cache/cluster
 # For go test, such as -v or -run Pairing.
 TESTFLAGS ?=
-# For make bench: flags of hack/bench, such as "-rows '^stream 16 KiB' -cores one -rounds 20".
+# Flags for bench, such as "-rows '^stream 16 KiB' -cores one -rounds 20", and for bench-apps and bench-apps-quick, such as
+# "-programs ^redis". A run of some rows only leaves docs/measurements.md as it is.
 BENCH_ARGS ?=
 # What runs the tests of unit, test and test-cluster; CI takes a program that repeats the failures at the end.
 GOTEST ?= go test
@@ -48,7 +49,7 @@ FUZZTIME ?= 20s
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit race fuzz generate lint verify bench image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit race fuzz generate lint verify bench bench-apps bench-apps-quick bin/bench-apps image chart clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -97,6 +98,7 @@ cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 unit: ## the tests that need no privileges, with the race detector
 	CGO_ENABLED=1 $(GOTEST) -race -tags unit -count=1 $(TESTFLAGS) $(UNIT)
 	go -C hack/image test -count=1 $(TESTFLAGS) .
+	go -C e2e/apps test -count=1 $(TESTFLAGS) ./bench
 
 race: build cni ## the tests of the agent and the datapath that need root, with the race detector (root)
 	REQUIRE_ROOT=1 CGO_ENABLED=1 $(GOTEST) -exec "$(SUDO)" -race -short -skip '$(RACE_SKIP)' -p 1 -count=1 -timeout 25m $(TESTFLAGS) $(RACE)
@@ -123,10 +125,24 @@ verify: ## what is generated is current, go.mod is tidy, code is formatted, lint
 
 bench: build cni ## measure this machine into docs/measurements.md, in some 25 minutes (root)
 	$(BUILD) -o bin/bench ./hack/bench
-	$(SUDO) bin/bench $(BENCH_ARGS) >bin/measurements.md
-	mv bin/measurements.md docs/
+	$(SUDO) bin/bench $(BENCH_ARGS) -svg bin/latency.svg >bin/measurements.md
+	go run ./hack/measurements bench bin/measurements.md bin/latency.svg
 	go test -exec "$(SUDO)" -run '^$$' -bench Guards ./agent/datapath
 	go test -exec "$(SUDO)" -run '^$$' -bench Node -timeout 20m ./e2e
+
+# About an hour. bin/bench-apps -h has the flags.
+bench-apps: bin/bench-apps ## measure real programs on this machine into docs/measurements.md (root)
+	$(SUDO) PODSHUNT_APPS=$(APPS):$(APPS)-bench bin/bench-apps $(BENCH_ARGS) >bin/measurements-apps.md
+	go run ./hack/measurements bench-apps bin/measurements-apps.md
+
+bench-apps-quick: bin/bench-apps ## a few lines of each program, onto the terminal (root)
+	$(SUDO) PODSHUNT_APPS=$(APPS):$(APPS)-bench bin/bench-apps -quick $(BENCH_ARGS)
+
+# A program that cannot be had has no line; the run says why.
+bin/bench-apps: build cni
+	$(SUDO) e2e/apps/fetch.sh $(APPS)
+	-$(SUDO) e2e/apps/fetch.sh $(APPS)-bench e2e/apps/bench/packages
+	go -C e2e/apps build -trimpath -o $(CURDIR)/$@ ./bench
 
 image: build ## bin/podshunt-image.tar, for ctr images import or docker load
 	$(PACK_IMAGE) -name $(IMAGE) -o $(CURDIR)/bin/podshunt-image.tar

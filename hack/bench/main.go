@@ -51,26 +51,30 @@ type settings struct {
 	rows           *regexp.Regexp
 	cores          []string
 	budget         uint
+	svg            string
 }
 
+// allCores are the names of the placements.
+func allCores() []string { return []string{"one", "two", "free"} }
+
 func parse(args []string, stderr io.Writer) (settings, error) {
-	s := settings{rows: regexp.MustCompile(""), cores: []string{"one", "two", "free"}}
+	s := settings{rows: regexp.MustCompile(""), cores: allCores()}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured; below 6 there are no intervals")
 	flags.DurationVar(&s.length, "length", 100*time.Millisecond, "how long one measurement counts")
 	flags.DurationVar(&s.warmUp, "warm-up", 50*time.Millisecond, "how long each runs before, for TCP to open its windows and for the shortcut to see the receivers read")
 	flags.UintVar(&s.budget, "budget", uint(datapath.DefaultConfig().Budget), "`bytes` that a receiver may leave unread, as --budget of the agent")
+	flags.StringVar(&s.svg, "svg", "", "`file` for a picture of the ping-pongs with TCP_NODELAY of the first placement")
 	flags.Func("rows", "`regexp` of the rows to measure, such as '^ping-pong 1 B, nodelay' (default all)", func(value string) (err error) {
 		s.rows, err = regexp.Compile(value)
 		return err
 	})
 	flags.Func("cores", "`list` of where the ends run: one core, two, or free to run on any (default one,two,free)", func(list string) error {
-		all := s.cores
 		s.cores = strings.Split(list, ",")
 		for _, name := range s.cores {
-			if !slices.Contains(all, name) {
-				return fmt.Errorf("%q: accepted are %q", name, all)
+			if !slices.Contains(allCores(), name) {
+				return fmt.Errorf("%q: accepted are %q", name, allCores())
 			}
 		}
 		return nil
@@ -93,9 +97,42 @@ type place struct {
 // results are of the places in which TCP is compared; before, loaded and after of the
 // bare rows on one core.
 type results struct {
-	todo                  []place
+	todo []place
+	// partial is true if todo has not all that this machine can measure.
+	partial               bool
 	compared              map[place]table
 	before, loaded, after map[place]table
+}
+
+// partial is the first line of a report that lacks rows: hack/measurements leaves the
+// document alone then.
+const partial = "<!-- partial -->"
+
+// choose lists the places that were asked for, and says if there are more.
+func (s settings) choose(cpus []int) (todo []place, partial bool, err error) {
+	asked, err := placements(cpus, s.cores)
+	if err != nil {
+		return nil, false, err
+	}
+	all, err := placements(cpus, allCores())
+	if err != nil {
+		return nil, false, err
+	}
+	for _, p := range all {
+		for _, row := range rows() {
+			switch {
+			case !p.has(row):
+			case slices.Contains(asked, p) && s.rows.MatchString(row.title()):
+				todo = append(todo, place{p, row})
+			default:
+				partial = true
+			}
+		}
+	}
+	if todo == nil {
+		return nil, false, fmt.Errorf("rows %q: none has such a name in these placements", s.rows)
+	}
+	return todo, partial, nil
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
@@ -108,20 +145,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
-	where, err := placements(cpus, s.cores)
-	if err != nil {
-		return err
-	}
 	r := results{compared: map[place]table{}}
-	for _, p := range where {
-		for _, row := range rows() {
-			if s.rows.MatchString(row.title()) && p.has(row) {
-				r.todo = append(r.todo, place{p, row})
-			}
-		}
-	}
-	if r.todo == nil {
-		return fmt.Errorf("rows %q: none has such a name in these placements", s.rows)
+	if r.todo, r.partial, err = s.choose(cpus); err != nil {
+		return err
 	}
 	b, err := newBench(s)
 	if err != nil {
@@ -134,8 +160,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err := b.measureAll(ctx, &r, progress); err != nil {
 		return err
 	}
+	if r.partial {
+		fmt.Fprintln(stdout, partial)
+	}
 	if err := b.writeHeader(stdout, args); err != nil {
 		return err
+	}
+	if s.svg != "" {
+		if err := r.drawLatency(stdout, s.svg); err != nil {
+			return err
+		}
 	}
 	r.write(stdout)
 	_, err = fmt.Fprintf(stdout, "\nThe run took %.0f s.\n", time.Since(began).Seconds())

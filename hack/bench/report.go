@@ -47,7 +47,7 @@ func (b *bench) writeHeader(w io.Writer, args []string) error {
 		return err
 	}
 	command := strings.ReplaceAll(strings.Join(append([]string{"hack/bench"}, args...), " "), "|", `\|`) // else a new cell
-	fmt.Fprintf(w, `# Measurements
+	fmt.Fprintf(w, `## One connection
 
 | | |
 | --- | --- |
@@ -122,7 +122,7 @@ func (r *results) write(w io.Writer) {
 		if n < 0 {
 			n = len(todo)
 		}
-		fmt.Fprintf(w, "\n## %s, %s\n\n", first.placement.name, first.row.table())
+		fmt.Fprintf(w, "\n### %s, %s\n\n", first.placement.name, first.row.table())
 		r.writeTable(w, todo[:n])
 		todo = todo[n:]
 	}
@@ -173,7 +173,7 @@ func (r *results) writeSlower(w io.Writer) {
 			})
 		}
 	}
-	fmt.Fprintf(w, "\n## Slower than TCP\n\n%d of %d rows; of TCP to TCP, %d.\n", len(lines)-1, len(r.todo), noise)
+	fmt.Fprintf(w, "\n### Slower than TCP\n\n%d of %d rows; of TCP to TCP, %d.\n", len(lines)-1, len(r.todo), noise)
 	if len(lines) > 1 {
 		fmt.Fprintln(w)
 		write(w, lines)
@@ -210,7 +210,7 @@ func (r *results) writeBare(w io.Writer, places []place) {
 			p.row.title(), p.row.value(b), p.row.value(l), p.row.value(a), ratio(l, b, rate).String(), ratio(l, a, rate).String(),
 		})
 	}
-	fmt.Fprint(w, "\n## Plain TCP on one core with podshunt loaded and with nothing loaded\n\n")
+	fmt.Fprint(w, "\n### Plain TCP on one core with podshunt loaded and with nothing loaded\n\n")
 	write(w, lines)
 }
 

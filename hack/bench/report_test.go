@@ -43,7 +43,7 @@ func TestReport(t *testing.T) {
 	var got strings.Builder
 	r.write(&got)
 	want := `
-## Slower than TCP
+### Slower than TCP
 
 1 of 3 rows; of TCP to TCP, 1.
 
@@ -51,25 +51,25 @@ func TestReport(t *testing.T) {
 | --- | --: | --: | --: |
 | Both ends on one core: stream 64 B, nagle | median | 0.50 (0.50–0.50) | 50.0 % |
 
-## Both ends on one core, TCP_NODELAY
+### Both ends on one core, TCP_NODELAY
 
 |  | TCP | shortcut | ratio to TCP | p99 to TCP | TCP to TCP | p99, TCP to TCP | slower | bytes by shortcut |
 | --- | --: | --: | --: | --: | --: | --: | --: | --: |
 | ping-pong 1 KiB | 10.00 (20.0) µs | 5.00 (10.0) µs | **2.00 (2.00–2.00)** | 2.00 (2.00–2.00) | 1.00 (1.00–1.00) | 1.00 (1.00–1.00) | no | 0.0 % |
 
-## Both ends on one core, without TCP_NODELAY
+### Both ends on one core, without TCP_NODELAY
 
 |  | TCP | shortcut | ratio to TCP | TCP to TCP | slower | bytes by shortcut |
 | --- | --: | --: | --: | --: | --: | --: |
 | stream 64 B | 8.00 Gbit/s | 4.00 Gbit/s | **0.50 (0.50–0.50)** | 1.00 (1.00–1.00) | median | 50.0 % |
 
-## Across two cores, TCP_NODELAY
+### Across two cores, TCP_NODELAY
 
 |  | TCP | shortcut | ratio to TCP | p99 to TCP | TCP to TCP | p99, TCP to TCP | slower | bytes by shortcut |
 | --- | --: | --: | --: | --: | --: | --: | --: | --: |
 | ping-pong 1 KiB | 10.00 (20.0) µs | 10.00 (20.0) µs | **1.00 (1.00–1.00)** | 1.00 (1.00–1.00) | 0.50 (0.50–0.50) | 0.50 (0.50–0.50) | no | 0.0 % |
 
-## Plain TCP on one core with podshunt loaded and with nothing loaded
+### Plain TCP on one core with podshunt loaded and with nothing loaded
 
 |  | before loading | loaded | after unloading | loaded to before | loaded to after |
 | --- | --: | --: | --: | --: | --: |

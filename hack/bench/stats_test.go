@@ -109,6 +109,38 @@ func TestPlacements(t *testing.T) {
 	}
 }
 
+// TestChoose: a run is whole only with all rows, wherever this machine can measure them.
+func TestChoose(t *testing.T) {
+	for _, tc := range []struct {
+		args    []string
+		cpus    []int
+		partial bool
+	}{
+		{nil, []int{3, 5}, false},
+		{nil, []int{3}, false},
+		{[]string{"-rounds", "20", "-length", "1s"}, []int{3, 5}, false},
+		{[]string{"-cores", "one"}, []int{3}, false},
+		{[]string{"-cores", "one"}, []int{3, 5}, true},
+		{[]string{"-rows", "^ping-pong"}, []int{3, 5}, true},
+	} {
+		s, err := parse(tc.args, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		todo, partial, err := s.choose(tc.cpus)
+		if err != nil || len(todo) == 0 || partial != tc.partial {
+			t.Errorf("%q on CPUs %v: got %d places, partial: %v and error %v, want partial: %v", tc.args, tc.cpus, len(todo), partial, err, tc.partial)
+		}
+	}
+	s, err := parse([]string{"-rows", "^none"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if todo, _, err := s.choose([]int{3}); err == nil {
+		t.Errorf("got %v, want an error for no row", todo)
+	}
+}
+
 func TestParse(t *testing.T) {
 	for _, args := range [][]string{{"-rounds", "0"}, {"-length", "0s"}, {"-cores", "three"}, {"-rows", "("}, {"more"}} {
 		if got, err := parse(args, io.Discard); err == nil {
