@@ -60,8 +60,10 @@ func postgres() program {
 		servers: func(in instance) []process {
 			return []process{{
 				side: server, port: in.ports[0], end: syscall.SIGINT, socket: filepath.Join(in.dir, fmt.Sprintf(".s.PGSQL.%d", in.ports[0])),
-				command: []string{"postgres", "-D", filepath.Join(in.dir, "data"), "-F", "-k", in.dir, "-p", strconv.Itoa(int(in.ports[0])),
-					"-c", "listen_addresses=*", "-c", "hba_file=" + filepath.Join(in.dir, "hba.conf")},
+				command: []string{
+					"postgres", "-D", filepath.Join(in.dir, "data"), "-F", "-k", in.dir, "-p", strconv.Itoa(int(in.ports[0])),
+					"-c", "listen_addresses=*", "-c", "hba_file=" + filepath.Join(in.dir, "hba.conf"),
+				},
 				ready: func(ctx context.Context, in instance) error {
 					// The port is open before the server has recovered.
 					for {

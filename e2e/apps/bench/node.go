@@ -273,19 +273,25 @@ func (n *node) serve(ctx context.Context, dir string, v variant, where placement
 	if err := n.start(cmd, v, p.side, where); err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.command[0], err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	ended := make(chan struct{})
+	var end error
+	go func() {
+		defer close(ended)
+		end = cmd.Wait()
+	}()
 	stop = func() error {
-		end := p.end
-		if end == 0 {
-			end = syscall.SIGTERM
+		signal := p.end
+		if signal == 0 {
+			signal = syscall.SIGTERM
 		}
-		_ = cmd.Process.Signal(end) // it fails if the server has ended
+		_ = cmd.Process.Signal(signal) // it fails if the server has ended
 		select {
 		case <-ended: // many a server calls its signal an error
 			return nil
 		case <-time.After(stopTimeout):
-			return errors.Join(fmt.Errorf("%s does not end", p.command[0]), cmd.Process.Kill(), <-ended)
+			err := errors.Join(fmt.Errorf("%s does not end", p.command[0]), cmd.Process.Kill())
+			<-ended
+			return err
 		}
 	}
 	deadline := time.Now().Add(startTimeout)
@@ -295,8 +301,8 @@ func (n *node) serve(ctx context.Context, dir string, v variant, where placement
 			return stop, nil
 		}
 		select {
-		case end := <-ended:
-			return nil, fmt.Errorf("%s has ended: %w: %s", strings.Join(p.command, " "), end, tail(log.String()))
+		case <-ended:
+			return nil, errors.Join(fmt.Errorf("%s has ended: %s", strings.Join(p.command, " "), tail(log.String())), end)
 		case <-time.After(20 * time.Millisecond):
 		}
 		if ctx.Err() != nil || time.Now().After(deadline) {

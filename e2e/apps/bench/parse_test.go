@@ -116,8 +116,10 @@ func TestParse(t *testing.T) {
 		{"sysbench", sysbenchOutput, parseSysbench, reading{21031, 20976.46, latency{129, 141, 2032}}},
 		{"iperf3", iperf3Output, parseIperf3, reading{requests: 943.75, rate: 7.67, latency: latency{}}},
 		{"sockperf", sockperfOutput, parseSockperf, reading{22891, 21154.55, latency{47.688, 133.057, 647.565}}},
-		{"own", `{"Requests":3431,"Seconds":1.000180117,"P50":239.087,"P99":970.011,"P999":3516.375}`, parseLoad,
-			reading{3431, 3430.38, latency{239.087, 970.011, 3516.375}}},
+		{
+			"own", `{"Requests":3431,"Seconds":1.000180117,"P50":239.087,"P99":970.011,"P999":3516.375}`, parseLoad,
+			reading{3431, 3430.38, latency{239.087, 970.011, 3516.375}},
+		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got, err := tc.parse(tc.out)

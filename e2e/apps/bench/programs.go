@@ -190,8 +190,10 @@ func redis() program {
 		servers: func(in instance) []process {
 			return []process{{
 				side: server, port: in.ports[0], socket: in.socket,
-				command: []string{"redis-server", "--port", strconv.Itoa(int(in.ports[0])), "--bind", "0.0.0.0", "--protected-mode", "no",
-					"--save", "", "--dir", in.dir, "--unixsocket", in.socket},
+				command: []string{
+					"redis-server", "--port", strconv.Itoa(int(in.ports[0])), "--bind", "0.0.0.0", "--protected-mode", "no",
+					"--save", "", "--dir", in.dir, "--unixsocket", in.socket,
+				},
 			}}
 		},
 		workloads: append(shapes(ask("get")), sets...),
