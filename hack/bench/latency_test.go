@@ -7,10 +7,14 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/podshunt/podshunt/e2e/measure"
 )
 
 // drawing is what a test looks at of an SVG.
@@ -94,5 +98,55 @@ func TestLatencySVG(t *testing.T) {
 	}
 	if err := latencySVG(&out, "", []point{{size: 1}}); err == nil {
 		t.Error("got no error for nothing to draw")
+	}
+}
+
+// TestDrawLatency: the picture has the medians of the ping-pongs with TCP_NODELAY of the
+// first placement, and the report its link.
+func TestDrawLatency(t *testing.T) {
+	first, second := placement{flag: "two", name: "Somewhere"}, placement{flag: "free", name: "Elsewhere"}
+	ping := row{kind: measure.PingPong, size: 1, noDelay: true}
+	pingAsleep, nagle := ping, ping
+	pingAsleep.mode, nagle.noDelay = blocking, false
+	stream := row{kind: measure.Stream, size: kib, noDelay: true}
+	rounds := func(times ...time.Duration) (samples []sample) {
+		for _, d := range times {
+			samples = append(samples, sample{Result: measure.Result{P50: d}})
+		}
+		return samples
+	}
+	r := results{
+		todo: []place{{first, stream}, {first, ping}, {first, nagle}, {first, pingAsleep}, {second, ping}},
+		compared: map[place]table{{first, ping}: {
+			tcp:        rounds(20*time.Microsecond, 16*time.Microsecond, 90*time.Microsecond),
+			shortcut:   rounds(8*time.Microsecond, 4*time.Microsecond, 9*time.Microsecond),
+			unixSocket: rounds(16 * time.Microsecond),
+		}},
+	}
+	for _, p := range r.todo {
+		if _, ok := r.compared[p]; !ok {
+			r.compared[p] = table{tcp: rounds(time.Second), shortcut: rounds(time.Second)}
+		}
+	}
+	file := filepath.Join(t.TempDir(), "latency.svg")
+	var report bytes.Buffer
+	if err := r.drawLatency(&report, file); err != nil {
+		t.Fatal(err)
+	}
+	if want := "](latency.svg)\n"; !strings.HasSuffix(report.String(), want) {
+		t.Errorf("got %q, want a link that ends with %q", &report, want)
+	}
+	got, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want bytes.Buffer
+	err = latencySVG(&want, "Round trip, median: somewhere", []point{{1, 20 * time.Microsecond, 8 * time.Microsecond, 16 * time.Microsecond}})
+	if err != nil || !bytes.Equal(got, want.Bytes()) {
+		t.Errorf("got (error %v):\n%s\nwant:\n%s", err, got, &want)
+	}
+	r.todo = []place{{first, stream}, {first, nagle}}
+	if err := r.drawLatency(&report, "/nowhere"); err != nil {
+		t.Errorf("a run without such ping-pongs: %v", err)
 	}
 }
