@@ -49,6 +49,8 @@ type bench struct {
 	settings settings
 	// instances are made once, with their files.
 	instances map[string][]*instance
+	// measured are programs that run, with their versions.
+	measured []string
 	// missing are programs that cannot run here, with the reason.
 	missing map[string]error
 	// progress is called before each workload.
@@ -144,6 +146,7 @@ func (b *bench) prepare(ctx context.Context, p program) ([]*instance, error) {
 		made = append(made, in)
 	}
 	b.instances[p.name] = made
+	b.measured = append(b.measured, p.named())
 	return made, nil
 }
 

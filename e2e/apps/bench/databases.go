@@ -49,7 +49,7 @@ func postgres() program {
 		}
 	}
 	return program{
-		name: "PostgreSQL", needs: []string{"postgres", "initdb", "pgbench", "pg_isready", "psql"}, hasSocket: true,
+		name: "PostgreSQL", version: []string{"postgres", "--version"}, needs: []string{"postgres", "initdb", "pgbench", "pg_isready", "psql"}, hasSocket: true,
 		fill: func(in *instance) error {
 			if err := in.file("hba.conf", []byte("local all all trust\nhost all all all trust\n")); err != nil {
 				return err
@@ -110,7 +110,7 @@ func mariadb() program {
 		}
 	}
 	return program{
-		name: "MariaDB", needs: []string{"mariadbd", "sysbench"}, hasSocket: true,
+		name: "MariaDB", version: []string{"mariadbd", "--version"}, needs: []string{"mariadbd", "sysbench"}, hasSocket: true,
 		fill: func(in *instance) error {
 			if err := in.file("data/.keep", nil); err != nil {
 				return err

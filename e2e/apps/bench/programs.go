@@ -7,11 +7,15 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"google.golang.org/grpc"
 
 	"github.com/podshunt/podshunt/e2e/apps/overlay"
 )
@@ -19,6 +23,8 @@ import (
 // program is a server, or one with a proxy before it.
 type program struct {
 	name string
+	// version has a program say its own.
+	version []string
 	// needs are the executables.
 	needs []string
 	// hasSocket is true of a program that has a Unix socket, and a client for it.
@@ -114,6 +120,18 @@ func programs() []program {
 	return slices.Concat([]program{redis(), memcached()}, web(), databases(), []program{grpcProgram(), iperf3(), sockperf()})
 }
 
+var versionPattern = regexp.MustCompile(`[0-9]+(\.[0-9]+)+`)
+
+// named is the name with the version.
+func (p program) named() string {
+	if p.version == nil {
+		return p.name
+	}
+	// Some end with an error after they have said it.
+	out, _ := exec.Command(p.version[0], p.version[1:]...).CombinedOutput()
+	return strings.TrimSpace(p.name + " " + string(versionPattern.Find(out)))
+}
+
 // small and value are sizes of values.
 const (
 	small = 64
@@ -186,7 +204,7 @@ func redis() program {
 		sets[i].quick = false
 	}
 	return program{
-		name: "redis", needs: []string{"redis-server", "redis-benchmark"}, hasSocket: true,
+		name: "redis", version: []string{"redis-server", "--version"}, needs: []string{"redis-server", "redis-benchmark"}, hasSocket: true,
 		servers: func(in instance) []process {
 			return []process{{
 				side: server, port: in.ports[0], socket: in.socket,
@@ -211,7 +229,7 @@ func memcached() program {
 		}
 	}
 	return program{
-		name: "memcached", needs: []string{"memcached"}, hasSocket: true,
+		name: "memcached", version: []string{"memcached", "--version"}, needs: []string{"memcached"}, hasSocket: true,
 		servers: func(in instance) []process {
 			p := process{side: server, command: []string{"memcached", "-t", "1", "-m", "64", "-U", "0"}}
 			if in.variant == unixSocket { // it has one or the other
@@ -242,7 +260,7 @@ func grpcProgram() program {
 		}
 	}
 	return program{
-		name: "gRPC", hasSocket: true,
+		name: "gRPC for Go " + grpc.Version, hasSocket: true,
 		servers: func(in instance) []process {
 			p := process{side: server}
 			if in.variant == unixSocket {
@@ -270,7 +288,7 @@ func iperf3() program {
 		}
 	}
 	return program{
-		name: "iperf3", needs: []string{"iperf3"},
+		name: "iperf3", version: []string{"iperf3", "--version"}, needs: []string{"iperf3"},
 		servers: func(in instance) []process {
 			return []process{{side: server, port: in.ports[0], command: []string{"iperf3", "-s", "-p", strconv.Itoa(int(in.ports[0]))}}}
 		},
@@ -291,7 +309,7 @@ func sockperf() program {
 		}
 	}
 	return program{
-		name: "sockperf", needs: []string{"sockperf"},
+		name: "sockperf", version: []string{"sockperf", "--version"}, needs: []string{"sockperf"},
 		servers: func(in instance) []process {
 			return []process{{side: server, port: in.ports[0], command: []string{"sockperf", "server", "--tcp", "-i", in.host(), "-p", strconv.Itoa(int(in.ports[0]))}, end: syscall.SIGINT}}
 		},

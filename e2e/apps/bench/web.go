@@ -83,7 +83,7 @@ func web() []program {
 	origin := func(in instance) process { return nginx(in, server, in.ports[0], "origin") }
 	return []program{
 		{
-			name: "nginx", needs: []string{"nginx", "wrk"}, fill: fillOrigin,
+			name: "nginx", version: []string{"nginx", "-v"}, needs: []string{"nginx", "wrk"}, fill: fillOrigin,
 			servers: func(in instance) []process { return []process{origin(in)} },
 			workloads: []workload{
 				get("nginx 1 KiB, 16 connections", "1k", 16, true),
@@ -93,7 +93,7 @@ func web() []program {
 			},
 		},
 		{
-			name: "HAProxy", needs: []string{"haproxy", "nginx", "wrk"},
+			name: "HAProxy", version: []string{"haproxy", "-v"}, needs: []string{"haproxy", "nginx", "wrk"},
 			fill: func(in *instance) error {
 				if err := fillOrigin(in); err != nil {
 					return err
