@@ -238,7 +238,14 @@ func command(args []string) string {
 	if len(args) == 0 {
 		return "make bench-apps"
 	}
-	return strings.ReplaceAll(fmt.Sprintf("make bench-apps BENCH_ARGS=%q", strings.Join(args, " ")), "|", `\|`)
+	quoted := make([]string, len(args))
+	for i, arg := range args {
+		quoted[i] = arg
+		if strings.ContainsAny(arg, " |()^*") { // make leaves them to a shell
+			quoted[i] = "'" + arg + "'"
+		}
+	}
+	return strings.ReplaceAll(fmt.Sprintf("make bench-apps BENCH_ARGS=%q", strings.Join(quoted, " ")), "|", `\|`)
 }
 
 // writeFailures says what was not measured.

@@ -45,7 +45,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("got no mark of a run of some lines in:\n%s", head)
 	}
 	for _, want := range []string{
-		"\n| command | `make bench-apps BENCH_ARGS=\"-programs redis\\|iperf3\"` |\n", "| kernel | ", "| CPU | ", "| date | ", "3 rounds of 2 seconds", "\n| programs | redis 7.0.15, iperf3 3.12 |\n",
+		"\n| command | `make bench-apps BENCH_ARGS=\"-programs 'redis\\|iperf3'\"` |\n", "| kernel | ", "| CPU | ", "| date | ", "3 rounds of 2 seconds", "\n| programs | redis 7.0.15, iperf3 3.12 |\n",
 	} {
 		if !strings.Contains(head, want) {
 			t.Errorf("got no %q in:\n%s", want, head)

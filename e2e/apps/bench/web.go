@@ -137,10 +137,10 @@ listen front
 			servers: func(in instance) []process {
 				return []process{origin(in), nginx(in, proxy, in.ports[1], "proxy")}
 			},
-			workloads: []workload{
-				get("nginx before nginx 1 KiB, 16 connections", "1k", 16, true),
-				get("nginx before nginx 100 KiB, 16 connections", "100k", 16, false),
-			},
+			// Nothing larger: nginx asks FIONREAD how much of a long answer has come, and
+			// stalls on kernels with that hazard, which is accepted here
+			// (docs/limits.md#fionread-tcp).
+			workloads: []workload{get("nginx before nginx 1 KiB, 16 connections", "1k", 16, true)},
 		},
 	}
 }
