@@ -190,9 +190,10 @@ The variants take turns within a round, each with servers of its own that are st
 median of the rounds' ratios, and above 1 is faster.
 
 - **TCP**: from cgroups that podshunt does not see. **shortcut**: all pods opted in, by an agent that accepts every
-  hazard of the kernel. **by shortcut** is the part of the bytes sent that took it. **Unix socket**:
-  the program's own, where both it and its client have one. podshunt is loaded all the time: its receive observer is
-  attached to the whole machine, so it also runs for TCP and Unix sockets.
+  hazard of the kernel. A connection begins on TCP, and joins once it has exchanged some segments: those of one request
+  never do. **by shortcut** is the part of the bytes that connections sent since they joined which took it.
+- **Unix socket**: the program's own, where both it and its client have one. podshunt is loaded all the time: its
+  receive observer is attached to the whole machine, so it also runs for TCP and Unix sockets.
 - **CPU** is the processor time of the cgroups of all sides together for one request (iperf3: for a MiB), by cpu.stat.
   The last tables have it for each side (server + proxy + client), and after the semicolon what all CPUs of the machine
   spent in interrupts and softirqs, by /proc/stat: what of that ran in the time of a process is counted there as well.
