@@ -304,7 +304,7 @@ func TestJavaBlocking(t *testing.T) {
 	status := n.mustStart(t, map[string]string{
 		"one/client": accept, "one/server": optedIn,
 		"both/client": accept, "both/server": accept,
-	}, sandboxtest.AcceptFatal)
+	}, sandboxtest.AcceptFatal, "--join-after=0") // so that all bytes of a connection are counted
 	if want := []string{"fionread-tcp", "fionread-redirected", "splice"}; !gocmp.Equal(status.AcceptedHazards, want) {
 		t.Fatalf("got accepted hazards %v, want %v", status.AcceptedHazards, want)
 	}

@@ -116,7 +116,7 @@ func programs() []program {
 		{name: "Go HTTP proxy", version: runtime.Version(), run: goHTTPProxy},
 		{name: "websocket by it", version: runtime.Version(), run: websockets},
 		{name: "Go TCP proxy", version: runtime.Version(), run: goTCPProxy, toProxy: []string{notSeen, trial}},
-		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{draining, trial, unobserved}},
+		{name: "Go TCP proxy, peeking", version: runtime.Version(), run: goPeekingProxy, toProxy: []string{notSeen, draining, trial, unobserved}},
 		{name: "Go CONNECT proxy", version: runtime.Version(), run: goConnectProxy, hazards: splice, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "gRPC streams", version: grpc.Version, run: grpcStreams},
 		{name: "gRPC, keepalive", version: grpc.Version, run: grpcKeepalive},

@@ -105,6 +105,7 @@ func (b *bench) load(m mode) error {
 	cfg := datapath.DefaultConfig()
 	cfg.Cgroup = b.watched
 	cfg.Budget, cfg.PodBudget = uint32(b.settings.budget), max(cfg.PodBudget, uint64(b.settings.budget))
+	cfg.JoinAfter = uint32(b.settings.joinAfter)
 	m.change(&cfg)
 	d, err := b.sandbox.OpenDatapath(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
