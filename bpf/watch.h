@@ -92,6 +92,7 @@ static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tc
 {
 	offer->cookie[side & 1] = bpf_get_socket_cookie(ctx);
 	offer->netns[side & 1] = netns;
+	offer->blocking &= ~(1U << side);
 	offer->blocking |= (__u32)is_blocking(tp) << side;
 	offer->watched = true;
 	if (side == SIDE_CLIENT) {
@@ -141,9 +142,11 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		stop_watching(ctx);
 		return;
 	}
-	if (offer.cookie[side & 1] && offer.cookie[peer & 1]) {
+	if (offer.step == JOIN_READY && side == SIDE_SERVER)
+		return; /* the client makes the flow, else both might at once */
+	flow = flow_by_id(offer.flow);
+	if (offer.cookie[side & 1] && offer.cookie[peer & 1] && offer.step != JOIN_READY) {
 		/* The peer has made the flow. */
-		flow = flow_by_id(offer.flow);
 		bpf_map_delete_elem(&offers, &key);
 		if (flow && flow->watched && flow->cookie[side & 1] == offer.cookie[side & 1])
 			become_candidate(ctx, sk, tp, flow, offer.flow, side);
@@ -164,22 +167,25 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	}
 	fill_offer(ctx, tp, netns, side, &offer);
 	if (flow_by_id(offer.flow))
-		return; /* the connection is joining by late.h, or will be deleted soon */
+		return; /* it joins by late.h, or the peer is making it */
 	outcome = make_flow(&offer);
-	if (outcome == OUTCOME_MAX)
-		return;
-	if (outcome != OUTCOME_PAIRED) {
+	flow = flow_by_id(offer.flow);
+	if (outcome == OUTCOME_PAIRED && flow) {
+		offer.step = JOIN_START;
+		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
+		become_candidate(ctx, sk, tp, flow, offer.flow, side);
+	} else if (outcome == OUTCOME_MAX) {
+		offer.step = JOIN_READY; /* both are watched until there may be a flow */
+		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
+	} else if (!flow) {
 		offer.step = JOIN_LEAVE;
+		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
 		stop_watching(ctx);
+		count(outcome, 0);
 		if (outcome == OUTCOME_BLOCKING_SERVER)
 			remember_port(0, offer.netns[SIDE_SERVER], offer.server_port,
 				      UNSUPPORTED_BLOCKING);
-		count(outcome, 0);
 	}
-	bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
-	flow = flow_by_id(offer.flow);
-	if (outcome == OUTCOME_PAIRED && flow)
-		become_candidate(ctx, sk, tp, flow, offer.flow, side);
 }
 
 /* A callback of a socket that has no flow. */

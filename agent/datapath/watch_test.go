@@ -143,7 +143,7 @@ func TestWatchStaysOut(t *testing.T) {
 	}{
 		{name: "too few messages", verdict: rule.Allow, messages: joinAfter/2 - 1, want: map[string]uint64{}},
 		{name: "refused", verdict: rule.Refuse, messages: enough, want: map[string]uint64{"connection_policy_refused": 1}},
-		{name: "on hold", verdict: rule.Hold, messages: 20 * enough, want: map[string]uint64{}},
+		{name: "on hold", verdict: rule.Hold, messages: 3000, want: map[string]uint64{}},
 		{name: "peer takes no part", verdict: rule.Allow, messages: 3000, alone: true, want: map[string]uint64{"connection_no_peer": 1}},
 		{
 			name: "client in blocking mode", verdict: rule.Allow, messages: enough, change: func(c, _ *rawSocket) error { return setBlocking(c) },
