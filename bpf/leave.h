@@ -48,10 +48,10 @@ static __always_inline __u16 sendfile_pages(void)
 }
 
 /*
- * Weighs a message, and returns true if the flow is to leave from now on. It pays if it took the shortcut, unless it is a small one behind others
- * that are unread. It does not pay if it had to go by TCP because earlier ones had. What
- * goes by TCP for another reason, such as the policy, says nothing. A large message of
- * sendfile counts as many, by its size.
+ * Weighs a message, and returns true if the flow is to leave from now on. A message pays if
+ * it took the shortcut, unless it is a small one behind others that are unread. It does not
+ * pay if it had to go by TCP because earlier ones had. What goes by TCP for another reason,
+ * such as the policy, says nothing. A large message of sendfile counts as many, by its size.
  */
 static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum outcome outcome,
 				  __u32 held)

@@ -27,10 +27,11 @@
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 
-/* Undoes join. Redirected bytes that the socket has not read are thrown away. */
+/* Undoes join, or becoming a candidate. Redirected bytes that are unread are thrown away. */
 static __always_inline void remove_socket(struct bpf_sock *sk, __u64 cookie)
 {
 	bpf_map_delete_elem(&sockets, &cookie);
+	bpf_sk_storage_delete(&candidates, sk);
 	bpf_sk_storage_delete(&sk_flows, sk);
 }
 

@@ -76,9 +76,12 @@ static __always_inline bool joins_later(void)
 	return set && set->join_after;
 }
 
+/* A socket that has been accepted begins with the flags of its listener. */
 static __always_inline void watch(struct bpf_sock_ops *ctx, int mark)
 {
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING | mark);
+	int flags = ctx->bpf_sock_ops_cb_flags & ~WATCHED_CLIENT;
+
+	bpf_sock_ops_cb_flags_set(ctx, flags | WATCHING | mark);
 }
 
 /* Leaves an entry for the client, before the SYN-ACK is sent. ctx->sk is NULL here. */

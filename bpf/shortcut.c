@@ -79,6 +79,14 @@ struct {
 	__type(value, __u64);
 } sockets SEC(".maps");
 
+/* Sockets for insert_candidates. track: creates and deletes. Goes with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct candidate);
+} candidates SEC(".maps");
+
 /* Counters of every decision, by enum outcome. All programs: write. Agent: reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -46,14 +46,6 @@ struct {
 	__type(value, struct join_entry);
 } offers SEC(".maps");
 
-/* Sockets for insert_candidates. track: creates and deletes. Goes with the socket. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct candidate);
-} candidates SEC(".maps");
-
 /* Wakes the agent when there is a candidate. Full: the agent is behind, and will see it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -220,7 +212,6 @@ static __always_inline void leave_unjoined(struct bpf_sock_ops *ctx, struct bpf_
 {
 	if (!bpf_sk_storage_get(&candidates, sk, NULL, 0))
 		return;
-	bpf_sk_storage_delete(&candidates, sk);
 	remove_socket(sk, bpf_get_socket_cookie(ctx));
 	stop_watching(ctx);
 }

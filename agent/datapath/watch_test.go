@@ -11,6 +11,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -240,6 +241,40 @@ func TestWatchSwept(t *testing.T) {
 		if got := n.usage(t)[name]; got != 0 {
 			t.Errorf("got %d entries of %s, want none", got, name)
 		}
+	}
+}
+
+// TestWatchReused: a socket that was to join, and connects or listens once more instead, is
+// watched anew.
+func TestWatchReused(t *testing.T) {
+	for name, listens := range map[string]bool{"connects": false, "listens": true} {
+		t.Run(name, func(t *testing.T) {
+			n := mustNode(t, watched)
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			used, s := rawPair(t, pods[0], l, address)
+			sandboxtest.MustPing(t, used, s, 5*joinAfter, 100)
+			n.joinWatched(t)
+			waitUntil(t, "both sockets to be in the SOCKHASH", func() bool { return n.usage(t)["sockets"] == 2 })
+			if err := used.disconnect(); err != nil {
+				t.Fatal(err)
+			}
+			s.mustClose(t)
+			var c *rawSocket
+			if listens {
+				used.mustListenOn(t, netip.AddrPortFrom(pods[0].IPv4, 0))
+				c, s = rawPair(t, pods[1], used, used.mustAddress(t))
+			} else {
+				used.mustConnect(t, address)
+				c, s = used, l.mustAccept(t)
+			}
+			before := n.counts(t)
+			sandboxtest.MustPing(t, c, s, joinAfter/2-1, 100)
+			n.mustCount(t, before, map[string]uint64{})
+			n.mustTalkUntilPaired(t, before, c, s)
+			n.mustBeShortcut(t, c, s)
+		})
 	}
 }
 
