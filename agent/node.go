@@ -78,7 +78,7 @@ func (n *node) Status() (api.Status, error) {
 	status.Guards = n.datapath.Guards()
 	status.Lease = n.lease.state()
 	unsupported, err1 := n.datapath.UnsupportedPorts()
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
 	status.UnsupportedPorts = view.UnsupportedPorts(unsupported)
 	var err2, err3 error
 	status.Maps, err2 = n.datapath.Maps()
@@ -113,7 +113,7 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 	if err != nil {
 		return nil, err
 	}
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, time.Now())
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
 	// Read before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
@@ -164,7 +164,7 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	n.unloaded.Store(true)
 	n.reconciler.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.reconciler.Snapshot()
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, time.Now())
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, n.datapath.JoinAfter(), time.Now())
 	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
 }
 

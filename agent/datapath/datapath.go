@@ -103,6 +103,7 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 	var err error
 	if d.watcher, err = newWatcher(d.objects.Maps); err != nil {
 		log.Warn("this kernel lets no watched connection join: all join at their handshake", "err", err)
+		d.cfg.JoinAfter = 0
 		if err := d.setControl(func(s *bpf.ShortcutSettings) { s.JoinAfter = 0 }); err != nil {
 			return nil, errors.Join(err, d.Close())
 		}

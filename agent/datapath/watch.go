@@ -105,6 +105,10 @@ func (w *watcher) insertAll() error {
 	return err
 }
 
+// JoinAfter returns how many segments of data a connection must have sent and received before
+// it joins; 0 if all join at their handshake.
+func (d *Datapath) JoinAfter() uint32 { return d.cfg.JoinAfter }
+
 // JoinWatched lets watched connections join as soon as they ask for it, until ctx ends or
 // an unload begins. Those that have asked while nobody called it join at once.
 func (d *Datapath) JoinWatched(ctx context.Context) error {

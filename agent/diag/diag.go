@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -39,6 +40,8 @@ type Socket struct {
 	Cookie        uint64
 	// State is one of those above.
 	State int
+	// Segments counts those with data that were sent and received; 0 unless asked for.
+	Segments uint32
 
 	family uint8
 	id     [idSize]byte // struct inet_diag_sockid
@@ -75,8 +78,15 @@ func (c *Conn) Close() { c.handle.Close() }
 
 // Each calls visit with each socket of both families that is in one of the states, which
 // are joined by |. It returns ErrInterrupted after the last of them.
-func (c *Conn) Each(states uint32, visit func(*Socket)) error {
-	err := c.request(getSock, unix.NLM_F_DUMP, listRequest(states)).ExecuteIter(unix.NETLINK_INET_DIAG, 0, func(message []byte) bool {
+func (c *Conn) Each(states uint32, visit func(*Socket)) error { return c.each(states, 0, visit) }
+
+// EachWithSegments is Each for sockets with their Segments, for which the kernel locks each.
+func (c *Conn) EachWithSegments(states uint32, visit func(*Socket)) error {
+	return c.each(states, infoAttribute, visit)
+}
+
+func (c *Conn) each(states uint32, attribute uint8, visit func(*Socket)) error {
+	err := c.request(getSock, unix.NLM_F_DUMP, listRequest(states, attribute)).ExecuteIter(unix.NETLINK_INET_DIAG, 0, func(message []byte) bool {
 		if s, ok := parse(message); ok {
 			visit(&s)
 		}
@@ -112,6 +122,8 @@ const (
 	listSize    = 12 + idSize
 	resetSize   = 8 + idSize
 	messageSize = 24 + idSize
+
+	infoAttribute = 2 // INET_DIAG_INFO: struct tcp_info
 )
 
 // content is a request as the kernel reads it.
@@ -122,9 +134,12 @@ var _ nl.NetlinkRequestData = content(nil)
 func (c content) Len() int          { return len(c) }
 func (c content) Serialize() []byte { return c }
 
-// listRequest is struct inet_diag_req.
-func listRequest(states uint32) content {
+// listRequest is struct inet_diag_req. It asks for an attribute unless that is 0.
+func listRequest(states uint32, attribute uint8) content {
 	b := make(content, listSize)
+	if attribute > 0 {
+		b[3] = 1 << (attribute - 1)
+	}
 	binary.NativeEndian.PutUint32(b[4+idSize:], states)
 	return b
 }
@@ -153,6 +168,22 @@ func parse(b []byte) (Socket, bool) {
 		return netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(port))
 	}
 	s.Local, s.Remote = address(s.id[4:], s.id[0:]), address(s.id[20:], s.id[2:])
+	s.Segments = segments(b[messageSize:])
 	s.Cookie = uint64(binary.NativeEndian.Uint32(s.id[44:]))<<32 | uint64(binary.NativeEndian.Uint32(s.id[40:]))
 	return s, true
+}
+
+// segments reads the attribute for what a socket has sent and received, if there is one.
+func segments(attributes []byte) uint32 {
+	parsed, err := nl.ParseRouteAttr(attributes)
+	if err != nil {
+		return 0
+	}
+	for _, a := range parsed {
+		const in, out = unsafe.Offsetof(unix.TCPInfo{}.Data_segs_in), unsafe.Offsetof(unix.TCPInfo{}.Data_segs_out)
+		if a.Attr.Type == infoAttribute && len(a.Value) >= int(out)+4 {
+			return binary.NativeEndian.Uint32(a.Value[in:]) + binary.NativeEndian.Uint32(a.Value[out:])
+		}
+	}
+	return 0
 }

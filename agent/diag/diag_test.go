@@ -153,3 +153,35 @@ func mustDescribe(t *testing.T, c syscall.Conn, state int) diag.Socket {
 	}
 	return s
 }
+
+// TestSegments: a connection has sent and received a segment for each message.
+func TestSegments(t *testing.T) {
+	s := sandboxtest.MustNew(t, sandbox.Config{})
+	pod := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
+	l := sandboxtest.MustListen(t, pod, "tcp", ":8080")
+	conn, err := diag.Open(pod.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := sandboxtest.MustDial(t, pod, "tcp", net.JoinHostPort(pod.IPv4.String(), "8080"))
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	const rounds = 10
+	sandboxtest.MustPing(t, client, server, rounds, 100)
+	sockets := 0
+	if err := conn.EachWithSegments(diag.Established, func(s *diag.Socket) {
+		sockets++
+		if s.Segments != 2*rounds {
+			t.Errorf("%s: got %d segments, want %d", s.Local, s.Segments, 2*rounds)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if sockets != 2 {
+		t.Errorf("got %d sockets, want 2", sockets)
+	}
+}

@@ -29,6 +29,7 @@ type View struct {
 	byAddress   map[netip.Addr]*pods.Pod
 	cluster     policy.Cluster
 	unsupported map[policyKey]datapath.UnsupportedPort
+	joinAfter   uint32 // as in datapath.Config
 	now         time.Time
 	// decisions caches answers of policy.Explain, which looks at all policies of
 	// two namespaces, since many connections are between the same two pods.
@@ -43,11 +44,12 @@ type policyKey struct {
 	port           uint16
 }
 
-// NewView returns a View of all pods of the node and of their unsupported ports. It keeps
-// its arguments.
-func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datapath.UnsupportedPort, now time.Time) *View {
+// NewView returns a View of all pods of the node and of their unsupported ports; joinAfter is
+// as in datapath.Config. It keeps its arguments.
+func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datapath.UnsupportedPort, joinAfter uint32, now time.Time) *View {
 	v := &View{
-		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
+		joinAfter: joinAfter,
+		byCookie:  map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
 		unsupported: map[policyKey]datapath.UnsupportedPort{}, now: now, decisions: map[policyKey]policy.Decision{},
 	}
 	for _, a := range attachments {
@@ -94,6 +96,7 @@ const (
 	reasonPeer        = "peer_not_here"
 	reasonUnsupported = "unsupported"
 	reasonUnmatched   = "unmatched"
+	reasonWatched     = "watched"
 )
 
 // why returns why connections between two pods to a server port are on TCP, or the
@@ -134,14 +137,21 @@ func counting(reasons []string, client, server *pods.Pod) []string {
 	return slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return r == datapath.UnsupportedBlocking })
 }
 
-// unmatched is the answer where nothing but the connection itself can be why.
-func unmatched(client, server *pods.Pod) answer {
+// unmatched is the answer where nothing but the connection itself can be why. Of its sockets,
+// one may be nil.
+func (v *View) unmatched(from, to *pods.Pod, client, server *Socket) answer {
+	for _, s := range []*Socket{client, server} {
+		if s != nil && s.segments < v.joinAfter {
+			return answer{reasonWatched, nil, fmt.Sprintf(
+				"it joins once it has sent and received %d segments of data (--join-after), so far %d", v.joinAfter, s.segments)}
+		}
+	}
 	blocking := "a socket is in blocking mode (see " + api.AnnotationBlockingSockets + "), or "
-	if policy.AcceptBlocking(client.Policy, server.Policy) {
+	if policy.AcceptBlocking(from.Policy, to.Policy) {
 		blocking = ""
 	}
-	return answer{reason: reasonUnmatched, message: "it has not sent and received enough yet (--join-after), " + blocking +
-		"the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"}
+	return answer{reason: reasonUnmatched, message: blocking + "the connection was made before both pods took part and could not join, " +
+		"or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"}
 }
 
 // UnsupportedPorts returns the ports with the names of their pods, without those that only
@@ -258,7 +268,7 @@ func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 		if wants(from) || wants(to) {
 			why := v.why(from, to, f.Server.Address.Port())
 			if why.reason == "" {
-				why = unmatched(from, to)
+				why = v.unmatched(from, to, client, server)
 			}
 			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
 			flows = append(flows, f)

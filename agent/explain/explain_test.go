@@ -54,19 +54,21 @@ func testView() *View {
 		{Netns: 5, Port: 80, Reasons: []string{"blocking"}},
 		{Netns: 5, Port: 81, Reasons: []string{"blocking"}},
 		{Netns: 5, Client: 6, Port: 81, Reasons: []string{"splice", "blocking"}},
-	}, now)
+	}, joinAfter, now)
 }
+
+const joinAfter = 32
 
 func TestUnpaired(t *testing.T) {
 	const (
-		reconnect = "unmatched []: it has not sent and received enough yet (--join-after), a socket is in blocking mode (see podshunt.io/blocking-sockets), or the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"
+		reconnect = "unmatched []: a socket is in blocking mode (see podshunt.io/blocking-sockets), or the connection was made before both pods took part and could not join, or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"
 		stranger  = "peer_not_here []: the other end is not a pod of this node that takes part"
 	)
 	listen := func(netns uint64, local string) Socket {
 		return Socket{netns: netns, local: at(local), listening: true}
 	}
 	open := func(netns, cookie uint64, local, remote string) Socket {
-		return Socket{netns: netns, cookie: cookie, local: at(local), remote: at(remote)}
+		return Socket{netns: netns, cookie: cookie, local: at(local), remote: at(remote), segments: joinAfter}
 	}
 	for _, tc := range []struct {
 		name    string
@@ -171,8 +173,17 @@ func TestUnpaired(t *testing.T) {
 				listen(5, "0.0.0.0:80"), open(6, 11, "10.0.0.6:5000", "10.0.0.5:80"), open(5, 12, "10.0.0.5:80", "10.0.0.6:5000"),
 			},
 			want: []string{"default/jdbc 10.0.0.6:5000 > 10.0.0.5:80 > default/java 10.0.0.5:80: unmatched []: " +
-				"it has not sent and received enough yet (--join-after), the connection was made before both pods took part and could not join, " +
+				"the connection was made before both pods took part and could not join, " +
 				"or its two sockets cannot be matched (TCP Fast Open): reconnect to try again"},
+		},
+		{
+			name: "too few segments so far",
+			sockets: []Socket{
+				listen(2, "0.0.0.0:80"), {netns: 1, cookie: 11, local: at("10.0.0.1:5000"), remote: at("10.0.0.2:80"), segments: joinAfter - 1},
+				open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"),
+			},
+			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: watched []: " +
+				"it joins once it has sent and received 32 segments of data (--join-after), so far 31"},
 		},
 		{
 			name: "a port that is known for more than blocking sockets",
@@ -272,7 +283,7 @@ func TestCodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	codes := []string{reasonPod + string(api.PodOut), reasonPeer, reasonUnsupported, reasonUnmatched}
+	codes := []string{reasonPod + string(api.PodOut), reasonPeer, reasonUnsupported, reasonUnmatched, reasonWatched}
 	for _, code := range datapath.MessageReasons() {
 		if messageTexts[code] == "" {
 			t.Errorf("reason %s of a message has no text", code)

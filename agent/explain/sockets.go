@@ -16,6 +16,7 @@ type Socket struct {
 	netns, cookie uint64
 	local, remote netip.AddrPort
 	listening     bool
+	segments      uint32 // with data, sent and received
 }
 
 // Sockets returns the listening and established TCP sockets of the network namespace
@@ -28,8 +29,10 @@ func Sockets(path string, cookie uint64) ([]Socket, error) {
 	}
 	defer conn.Close()
 	var sockets []Socket
-	err = conn.Each(diag.Established|diag.Listening, func(s *diag.Socket) {
-		sockets = append(sockets, Socket{netns: cookie, cookie: s.Cookie, local: s.Local, remote: s.Remote, listening: s.State == diag.Listening})
+	err = conn.EachWithSegments(diag.Established|diag.Listening, func(s *diag.Socket) {
+		sockets = append(sockets, Socket{
+			netns: cookie, cookie: s.Cookie, local: s.Local, remote: s.Remote, listening: s.State == diag.Listening, segments: s.Segments,
+		})
 	})
 	if errors.Is(err, diag.ErrInterrupted) {
 		err = nil // good enough for a picture of the moment
