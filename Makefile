@@ -127,7 +127,7 @@ bench: build cni ## measure this machine into docs/measurements.md, in some 25 m
 	$(BUILD) -o bin/bench ./hack/bench
 	$(SUDO) bin/bench $(BENCH_ARGS) -svg bin/latency.svg >bin/measurements.md
 	go run ./hack/measurements bench bin/measurements.md bin/latency.svg
-	go test -exec "$(SUDO)" -run '^$$' -bench Guards ./agent/datapath
+	go test -exec "$(SUDO)" -run '^$$' -bench 'Guards|Join' ./agent/datapath
 	go test -exec "$(SUDO)" -run '^$$' -bench Node -timeout 20m ./e2e
 
 # About an hour. bin/bench-apps -h has the flags.

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -345,4 +346,30 @@ func TestWatchUnloads(t *testing.T) {
 	if err := together(all...); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// BenchmarkJoin measures how soon a connection joins that has earned it, on a node without
+// other connections.
+func BenchmarkJoin(b *testing.B) {
+	n := mustNode(b, watched)
+	pods, cookies := n.MustEnrol(b, "client", "server")
+	n.MustSetPolicy(b, sandbox.Between(rule.Allow, cookies...))
+	n.joinWatched(b)
+	l, address := mustRawListen(b, pods[1].Netns, pods[1].IPv4)
+	var took []time.Duration
+	for b.Loop() {
+		before := n.counts(b)
+		c, s := rawPair(b, pods[0], l, address)
+		sandboxtest.MustPing(b, c, s, joinAfter/2, 100)
+		began := time.Now()
+		for n.since(b, before)["connection_paired"] == 0 {
+			sandboxtest.MustPing(b, c, s, 1, 100)
+		}
+		took = append(took, time.Since(began))
+		n.mustEnd(b, c, s)
+	}
+	slices.Sort(took)
+	b.ReportMetric(took[len(took)/2].Seconds()*1000, "ms/median")
+	b.ReportMetric(took[len(took)*99/100].Seconds()*1000, "ms/p99")
+	b.ReportMetric(0, "ns/op")
 }
