@@ -90,6 +90,10 @@ enum flow_state {
 };
 
 #define FLOW_ANY_EVICTING (FLOW_CLIENT_EVICTING | FLOW_SERVER_EVICTING)
+#define FLOW_JOINED (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED)
+#define FLOW_READY (FLOW_CLIENT_READY | FLOW_SERVER_READY)
+/* Both sockets have left, and neither is closed. Otherwise as after FLOW_JOINED. */
+#define FLOW_LEFT (FLOW_JOINED | FLOW_ANY_EVICTING | FLOW_CLIENT_EVICTED | FLOW_SERVER_EVICTED)
 
 enum verdict {
 	VERDICT_REFUSE, /* do not pair new connections; flows go by TCP */
@@ -187,7 +191,8 @@ struct receiving {
 	/* Of the messages that this socket has sent lately; deliver writes them: see leave.h. */
 	__u32 paid;
 	__u32 unpaid;
-	__u32 reserved[2];
+	__u32 heard; /* what the peer had sent of such messages when these were last weighed */
+	__u32 returns; /* segments of data after which a socket that has left may join again, or 0 */
 };
 
 struct side {

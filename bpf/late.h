@@ -154,17 +154,26 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 	return OUTCOME_PAIRED;
 }
 
-/* Notes where a socket is in both streams. It needs the socket's lock. */
+/*
+ * Notes where a socket is in both streams. It needs the socket's lock. If the flow joins again,
+ * all that was redirected has been read.
+ */
 static __always_inline void note_positions(const struct tcp_sock *tp, struct flow *flow, __u32 side)
 {
 	struct sending *dir = &flow->side[side & 1].sending;
 	struct receiving *reader = &flow->side[side & 1].receiving;
 
 	dir->tcp_bytes = write_position(tp, side);
-	flow->side[(side ^ 1) & 1].receiving.began = dir->tcp_bytes;
+	dir->missed = 0;
+	dir->leaves = false;
+	dir->queued_before = 0;
+	dir->queued_since = 0;
+	reader->paid = 0;
+	reader->unpaid = 0;
+	flow->side[(side ^ 1) & 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 	dir->last_seq = tp->write_seq;
 	dir->drained_seq = tp->write_seq - 1; /* not known to be drained */
-	reader->read_bytes = read_position(tp);
+	reader->read_bytes = read_position(tp) + flow->side[(side ^ 1) & 1].sending.shortcut_bytes;
 	flow->side[(side ^ 1) & 1].sending.grown = reader->read_bytes;
 }
 

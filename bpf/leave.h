@@ -59,6 +59,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum
 	struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
 	struct sending *dir = &flow->side[own & 1].sending;
+	__u32 paid, unpaid, heard;
 	bool leaves;
 
 	if (dir->verdict != VERDICT_ALLOW || dir->leaves)
@@ -73,9 +74,18 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum
 		mine->unpaid++;
 	else
 		mine->paid++;
-	if (mine->paid + mine->unpaid < LEAVE_WINDOW)
+	paid = mine->paid;
+	unpaid = mine->unpaid;
+	if (paid + unpaid < LEAVE_WINDOW)
 		return false;
-	leaves = mine->unpaid + other->unpaid > LEAVE_RATIO * (mine->paid + other->paid);
+	heard = other->paid + other->unpaid;
+	if (heard !=
+	    mine->heard) { /* else the peer is silent, and what it sent once does not count */
+		paid += other->paid;
+		unpaid += other->unpaid;
+	}
+	leaves = unpaid > LEAVE_RATIO * paid;
+	mine->heard = heard;
 	mine->paid /= 2;
 	mine->unpaid /= 2;
 	dir->leaves = leaves;

@@ -46,13 +46,14 @@ static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 static __always_inline __u64 count_anew(struct flow *flow, __u32 side, const struct sock *sk)
 {
 	__u32 began = side == SIDE_CLIENT ? flow->server_seq : flow->client_seq, copied_seq;
+	__u32 redirected = flow->side[(side ^ 1) & 1].sending.shortcut_bytes;
 	struct receiving *reader = &flow->side[side & 1].receiving;
 	__u64 read = reader->read_bytes;
 
 	if (!(__sync_fetch_and_and(&reader->state, ~READ_ANEW) & READ_ANEW) ||
 	    bpf_core_read(&copied_seq, sizeof(copied_seq), &((struct tcp_sock *)sk)->copied_seq))
 		return read;
-	read += (__s32)(copied_seq - began - (__u32)read);
+	read += (__s32)(copied_seq - began + redirected - (__u32)read);
 	reader->read_bytes = read;
 	return read;
 }

@@ -63,6 +63,7 @@ enum outcome {
 	OUTCOME_JOIN_ENDED, /* it has not: it was closed or shut down meanwhile, or not ready in time */
 	OUTCOME_CALLBACKS, /* the kernel gives an open connection no callbacks */
 	OUTCOME_EVICT_DUE, /* a socket is to be evicted */
+	OUTCOME_RETURNED, /* a connection that had left has joined again: see may_return */
 	OUTCOME_NO_PEER, /* a connection is not watched any more: its other end is in no pod that takes part */
 	OUTCOME_MAX,
 };

@@ -206,8 +206,9 @@ const (
 	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 47
 	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 48
 	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 49
-	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 50
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 51
+	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 51
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 52
 )
 
 type ShortcutPending struct {
@@ -270,7 +271,8 @@ type ShortcutReceiving struct {
 	Began            uint64
 	Paid             uint32
 	Unpaid           uint32
-	Reserved         [2]uint32
+	Heard            uint32
+	Returns          uint32
 }
 
 type ShortcutSending struct {

@@ -223,10 +223,14 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 {
 	const struct candidate *asks = bpf_sk_storage_get(&candidates, sk, NULL, 0);
 	__u64 both = self->flow << FLOW_STATE_BITS | FLOW_CLIENT_READY | FLOW_SERVER_READY;
-	__u32 side = self->side & 1;
+	__u32 side = self->side & 1, again;
 
-	if (!asks)
+	if (!asks) {
+		/* It joins again. */
+		if (!(flow->state & (side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY)))
+			become_candidate(ctx, sk, tp, flow, self->flow, side);
 		return;
+	}
 	if (!may_join(tp)) {
 		end_unjoined(self->flow, side);
 		leave_unjoined(ctx, sk);
@@ -237,13 +241,43 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 	if (asks->step != JOIN_INSERTED || (!is_blocking(tp) && has_sleeper(tp)))
 		return;
 	bpf_sk_storage_delete(&candidates, sk);
+	again = flow->side[side].receiving.returns;
+	flow->side[side].receiving.returns = 0;
 	note_positions(tp, flow, side);
 	await_reads(flow, side);
 	__sync_fetch_and_or(&flow->state,
 			    side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY);
 	if (__sync_val_compare_and_swap(&flow->state, both,
 					both | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) == both)
-		count(OUTCOME_PAIRED, 0);
+		count(again ? OUTCOME_RETURNED : OUTCOME_PAIRED, 0);
+}
+
+/*
+ * Lets a flow join again that has left because the shortcut was no faster, after as many
+ * segments once more as it has exchanged when it left. For example, one that leaves after
+ * 3,000 segments returns at 6,000, and if it leaves again soon, at some 12,000.
+ */
+static __always_inline void may_return(const struct tcp_sock *tp, struct flow *flow, __u64 id,
+				       __u32 own)
+{
+	struct receiving *mine = &flow->side[own].receiving;
+	__u32 segments = tp->data_segs_in + tp->data_segs_out;
+	__u64 low = id << FLOW_STATE_BITS, state = flow->state;
+	const struct settings *set = get_settings();
+	struct policy policy = {};
+
+	if ((state & ~(__u64)FLOW_READY) != (low | FLOW_LEFT) || !set || !set->join_after ||
+	    !(flow->side[SIDE_CLIENT].sending.leaves || flow->side[SIDE_SERVER].sending.leaves))
+		return;
+	if (!mine->returns)
+		mine->returns = segments < 1U << 30 ? 2 * segments + 1 : ~0U;
+	if (segments < mine->returns || !may_join(tp))
+		return;
+	ask_policy(flow, &policy);
+	if (policy.verdict != VERDICT_ALLOW)
+		return;
+	flow->watched = true;
+	__sync_val_compare_and_swap(&flow->state, state, low);
 }
 
 /* The peer has acknowledged bytes (RTT_CB), or the socket is about to send a segment. */
@@ -270,14 +304,19 @@ static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
 		return;
 	}
 	flow = flow_of(self, sk);
-	if (!flow)
+	if (!flow) {
 		leave_unjoined(ctx, sk);
-	else if (flow->watched && !(flow->state & FLOW_SERVER_JOINED))
+		return;
+	}
+	if (flow->watched && !(flow->state & FLOW_SERVER_JOINED)) {
 		on_candidate(ctx, sk, tp, flow, self);
-	else if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+		return;
+	}
+	if (ctx->op == BPF_SOCK_OPS_RTT_CB)
 		on_ack(flow, self->side & 1, tp);
 	else
 		on_transmit(ctx, flow, self->side & 1, tp);
+	may_return(tp, flow, self->flow, self->side & 1);
 }
 
 /*

@@ -63,8 +63,9 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 		reader->window = clamp;
 		clamp = WINDOW_SMALL;
 	} else {
-		/* An evicted socket stays on TCP. */
-		if (flow->state & FLOW_ANY_EVICTING)
+		/* An evicted socket stays on TCP, unless it may return. */
+		if (flow->state & FLOW_ANY_EVICTING && !flow->side[SIDE_CLIENT].sending.leaves &&
+		    !flow->side[SIDE_SERVER].sending.leaves)
 			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
 							       ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		if (!reader->window)

@@ -7,6 +7,7 @@ package datapath_test
 import (
 	"fmt"
 	"io"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"testing"
@@ -109,4 +110,50 @@ func sendFiles(t *testing.T, c, s *rawSocket) error {
 		}
 	}
 	return nil
+}
+
+// TestLeaveAndReturn: a connection that has left joins again later, each time less soon, and
+// no byte is lost.
+func TestLeaveAndReturn(t *testing.T) {
+	for _, oneWay := range []bool{true, false} {
+		t.Run(fmt.Sprintf("one way %v", oneWay), func(t *testing.T) {
+			n := mustNode(t, watched)
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			n.joinWatched(t)
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			n.mustTalkUntilPaired(t, nil, c, s)
+			n.mustBeShortcut(t, c, s)
+			small := traffic{seed: 3, bytes: 300_000, maxWrite: 100, maxRead: 100_000}
+			mixed := traffic{seed: 4, bytes: 3_000_000, maxWrite: 3000, maxRead: 10_000}
+			for again := range uint64(3) {
+				waitUntil(t, "the flow to leave", func() bool {
+					if err := exchange(c, s, small, traffic{}); err != nil {
+						t.Fatal(err)
+					}
+					return n.counts(t)["socket_evicted"] > 2*again
+				})
+				waitUntil(t, "the flow to return", func() bool {
+					toClient := traffic{}
+					if !oneWay {
+						toClient = mixed
+					}
+					if err := exchange(c, s, mixed, toClient); err != nil {
+						t.Fatal(err)
+					}
+					return n.counts(t)["connection_returned"] > again
+				})
+			}
+			n.mustBeShortcut(t, c, s)
+			segments, returned := c.segments(t), n.counts(t)["connection_returned"]
+			t.Logf("%d segments by TCP, returned %d times: %v", segments, returned, n.counts(t))
+			if most := bits.Len64(segments); returned > uint64(most) {
+				t.Errorf("returned %d times within %d segments, want at most %d times", returned, segments, most)
+			}
+			if err := finish(c, s); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }

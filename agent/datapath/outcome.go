@@ -66,6 +66,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 		bpf.ShortcutOutcomeOUTCOME_JOINED:           {api.OutcomeConnection, "joined"},
 		bpf.ShortcutOutcomeOUTCOME_JOIN_ENDED:       {api.OutcomeConnection, "join_ended"},
 		bpf.ShortcutOutcomeOUTCOME_CALLBACKS:        {api.OutcomeConnection, "no_callbacks"},
+		bpf.ShortcutOutcomeOUTCOME_RETURNED:         {api.OutcomeConnection, "returned"},
 		bpf.ShortcutOutcomeOUTCOME_NO_PEER:          {api.OutcomeConnection, "no_peer"},
 		bpf.ShortcutOutcomeOUTCOME_EVICT_DUE:        {api.OutcomeSocket, "evict_due"},
 	}

@@ -187,3 +187,13 @@ func (r *rawSocket) state(tb testing.TB) uint8 {
 	}
 	return info.State
 }
+
+// segments returns how many segments with data the socket has sent and received.
+func (r *rawSocket) segments(tb testing.TB) uint64 {
+	tb.Helper()
+	info, err := unix.GetsockoptTCPInfo(r.fd, unix.SOL_TCP, unix.TCP_INFO)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return uint64(info.Data_segs_in) + uint64(info.Data_segs_out)
+}
