@@ -95,6 +95,8 @@ func (c *config) register(cmd *cobra.Command) {
 		"`bytes` of bursts above 4 KiB that a receiver must read with recv on TCP before such bursts are sent to it by the shortcut; 0 allows bursts of any size")
 	flags.Uint32Var(&d.JoinAfter, "join-after", d.JoinAfter,
 		"`segments` of data that a connection must have sent and received before it joins, so that short ones cost nothing; 0 lets all join at their handshake")
+	flags.Uint32Var(&d.LeaveRatio, "leave-ratio", d.LeaveRatio,
+		"`times` as many messages that are no faster by the shortcut as those that are: then the connection goes back to TCP for a while; 0 lets none go back")
 	flags.Uint32Var(&d.MaxPolicies, "max-policies", d.MaxPolicies, "`entries` of the kernel map of policies; the sizes of the maps of pods follow from it")
 	flags.Uint32Var(&d.MaxFlows, "max-flows", d.MaxFlows, "`entries` of the kernel map of paired connections; the sizes of the maps of sockets and of unfinished handshakes follow from it")
 	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, which the plugin's entry is kept in (default none)")

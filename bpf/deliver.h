@@ -310,7 +310,7 @@ int deliver(struct sk_msg_md *msg)
 			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 		remember_option(flow, own, outcome, tp);
 	}
-	if (weigh(flow, own, size, outcome, held))
+	if (weigh(flow, own, set, size, outcome, held))
 		ask_to_evict(set);
 	if (!(dir->flags & SENDING_LEARNED) &&
 	    flow->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {

@@ -308,7 +308,7 @@ struct settings {
 	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
 	__u32 no_callbacks; /* sockets that join late get none: see end_late */
 	__u32 join_after; /* segments of data before a connection joins; 0: joins at the handshake */
-	__u32 reserved;
+	__u32 leave_ratio; /* see weigh; 0: no flow leaves */
 };
 
 /* A socket of an open connection, for the agent: see find_sockets. */

@@ -29,9 +29,6 @@
 /* How many messages of a direction are weighed at a time. */
 #define LEAVE_WINDOW 2048
 
-/* A flow leaves when so many messages do not pay for each one that does. */
-#define LEAVE_RATIO 3
-
 /*
  * Returns how many pages sendfile has at hand, or 0 if the message is of another call: they
  * are in the thread's own pipe, which only that uses (splice_direct_to_actor).
@@ -48,13 +45,14 @@ static __always_inline __u16 sendfile_pages(void)
 }
 
 /*
- * Weighs a message, and returns true if the flow is to leave from now on. A message pays if
+ * Weighs a message, and returns true if the flow is to leave from now on: when leave_ratio
+ * times as many messages do not pay as do. A message pays if
  * it took the shortcut, unless it is a small one behind others that are unread. It does not
  * pay if it had to go by TCP because earlier ones had. What goes by TCP for another reason,
  * such as the policy, says nothing. A large message of sendfile counts as many, by its size.
  */
-static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum outcome outcome,
-				  __u32 held)
+static __always_inline bool weigh(struct flow *flow, __u32 own, const struct settings *set,
+				  __u32 size, enum outcome outcome, __u32 held)
 {
 	struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
@@ -62,7 +60,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum
 	__u32 paid, unpaid, heard;
 	bool leaves;
 
-	if (dir->verdict != VERDICT_ALLOW || dir->leaves)
+	if (dir->verdict != VERDICT_ALLOW || dir->leaves || !set->leave_ratio)
 		return false;
 	if (size >= PAGE_LEAST && sendfile_pages() >= SENDFILE_PAGES)
 		mine->unpaid += size >> 10;
@@ -79,12 +77,12 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, __u32 size, enum
 	if (paid + unpaid < LEAVE_WINDOW)
 		return false;
 	heard = other->paid + other->unpaid;
-	if (heard !=
-	    mine->heard) { /* else the peer is silent, and what it sent once does not count */
+	/* What a peer has sent once that is silent now does not count. */
+	if (heard != mine->heard) {
 		paid += other->paid;
 		unpaid += other->unpaid;
 	}
-	leaves = unpaid > LEAVE_RATIO * paid;
+	leaves = unpaid > set->leave_ratio * paid;
 	mine->heard = heard;
 	mine->paid /= 2;
 	mine->unpaid /= 2;

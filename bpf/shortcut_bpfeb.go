@@ -328,7 +328,7 @@ type ShortcutSettings struct {
 	SpliceSeen       uint32
 	NoCallbacks      uint32
 	JoinAfter        uint32
-	Reserved         uint32
+	LeaveRatio       uint32
 }
 
 type ShortcutShare struct {

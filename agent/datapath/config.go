@@ -61,6 +61,9 @@ type Config struct {
 	// before it joins: until then it is watched, and costs next to nothing. With 0 all
 	// connections join at their handshake.
 	JoinAfter uint32
+	// LeaveRatio sets when a connection leaves: when so many times as many of its messages
+	// are no faster by the shortcut as are. With 0 none leaves.
+	LeaveRatio uint32
 	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
 	// of flows.
 	MaxPolicies, MaxFlows uint32
@@ -99,6 +102,7 @@ func DefaultConfig() Config {
 		TrialBytes:      256 << 10,
 		TrialDrains:     4,
 		JoinAfter:       32,
+		LeaveRatio:      3,
 
 		MaxPolicies: 131072,
 		MaxFlows:    32768,

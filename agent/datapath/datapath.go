@@ -337,7 +337,7 @@ func (d *Datapath) attach(dir string) error {
 		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 		s.NoCallbacks = number(d.noCallbacks)
-		s.JoinAfter = d.cfg.JoinAfter
+		s.JoinAfter, s.LeaveRatio = d.cfg.JoinAfter, d.cfg.LeaveRatio
 	}); err != nil {
 		return err
 	}

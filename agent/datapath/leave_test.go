@@ -14,10 +14,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
+
+// leaveRatio is the default.
+const leaveRatio = 3
 
 // TestLeave: a connection leaves the SOCKHASH when the shortcut is no faster for what it
 // sends, and no byte is lost; others stay.
@@ -42,7 +46,10 @@ func TestLeave(t *testing.T) {
 		{name: "sendfile", talk: sendFiles, leaves: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, atOnce)
+			n := mustNode(t, func(c *datapath.Config) {
+				atOnce(c)
+				c.LeaveRatio = leaveRatio
+			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
@@ -117,7 +124,10 @@ func sendFiles(t *testing.T, c, s *rawSocket) error {
 func TestLeaveAndReturn(t *testing.T) {
 	for _, oneWay := range []bool{true, false} {
 		t.Run(fmt.Sprintf("one way %v", oneWay), func(t *testing.T) {
-			n := mustNode(t, watched)
+			n := mustNode(t, func(c *datapath.Config) {
+				watched(c)
+				c.LeaveRatio = leaveRatio
+			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			n.joinWatched(t)

@@ -32,7 +32,7 @@ func MustNewAgent(tb testing.TB, cfg sandbox.Config) Agent {
 // Soon are the flags by which connections join at their handshake and take the shortcut from
 // the second message on, however long a test takes.
 func Soon() []string {
-	return []string{"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0", "--join-after=0"}
+	return []string{"--trial-reads=1", "--trial-bytes=0", "--trial-drains=0", "--refresh-interval=0", "--join-after=0", "--leave-ratio=0"}
 }
 
 // AcceptFatal is a flag by which pods take part on every kernel: the sockets of most tests are

@@ -29,7 +29,7 @@ func MustLoad(tb testing.TB, s *sandbox.Sandbox, change func(*datapath.Config)) 
 	n := &Loaded{Sandbox: s, Config: datapath.DefaultConfig(), Log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
 	n.Config.Cgroup, n.Config.PinDir = s.Cgroup, s.PinDir
 	n.Config.TrialReads, n.Config.TrialBytes, n.Config.TrialDrains, n.Config.RefreshInterval = 1, 0, 0, 0
-	n.Config.JoinAfter = 0
+	n.Config.JoinAfter, n.Config.LeaveRatio = 0, 0
 	if change != nil {
 		change(&n.Config)
 	}
