@@ -179,7 +179,8 @@ func TestUnpaired(t *testing.T) {
 		{
 			name: "too few segments so far",
 			sockets: []Socket{
-				listen(2, "0.0.0.0:80"), {netns: 1, cookie: 11, local: at("10.0.0.1:5000"), remote: at("10.0.0.2:80"), segments: joinAfter - 1},
+				listen(2, "0.0.0.0:80"),
+				{netns: 1, cookie: 11, local: at("10.0.0.1:5000"), remote: at("10.0.0.2:80"), segments: joinAfter - 1},
 				open(2, 12, "10.0.0.2:80", "10.0.0.1:5000"),
 			},
 			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: watched []: " +
