@@ -95,7 +95,7 @@ func (n *node) mustBeShortcut(tb testing.TB, c, s io.ReadWriter) {
 	}
 }
 
-var joins = flag.Int("joins", 32, "connections of each row of TestJoin")
+var joins = flag.Int("joins", 32, "connections of each row of TestJoin and TestWatch")
 
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
 // moment, and compares every byte.

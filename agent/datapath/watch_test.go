@@ -66,6 +66,10 @@ func TestWatch(t *testing.T) {
 		{name: "to the client only", network: "tcp4", ways: func(_, toClient traffic) (traffic, traffic) { return traffic{}, toClient }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			connections := *joins
+			if testing.Short() {
+				connections /= 2
+			}
 			if tc.oneCPU {
 				mustUseOneCPU(t)
 			}
@@ -83,7 +87,7 @@ func TestWatch(t *testing.T) {
 			var all []func() error
 			done := make(chan struct{})
 			before := n.counts(t)
-			for i := range *joins {
+			for i := range connections {
 				c, s := sandboxtest.MustConnect(t, from.Netns, tc.network, l.Addr().String(), l)
 				random := rand.New(rand.NewPCG(uint64(i), 2))
 				one := func(seed byte) traffic {
@@ -112,7 +116,7 @@ func TestWatch(t *testing.T) {
 				defer close(done)
 				time.Sleep(moment)
 				n.joinWatched(t)
-				waitUntil(t, "all connections to join", func() bool { return n.since(t, before)["connection_paired"] == uint64(*joins) })
+				waitUntil(t, "all connections to join", func() bool { return n.since(t, before)["connection_paired"] == uint64(connections) })
 				return nil
 			})
 			if err := together(all...); err != nil {
