@@ -97,6 +97,14 @@ func (n *node) mustBeShortcut(tb testing.TB, c, s io.ReadWriter) {
 
 var joins = flag.Int("joins", 32, "connections of each row of TestJoin and TestWatch")
 
+// connectionsPerRow is how many connections each row has: fewer where the CPU is emulated.
+func connectionsPerRow() int {
+	if testing.Short() {
+		return *joins / 4
+	}
+	return *joins
+}
+
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
 // moment, and compares every byte.
 func TestJoin(t *testing.T) {
@@ -114,7 +122,7 @@ func TestJoin(t *testing.T) {
 		{name: "without callbacks", network: "tcp4", noCallbacks: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			connections := *joins
+			connections := connectionsPerRow()
 			if tc.oneCPU {
 				mustUseOneCPU(t)
 			}

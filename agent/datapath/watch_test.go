@@ -66,10 +66,7 @@ func TestWatch(t *testing.T) {
 		{name: "to the client only", network: "tcp4", ways: func(_, toClient traffic) (traffic, traffic) { return traffic{}, toClient }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			connections := *joins
-			if testing.Short() {
-				connections /= 2
-			}
+			connections := connectionsPerRow()
 			if tc.oneCPU {
 				mustUseOneCPU(t)
 			}
