@@ -156,7 +156,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	count_queued(dir, end, read);
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
-	/* Before all else, since should_evict needs it, too. */
+	/* Before all that follows, since should_evict needs it, too. */
 	if (dir->generation != generation) {
 		struct policy policy = {};
 

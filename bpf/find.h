@@ -31,13 +31,28 @@ static __always_inline bool may_join(const struct tcp_sock *tp)
 	       !BPF_CORE_READ_BITFIELD(tp, repair);
 }
 
+/*
+ * Where the two streams of a connection began: a client's own one with its SYN, all others
+ * with a byte. Both ends know it, since TCP counts the bytes: with the client's snd_una at
+ * 5001, of which 1000 are acknowledged bytes (its SYN counts as one), its stream began at 4001.
+ */
+static __always_inline __u32 sends_from(const struct tcp_sock *tp)
+{
+	return tp->snd_una - (__u32)tp->bytes_acked;
+}
+
+static __always_inline __u32 receives_from(const struct tcp_sock *tp)
+{
+	return tp->rcv_nxt - (__u32)tp->bytes_received;
+}
+
 /* Returns true if the socket belongs to a flow, or to one that is being made. */
 static __always_inline bool has_flow(const struct sk_flow *self, const void *sk)
 {
 	struct flow *flow = self && self->flow ? flow_of(self, sk) : NULL;
 
 	/* One that nobody has joined or watches was left behind by an agent that was killed. */
-	return flow && (flow->watched || flow->state & (FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED));
+	return flow && (flow->watched || flow->state & FLOW_JOINED);
 }
 
 /* The addresses of a socket, as in a sock_ops context. */
@@ -58,11 +73,7 @@ static __always_inline void socket_addresses(const struct sock *sk, struct open_
 	found->remote_port = bpf_ntohs(skc->skc_dport);
 }
 
-/*
- * Lists the sockets that may join. Both ends of a connection know where the streams of both
- * began, since TCP counts the bytes: with the client's snd_una at 5001, of which 1000 are
- * acknowledged bytes (its SYN counts as one), its stream began at 4001.
- */
+/* Lists the sockets that may join. */
 SEC("iter/tcp")
 int find_sockets(struct bpf_iter__tcp *ctx)
 {
@@ -77,8 +88,8 @@ int find_sockets(struct bpf_iter__tcp *ctx)
 		return 0;
 	found.cookie = bpf_get_socket_cookie(skc);
 	found.netns = skc->skc_net.net->net_cookie;
-	found.sends_from = tp->snd_una - (__u32)tp->bytes_acked;
-	found.receives_from = tp->rcv_nxt - (__u32)tp->bytes_received;
+	found.sends_from = sends_from(tp);
+	found.receives_from = receives_from(tp);
 	socket_addresses(&tp->inet_conn.icsk_inet.sk, &found);
 	bpf_seq_write(ctx->meta->seq, &found, sizeof(found));
 	return 0;

@@ -186,7 +186,7 @@ struct receiving {
 	__u32 drains; /* recv calls that found nothing after one that was not filled, as for reads */
 	__u32 unfilled; /* the last recv call was not filled */
 	__u32 window; /* the limit of the window before on_transmit lowered it, in bytes, or 0 */
-	__u32 reads_needed; /* reads before anything is redirected: see complete */
+	__u32 reads_needed; /* reads before anything is redirected: see await_reads */
 	__u64 began; /* position of the stream at its start, or where there was no room: see window.h */
 	/* Of the messages that this socket has sent lately; deliver writes them: see leave.h. */
 	__u32 paid;

@@ -165,7 +165,6 @@ static __always_inline void note_positions(const struct tcp_sock *tp, struct flo
 
 	dir->tcp_bytes = write_position(tp, side);
 	dir->missed = 0;
-	dir->leaves = false;
 	dir->queued_before = 0;
 	dir->queued_since = 0;
 	reader->paid = 0;
@@ -248,9 +247,7 @@ static __always_inline bool complete(struct flow *flow, const struct join_entry 
 
 	await_reads(flow, SIDE_CLIENT);
 	await_reads(flow, SIDE_SERVER);
-	return __sync_val_compare_and_swap(&flow->state, state,
-					   state | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) ==
-	       state;
+	return __sync_val_compare_and_swap(&flow->state, state, state | FLOW_JOINED) == state;
 }
 
 /* Returns true if a blocking socket may join. Without callbacks, nothing evicts it in time. */

@@ -29,6 +29,12 @@
 /* How many messages of a direction are weighed at a time. */
 #define LEAVE_WINDOW 2048
 
+/* Returns true if the flow has left, or is about to, because the shortcut is no faster. */
+static __always_inline bool has_left(const struct flow *flow)
+{
+	return flow->side[SIDE_CLIENT].sending.leaves || flow->side[SIDE_SERVER].sending.leaves;
+}
+
 /*
  * Returns how many pages sendfile has at hand, or 0 if the message is of another call: they
  * are in the thread's own pipe, which only that uses (splice_direct_to_actor).

@@ -107,18 +107,14 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 				       const struct tcp_sock *tp, __u64 netns, bool last)
 {
 	__u32 side = ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT ? SIDE_CLIENT : SIDE_SERVER;
-	__u32 sends = tp->snd_una - (__u32)tp->bytes_acked;
-	__u32 receives = tp->rcv_nxt - (__u32)tp->bytes_received;
+	__u32 sends = sends_from(tp), receives = receives_from(tp), peer = side ^ 1;
 	struct join_entry offer = {}, *there;
 	enum outcome outcome;
 	struct numbers key;
 	struct flow *flow;
-	__u32 peer;
 
-	/* TCP counts the SYN of the client among the bytes that were acknowledged: see match. */
 	key.client_seq = side == SIDE_CLIENT ? sends + 1 : receives;
 	key.server_seq = side == SIDE_CLIENT ? receives : sends;
-	peer = side ^ 1;
 	there = bpf_map_lookup_elem(&offers, &key);
 	if (there) {
 		offer = *(volatile struct join_entry *)there;
@@ -126,11 +122,9 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		    there->cookie[peer & 1] != offer.cookie[peer & 1])
 			return; /* the next time */
 	}
-	if (offer.cookie[side & 1] && offer.cookie[side & 1] != bpf_get_socket_cookie(ctx)) {
-		stop_watching(ctx); /* connections with equal numbers cannot be told apart */
-		return;
-	}
-	if (offer.step == JOIN_LEAVE) {
+	/* Connections with equal numbers cannot be told apart. */
+	if (offer.step == JOIN_LEAVE ||
+	    (offer.cookie[side & 1] && offer.cookie[side & 1] != bpf_get_socket_cookie(ctx))) {
 		stop_watching(ctx);
 		return;
 	}
@@ -180,6 +174,11 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	}
 }
 
+static __always_inline __u32 data_segments(const struct tcp_sock *tp)
+{
+	return tp->data_segs_in + tp->data_segs_out;
+}
+
 /* A callback of a socket that has no flow. */
 static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 				       const struct tcp_sock *tp)
@@ -190,7 +189,7 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 
 	if (!set || !set->join_after)
 		return;
-	over = tp->data_segs_in + tp->data_segs_out;
+	over = data_segments(tp);
 	if (over < set->join_after)
 		return;
 	over -= set->join_after;
@@ -222,12 +221,13 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 					 const struct sk_flow *self)
 {
 	const struct candidate *asks = bpf_sk_storage_get(&candidates, sk, NULL, 0);
-	__u64 both = self->flow << FLOW_STATE_BITS | FLOW_CLIENT_READY | FLOW_SERVER_READY;
+	__u64 both = self->flow << FLOW_STATE_BITS | FLOW_READY;
 	__u32 side = self->side & 1, again;
+	__u64 ready = side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY;
 
 	if (!asks) {
 		/* It joins again. */
-		if (!(flow->state & (side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY)))
+		if (!(flow->state & ready))
 			become_candidate(ctx, sk, tp, flow, self->flow, side);
 		return;
 	}
@@ -245,10 +245,8 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 	flow->side[side].receiving.returns = 0;
 	note_positions(tp, flow, side);
 	await_reads(flow, side);
-	__sync_fetch_and_or(&flow->state,
-			    side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY);
-	if (__sync_val_compare_and_swap(&flow->state, both,
-					both | FLOW_CLIENT_JOINED | FLOW_SERVER_JOINED) == both)
+	__sync_fetch_and_or(&flow->state, ready);
+	if (__sync_val_compare_and_swap(&flow->state, both, both | FLOW_JOINED) == both)
 		count(again ? OUTCOME_RETURNED : OUTCOME_PAIRED, 0);
 }
 
@@ -261,13 +259,13 @@ static __always_inline void may_return(const struct tcp_sock *tp, struct flow *f
 				       __u32 own)
 {
 	struct receiving *mine = &flow->side[own].receiving;
-	__u32 segments = tp->data_segs_in + tp->data_segs_out;
+	__u32 segments = data_segments(tp);
 	__u64 low = id << FLOW_STATE_BITS, state = flow->state;
 	const struct settings *set = get_settings();
 	struct policy policy = {};
 
 	if ((state & ~(__u64)FLOW_READY) != (low | FLOW_LEFT) || !set || !set->join_after ||
-	    !(flow->side[SIDE_CLIENT].sending.leaves || flow->side[SIDE_SERVER].sending.leaves))
+	    !has_left(flow))
 		return;
 	if (!mine->returns)
 		mine->returns = segments < 1U << 30 ? 2 * segments + 1 : ~0U;
@@ -277,7 +275,11 @@ static __always_inline void may_return(const struct tcp_sock *tp, struct flow *f
 	if (policy.verdict != VERDICT_ALLOW)
 		return;
 	flow->watched = true;
-	__sync_val_compare_and_swap(&flow->state, state, low);
+	if (__sync_val_compare_and_swap(&flow->state, state, low) != state)
+		return;
+	flow->side[SIDE_CLIENT].sending.leaves = false;
+	flow->side[SIDE_SERVER].sending.leaves = false;
+	flow->side[own ^ 1].receiving.returns = segments; /* either end may count the return */
 }
 
 /* The peer has acknowledged bytes (RTT_CB), or the socket is about to send a segment. */

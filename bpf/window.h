@@ -16,6 +16,7 @@
 
 #include "flow.h"
 #include "kernel.h"
+#include "leave.h"
 #include "lifetime.h"
 #include "maps.h"
 
@@ -64,8 +65,7 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 		clamp = WINDOW_SMALL;
 	} else {
 		/* An evicted socket stays on TCP, unless it may return. */
-		if (flow->state & FLOW_ANY_EVICTING && !flow->side[SIDE_CLIENT].sending.leaves &&
-		    !flow->side[SIDE_SERVER].sending.leaves)
+		if (flow->state & FLOW_ANY_EVICTING && !has_left(flow))
 			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
 							       ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		if (!reader->window)

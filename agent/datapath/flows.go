@@ -86,7 +86,7 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	if p.State&uint64(evicted) != 0 {
 		dir.Evicted, dir.Shortcut = true, false
 		reason := bpf.ShortcutOutcomeOUTCOME_EVICTED
-		if p.Side[client].Sending.Leaves != 0 || p.Side[server].Sending.Leaves != 0 {
+		if hasLeft(p) {
 			reason = bpf.ShortcutOutcomeOUTCOME_NO_GAIN
 		}
 		dir.Reason = outcomes()[reason].code
@@ -104,6 +104,11 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	// Redirected bytes are read before all TCP bytes that were sent after them.
 	dir.Redirected = unread(p, 1-from)
 	return dir
+}
+
+// hasLeft reports whether a flow has left, or is about to, because the shortcut is no faster.
+func hasLeft(p *bpf.ShortcutFlow) bool {
+	return p.Side[client].Sending.Leaves != 0 || p.Side[server].Sending.Leaves != 0
 }
 
 // address converts v4-mapped words in network byte order; port is in host byte

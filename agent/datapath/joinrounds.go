@@ -179,7 +179,7 @@ func toEvict(flows *ebpf.Map) (found []bpf.ShortcutJoinEntry, err error) {
 	evicted := [2]uint64{client: uint64(bpf.ShortcutFlowStateFLOW_CLIENT_EVICTED), server: uint64(bpf.ShortcutFlowStateFLOW_SERVER_EVICTED)}
 	for id, p := range all {
 		for side := range p.Side {
-			if p.State&evicted[side] != 0 || p.Side[side].Sending.Evict == 0 && p.Side[1-side].Sending.EvictPeer == 0 && p.Side[0].Sending.Leaves == 0 && p.Side[1].Sending.Leaves == 0 {
+			if p.State&evicted[side] != 0 || p.Side[side].Sending.Evict == 0 && p.Side[1-side].Sending.EvictPeer == 0 && !hasLeft(&p) {
 				continue
 			}
 			found = append(found, bpf.ShortcutJoinEntry{
