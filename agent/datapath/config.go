@@ -140,6 +140,9 @@ func (c Config) Validate() error {
 	if c.JoinAfter > 1<<20 {
 		return fmt.Errorf("join after %d segments: accepted are 0, which is at the handshake, to %d", c.JoinAfter, 1<<20)
 	}
+	if c.LeaveRatio > 1<<16 {
+		return fmt.Errorf("leave ratio of %d: accepted are 0, which is never, to %d", c.LeaveRatio, 1<<16)
+	}
 	if c.MaxPolicies == 0 || c.MaxFlows == 0 {
 		return errors.New("size of a map is 0: accepted are 1 and above")
 	}
