@@ -105,6 +105,51 @@ func connectionsPerRow() int {
 	return *joins
 }
 
+// ways chooses the traffic of a connection.
+type ways func(toServer, toClient traffic) (traffic, traffic)
+
+func bothWays(toServer, toClient traffic) (traffic, traffic) { return toServer, toClient }
+
+// talkUntil connects the first pod, or with loopback the second one, to the second one a number
+// of times. It returns what runs random traffic over each connection until done is closed,
+// compares every byte, and closes it.
+func talkUntil(tb testing.TB, done <-chan struct{}, pods []*sandbox.Pod, network string, loopback bool, connections int, chosen ways) (all []func() error) {
+	tb.Helper()
+	from, listen := pods[0], pods[1].IPv4.String()
+	switch {
+	case loopback:
+		from, listen = pods[1], "127.0.0.1"
+	case network == "tcp6":
+		listen = pods[1].IPv6.String()
+	}
+	l := sandboxtest.MustListen(tb, pods[1], network, net.JoinHostPort(listen, "0"))
+	for i := range connections {
+		c, s := sandboxtest.MustConnect(tb, from.Netns, network, l.Addr().String(), l)
+		random := rand.New(rand.NewPCG(uint64(i), 2))
+		one := func(seed byte) traffic {
+			return traffic{
+				seed: seed, bytes: 1 + random.IntN(1<<20), maxWrite: 1 + random.IntN(32<<10), maxRead: 1 + random.IntN(64<<10),
+				writerPause: 1 + random.IntN(64<<10), readerPause: 1 + random.IntN(256<<10),
+			}
+		}
+		all = append(all, func() error {
+			for last := false; !last; {
+				select {
+				case <-done:
+					last = true
+				default:
+				}
+				toServer, toClient := chosen(one(byte(random.Uint32())), one(byte(random.Uint32())))
+				if err := exchange(c, s, toServer, toClient); err != nil {
+					return fmt.Errorf("connection %d: %w", i, err)
+				}
+			}
+			return errors.Join(finish(c, s), c.Close(), s.Close())
+		})
+	}
+	return all
+}
+
 // TestJoin lets connections join in the middle of random traffic both ways, at a random
 // moment, and compares every byte.
 func TestJoin(t *testing.T) {
@@ -134,39 +179,8 @@ func TestJoin(t *testing.T) {
 				return
 			}
 			pods, cookies := n.MustEnrol(t, "client", "server")
-			from, listen := pods[0], pods[1].IPv4.String()
-			switch {
-			case tc.loopback:
-				from, listen = pods[1], "127.0.0.1"
-			case tc.network == "tcp6":
-				listen = pods[1].IPv6.String()
-			}
-			l := sandboxtest.MustListen(t, pods[1], tc.network, net.JoinHostPort(listen, "0"))
-			var all []func() error
 			done := make(chan struct{})
-			for i := range connections {
-				c, s := sandboxtest.MustConnect(t, from.Netns, tc.network, l.Addr().String(), l)
-				random := rand.New(rand.NewPCG(uint64(i), 2))
-				one := func(seed byte) traffic {
-					return traffic{
-						seed: seed, bytes: 1 + random.IntN(1<<20), maxWrite: 1 + random.IntN(32<<10), maxRead: 1 + random.IntN(64<<10),
-						writerPause: 1 + random.IntN(64<<10), readerPause: 1 + random.IntN(256<<10),
-					}
-				}
-				all = append(all, func() error {
-					for last := false; !last; {
-						select {
-						case <-done:
-							last = true
-						default:
-						}
-						if err := exchange(c, s, one(byte(random.Uint32())), one(byte(random.Uint32()))); err != nil {
-							return fmt.Errorf("connection %d: %w", i, err)
-						}
-					}
-					return finish(c, s)
-				})
-			}
+			all := talkUntil(t, done, pods, tc.network, tc.loopback, connections, bothWays)
 			moment := time.Duration(rand.IntN(20)) * time.Millisecond
 			before := n.counts(t)
 			all = append(all, func() error {

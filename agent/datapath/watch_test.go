@@ -6,11 +6,8 @@ package datapath_test
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"slices"
 	"testing"
@@ -32,6 +29,17 @@ func watched(c *datapath.Config) {
 	c.JoinAfter = joinAfter
 }
 
+// mustWatchPods returns a node that watches the connections of two pods, the client's and the
+// server's, which listens.
+func mustWatchPods(tb testing.TB) (n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+	tb.Helper()
+	n = mustNode(tb, watched)
+	pods, cookies := n.MustEnrol(tb, "client", "server")
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
+	l, address = mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
+	return n, pods, l, address
+}
+
 // joinWatched runs JoinWatched until the end of the test.
 func (n *node) joinWatched(tb testing.TB) {
 	tb.Helper()
@@ -50,18 +58,17 @@ func (n *node) joinWatched(tb testing.TB) {
 // TestWatch lets watched connections join in the middle of random traffic, and compares
 // every byte.
 func TestWatch(t *testing.T) {
-	both := func(toServer, toClient traffic) (traffic, traffic) { return toServer, toClient }
 	for _, tc := range []struct {
 		name     string
 		network  string
 		loopback bool
 		oneCPU   bool
-		ways     func(toServer, toClient traffic) (traffic, traffic)
+		ways     ways
 	}{
-		{name: "IPv4", network: "tcp4", ways: both},
-		{name: "IPv4, one CPU", network: "tcp4", ways: both, oneCPU: true},
-		{name: "IPv6", network: "tcp6", ways: both},
-		{name: "loopback", network: "tcp4", ways: both, loopback: true},
+		{name: "IPv4", network: "tcp4", ways: bothWays},
+		{name: "IPv4, one CPU", network: "tcp4", ways: bothWays, oneCPU: true},
+		{name: "IPv6", network: "tcp6", ways: bothWays},
+		{name: "loopback", network: "tcp4", ways: bothWays, loopback: true},
 		{name: "to the server only", network: "tcp4", ways: func(toServer, _ traffic) (traffic, traffic) { return toServer, traffic{} }},
 		{name: "to the client only", network: "tcp4", ways: func(_, toClient traffic) (traffic, traffic) { return traffic{}, toClient }},
 	} {
@@ -73,41 +80,9 @@ func TestWatch(t *testing.T) {
 			n := mustNode(t, watched)
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			from, listen := pods[0], pods[1].IPv4.String()
-			switch {
-			case tc.loopback:
-				from, listen = pods[1], "127.0.0.1"
-			case tc.network == "tcp6":
-				listen = pods[1].IPv6.String()
-			}
-			l := sandboxtest.MustListen(t, pods[1], tc.network, net.JoinHostPort(listen, "0"))
-			var all []func() error
-			done := make(chan struct{})
 			before := n.counts(t)
-			for i := range connections {
-				c, s := sandboxtest.MustConnect(t, from.Netns, tc.network, l.Addr().String(), l)
-				random := rand.New(rand.NewPCG(uint64(i), 2))
-				one := func(seed byte) traffic {
-					return traffic{
-						seed: seed, bytes: 1 + random.IntN(1<<20), maxWrite: 1 + random.IntN(32<<10), maxRead: 1 + random.IntN(64<<10),
-						writerPause: 1 + random.IntN(64<<10), readerPause: 1 + random.IntN(256<<10),
-					}
-				}
-				all = append(all, func() error {
-					for last := false; !last; {
-						select {
-						case <-done:
-							last = true
-						default:
-						}
-						toServer, toClient := tc.ways(one(byte(random.Uint32())), one(byte(random.Uint32())))
-						if err := exchange(c, s, toServer, toClient); err != nil {
-							return fmt.Errorf("connection %d: %w", i, err)
-						}
-					}
-					return errors.Join(finish(c, s), c.Close(), s.Close())
-				})
-			}
+			done := make(chan struct{})
+			all := talkUntil(t, done, pods, tc.network, tc.loopback, connections, tc.ways)
 			moment := time.Duration(rand.IntN(20)) * time.Millisecond
 			all = append(all, func() error {
 				defer close(done)
@@ -204,10 +179,7 @@ func (n *node) mustTalkUntilPaired(tb testing.TB, before map[string]uint64, c, s
 // TestWatchWithoutAgent: a connection that has earned it while no agent runs goes on as plain
 // TCP, and joins when one comes back.
 func TestWatchWithoutAgent(t *testing.T) {
-	n := mustNode(t, watched)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	n, pods, l, address := mustWatchPods(t)
 	before := n.counts(t)
 	c, s := rawPair(t, pods[0], l, address)
 	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
@@ -225,10 +197,7 @@ func TestWatchWithoutAgent(t *testing.T) {
 // TestWatchSwept: if a sweep has ended the flow of a connection that has waited for an agent
 // for too long, both ends go on as plain TCP.
 func TestWatchSwept(t *testing.T) {
-	n := mustNode(t, watched)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	n, pods, l, address := mustWatchPods(t)
 	c, s := rawPair(t, pods[0], l, address)
 	sandboxtest.MustPing(t, c, s, 5*joinAfter, 100)
 	if got := n.usage(t)["flows"]; got != 1 {
@@ -251,10 +220,7 @@ func TestWatchSwept(t *testing.T) {
 func TestWatchReused(t *testing.T) {
 	for name, listens := range map[string]bool{"connects": false, "listens": true} {
 		t.Run(name, func(t *testing.T) {
-			n := mustNode(t, watched)
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			n, pods, l, address := mustWatchPods(t)
 			used, s := rawPair(t, pods[0], l, address)
 			sandboxtest.MustPing(t, used, s, 5*joinAfter, 100)
 			n.joinWatched(t)
@@ -283,11 +249,8 @@ func TestWatchReused(t *testing.T) {
 // TestWatchMeetsEnds: watched connections that end in any way at any moment of their joining
 // see what they would on TCP, and leave nothing behind.
 func TestWatchMeetsEnds(t *testing.T) {
-	n := mustNode(t, watched)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	n, pods, l, address := mustWatchPods(t)
 	n.joinWatched(t)
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	rounds, connections := 20, 24
 	if testing.Short() {
 		rounds = 4
@@ -320,10 +283,7 @@ func TestWatchMeetsEnds(t *testing.T) {
 
 // TestWatchUnloads: an unload while connections join leaves nothing, and no byte is lost.
 func TestWatchUnloads(t *testing.T) {
-	n := mustNode(t, watched)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	n, pods, l, address := mustWatchPods(t)
 	var all []func() error
 	for i := range 32 {
 		c, s := rawPair(t, pods[0], l, address)
@@ -352,11 +312,8 @@ func TestWatchUnloads(t *testing.T) {
 // BenchmarkJoin measures how soon a connection joins that has earned it, on a node without
 // other connections.
 func BenchmarkJoin(b *testing.B) {
-	n := mustNode(b, watched)
-	pods, cookies := n.MustEnrol(b, "client", "server")
-	n.MustSetPolicy(b, sandbox.Between(rule.Allow, cookies...))
+	n, pods, l, address := mustWatchPods(b)
 	n.joinWatched(b)
-	l, address := mustRawListen(b, pods[1].Netns, pods[1].IPv4)
 	var took []time.Duration
 	for b.Loop() {
 		before := n.counts(b)

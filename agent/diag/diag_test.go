@@ -80,16 +80,21 @@ func list(c *diag.Conn, states uint32) (found []diag.Socket, err error) {
 	return found, err
 }
 
-// TestReset resets one of two connections between the same addresses.
-func TestReset(t *testing.T) {
-	s := sandboxtest.MustNew(t, sandbox.Config{})
-	pod := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
-	l := sandboxtest.MustListen(t, pod, "tcp", ":8080")
+// mustListenAndAsk returns a pod that listens on a port, and a Conn for it.
+func mustListenAndAsk(t *testing.T) (*sandbox.Pod, net.Listener, *diag.Conn) {
+	t.Helper()
+	pod := sandboxtest.MustAddPod(t, sandboxtest.MustNew(t, sandbox.Config{}), "pod", sandbox.PodOptions{})
 	conn, err := diag.Open(pod.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(conn.Close)
+	return pod, sandboxtest.MustListen(t, pod, "tcp", ":8080"), conn
+}
+
+// TestReset resets one of two connections between the same addresses.
+func TestReset(t *testing.T) {
+	pod, l, conn := mustListenAndAsk(t)
 	for _, ip := range []string{pod.IPv4.String(), pod.IPv6.String()} {
 		var clients []net.Conn
 		for range 2 {
@@ -156,14 +161,7 @@ func mustDescribe(t *testing.T, c syscall.Conn, state int) diag.Socket {
 
 // TestSegments: a connection has sent and received a segment for each message.
 func TestSegments(t *testing.T) {
-	s := sandboxtest.MustNew(t, sandbox.Config{})
-	pod := sandboxtest.MustAddPod(t, s, "pod", sandbox.PodOptions{})
-	l := sandboxtest.MustListen(t, pod, "tcp", ":8080")
-	conn, err := diag.Open(pod.Path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	pod, l, conn := mustListenAndAsk(t)
 	client := sandboxtest.MustDial(t, pod, "tcp", net.JoinHostPort(pod.IPv4.String(), "8080"))
 	server, err := l.Accept()
 	if err != nil {
