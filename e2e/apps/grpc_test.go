@@ -18,30 +18,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/wrapperspb"
-)
 
-// echoService is what protoc would make of a service with one method:
-// rpc Stream (stream google.protobuf.BytesValue) returns (stream google.protobuf.BytesValue).
-var echoService = grpc.ServiceDesc{
-	ServiceName: "podshunt.Echo",
-	HandlerType: (*any)(nil),
-	Streams: []grpc.StreamDesc{{
-		StreamName: "Stream", ServerStreams: true, ClientStreams: true,
-		Handler: func(_ any, stream grpc.ServerStream) error {
-			for {
-				var m wrapperspb.BytesValue
-				if err := stream.RecvMsg(&m); errors.Is(err, io.EOF) {
-					return nil
-				} else if err != nil {
-					return err
-				}
-				if err := stream.SendMsg(&m); err != nil {
-					return err
-				}
-			}
-		},
-	}},
-}
+	"github.com/podshunt/podshunt/e2e/apps/echo"
+)
 
 func grpcStreams(s *stage) {
 	sizes := []int64{0, 4 << 20, 1, 8 << 20, 2}
@@ -122,7 +101,7 @@ const grpcLimit = 16 << 20
 func (s *stage) grpcServe(l net.Listener, options ...grpc.ServerOption) {
 	s.Helper()
 	server := grpc.NewServer(append(options, grpc.MaxRecvMsgSize(grpcLimit))...)
-	server.RegisterService(&echoService, nil)
+	server.RegisterService(&echo.Service, nil)
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(l) }()
 	s.Cleanup(func() {
@@ -145,7 +124,7 @@ func (s *stage) grpcDial(dial func(string) (net.Conn, error), address netip.Addr
 // grpcEcho sends messages of these sizes on a stream of its own and wants them back.
 func (s *stage) grpcEcho(conn *grpc.ClientConn, sizes []int64) {
 	s.Helper()
-	stream, err := conn.NewStream(s.ctx, &echoService.Streams[0], "/podshunt.Echo/Stream")
+	stream, err := conn.NewStream(s.ctx, &echo.Service.Streams[0], echo.Stream)
 	s.must("open stream", err)
 	var sender errgroup.Group
 	sender.Go(func() error {

@@ -23,6 +23,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/podshunt/podshunt/e2e/apps/echo"
 )
 
 // self is this program, as a command.
@@ -225,36 +227,6 @@ func expect(r io.Reader, got []byte, want string) error {
 	return nil
 }
 
-// echoService is what protoc would make of a service with a unary method and a stream
-// of google.protobuf.BytesValue, both of which answer what they get.
-var echoService = grpc.ServiceDesc{
-	ServiceName: "podshunt.Echo",
-	HandlerType: (*any)(nil),
-	Methods: []grpc.MethodDesc{{
-		MethodName: "Unary",
-		Handler: func(_ any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			var m wrapperspb.BytesValue
-			return &m, decode(&m)
-		},
-	}},
-	Streams: []grpc.StreamDesc{{
-		StreamName: "Stream", ServerStreams: true, ClientStreams: true,
-		Handler: func(_ any, stream grpc.ServerStream) error {
-			for {
-				var m wrapperspb.BytesValue
-				if err := stream.RecvMsg(&m); errors.Is(err, io.EOF) {
-					return nil
-				} else if err != nil {
-					return err
-				}
-				if err := stream.SendMsg(&m); err != nil {
-					return err
-				}
-			}
-		},
-	}},
-}
-
 func (l load) serveGRPC(ctx context.Context) error {
 	// The next round's server has the same path.
 	if err := os.Remove(l.To); l.network() == "unix" && err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -267,7 +239,7 @@ func (l load) serveGRPC(ctx context.Context) error {
 		return err
 	}
 	s := grpc.NewServer()
-	s.RegisterService(&echoService, nil)
+	s.RegisterService(&echo.Service, nil)
 	go func() {
 		<-ctx.Done()
 		s.Stop()
@@ -288,11 +260,11 @@ func (l load) grpcSteps(ctx context.Context) (steps []func() error, end func() e
 		if l.Kind == grpcUnary {
 			steps = append(steps, func() error {
 				var m wrapperspb.BytesValue
-				return right(&m, message, conn.Invoke(ctx, "/podshunt.Echo/Unary", message, &m))
+				return right(&m, message, conn.Invoke(ctx, echo.Unary, message, &m))
 			})
 			continue
 		}
-		stream, err := conn.NewStream(ctx, &echoService.Streams[0], "/podshunt.Echo/Stream")
+		stream, err := conn.NewStream(ctx, &echo.Service.Streams[0], echo.Stream)
 		if err != nil {
 			return nil, nil, errors.Join(err, conn.Close())
 		}
