@@ -12,12 +12,16 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
+	"runtime"
 	"slices"
 	"sync"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/bpf"
 )
@@ -299,13 +303,26 @@ func (j *joiner) findSockets(ctx context.Context, pairs map[podPair]bool, pods m
 	return all, errors.Join(errs...)
 }
 
+// openIterator is it.Open. That gives the descriptor to an object which nobody refers to any
+// more when it gives it up, so that the garbage collector may close the number once more,
+// whatever it stands for by then (the documentation of runtime.Cleanup.Stop; ebpf 0.22.0).
+func openIterator(it *link.Iter) (io.ReadCloser, error) {
+	attr := struct{ link, flags uint32 }{link: uint32(it.FD())} // of BPF_ITER_CREATE
+	fd, _, no := unix.Syscall(unix.SYS_BPF, unix.BPF_ITER_CREATE, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	runtime.KeepAlive(it)
+	if no != 0 {
+		return nil, fmt.Errorf("open the iterator: %w", no)
+	}
+	return os.NewFile(fd, "bpf_iter"), nil // the kernel has made it close on exec
+}
+
 // iterate runs an iterator over the sockets of a network namespace, and returns what it
 // writes.
 func iterate(it *link.Iter, path string) ([]byte, error) {
 	var r io.ReadCloser
 	// The kernel takes the network namespace of the thread that opens the iterator.
 	if err := ns.WithNetNSPath(path, func(ns.NetNS) (err error) {
-		r, err = it.Open()
+		r, err = openIterator(it)
 		return err
 	}); err != nil {
 		return nil, fmt.Errorf("look at the sockets of netns %s: %w", path, err)

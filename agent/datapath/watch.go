@@ -97,7 +97,7 @@ func (w *watcher) insertAll() error {
 	if w.ended {
 		return ErrUnloaded
 	}
-	r, err := w.insert.Open()
+	r, err := openIterator(w.insert)
 	if err == nil {
 		_, err = io.Copy(io.Discard, r)
 		err = errors.Join(err, r.Close())
