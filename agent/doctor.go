@@ -147,7 +147,8 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 		e.Reason, e.Message = api.KernelLacksFeatures, err.Error()
 		return e
 	}
-	e.OpenConnections = openConnections(datapath.CheckJoin())
+	err := datapath.CheckWatch()
+	e.NewConnections, e.OpenConnections = newConnections(err == nil, err), openConnections(datapath.CheckJoin())
 	var guards []string
 	for _, name := range datapath.GuardNames() {
 		if !slices.Contains(f.disabledGuards, name) {
@@ -160,6 +161,26 @@ func (f *kernelFlags) kernelReport() api.KernelReport {
 	}
 	e.TakesPart = e.Reason == ""
 	return e
+}
+
+// newConnections describes when new connections join; err is why they cannot be watched.
+func newConnections(watched bool, err error) api.NewConnections {
+	n := api.NewConnections{Watched: watched}
+	if err != nil {
+		n.Message = err.Error()
+	}
+	return n
+}
+
+// newConnectionsText is the same for people.
+func newConnectionsText(n api.NewConnections) string {
+	switch {
+	case n.Watched:
+		return "join once they have earned it"
+	case n.Message != "":
+		return "join at their handshake: " + n.Message
+	}
+	return "join at their handshake"
 }
 
 // openConnections describes what becomes of open connections if err is why they cannot join.
@@ -246,6 +267,7 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	t.row("agent", e.Version)
 	t.row("kernel", e.Kernel)
 	if e.Reason != api.KernelLacksFeatures {
+		t.row("new connections", newConnectionsText(e.NewConnections))
 		t.row("open connections", openConnectionsText(e.OpenConnections))
 	}
 	if e.Reason != api.KernelLacksFeatures {

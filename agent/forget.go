@@ -20,10 +20,13 @@ func newForgetCommand() *cobra.Command {
 	var req api.Selector
 	cmd := &cobra.Command{
 		Use:   "forget [NAMESPACE/NAME [PORT]]",
-		Short: "Let connections to unsupported server ports be paired again",
+		Short: "Forget what was learned of server ports, such as that they are unsupported",
 		Long: `A server port is unsupported once a connection to it has used a call that does
 not work on the shortcut, such as splice: new connections to it stay on TCP.
 "podshunt-agent status" lists such ports under NOT PAIRED.
+
+Ports under JOIN AT HANDSHAKE are the opposite: the shortcut pays for their
+connections, so that new ones join at once.
 
 This forgets one port of a pod, all ports of a pod, or all ports of the node, so
 that new connections to them can be paired again. Use it after a change of the

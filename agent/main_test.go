@@ -513,7 +513,9 @@ func TestWriteStatus(t *testing.T) {
 		},
 		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
 		Guards:           []string{"flags", "splice"},
+		NewConnections:   api.NewConnections{Message: "refused"},
 		OpenConnections:  api.OpenConnections{Message: "too old"},
+		EarlyPorts:       []api.EarlyPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 443}},
 		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()}},
 		SourceError:      "no file", PolicyError: "map full",
 		Maps: []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
@@ -529,6 +531,7 @@ func TestWriteStatus(t *testing.T) {
 agent             v1, running
 kernel            6.18
 observer          tracepoint
+new connections   join at their handshake: refused
 open connections  stay on TCP until they are made anew: too old
 cgroup            /cg
 pins              /pins
@@ -552,6 +555,9 @@ a/e  -                 tcp                               waiting
 
 NOT PAIRED  SERVER PORT  FROM        USED             SINCE
 a/b         80           everywhere  splice, MSG_OOB  1970-01-01 00:00:00
+
+JOIN AT HANDSHAKE  SERVER PORT
+a/b                443
 
 MAP   ENTRIES  MAX
 pods  1        1024

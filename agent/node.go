@@ -49,6 +49,7 @@ func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelR
 		Version:         version,
 		Kernel:          e.Kernel,
 		Observer:        d.Observer(),
+		NewConnections:  newConnections(d.JoinAfter() > 0, d.NoWatch()),
 		OpenConnections: openConnections(d.NoJoin()),
 		Cgroup:          d.Cgroup(),
 		PinDir:          cfg.datapath.PinDir,
@@ -80,10 +81,12 @@ func (n *node) Status() (api.Status, error) {
 	unsupported, err1 := n.datapath.UnsupportedPorts()
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
 	status.UnsupportedPorts = view.UnsupportedPorts(unsupported)
-	var err2, err3 error
-	status.Maps, err2 = n.datapath.Maps()
-	status.Outcomes, err3 = n.datapath.Outcomes()
-	return status, errors.Join(err1, err2, err3)
+	early, err2 := n.datapath.EarlyPorts()
+	status.EarlyPorts = view.EarlyPorts(early)
+	var err3, err4 error
+	status.Maps, err3 = n.datapath.Maps()
+	status.Outcomes, err4 = n.datapath.Outcomes()
+	return status, errors.Join(err1, err2, err3, err4)
 }
 
 // Forget lets new connections to server ports be paired again.

@@ -129,6 +129,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer os.Remove(socket)
 	log.Info("agent started", "version", version, "socket", socket, "pin_dir", cfg.datapath.PinDir,
 		"cgroup", d.Cgroup(), "observer", d.Observer())
+	if err := d.NoWatch(); err != nil {
+		log.Warn("connections join at their handshake, which slows short ones down", "reason", err)
+	}
 	if err := d.NoJoin(); err != nil {
 		log.Info("open connections stay on TCP until they are made anew", "reason", err)
 	}

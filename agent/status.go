@@ -26,8 +26,9 @@ func newStatusCommand() *cobra.Command {
 		Short: "Show the state of this node: kernel, pods, and why pods stay on TCP",
 		Long: `Shows the state of the agent of this node: the kernel and its hazards (what it
 does differently on the shortcut), the CNI configuration, each pod and why it
-stays on TCP, unsupported server ports (NOT PAIRED), how full the kernel maps are,
-and how often the kernel programs have decided what.`,
+stays on TCP, unsupported server ports (NOT PAIRED), server ports whose new
+connections join at once, since earlier ones have profited (JOIN AT HANDSHAKE),
+how full the kernel maps are, and how often the kernel programs have decided what.`,
 		Example: `  podshunt-agent status
   podshunt-agent status --output=json`,
 		Args: noArgs,
@@ -49,6 +50,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("agent", s.Version+", "+state)
 	t.row("kernel", s.Kernel)
 	t.row("observer", s.Observer)
+	t.row("new connections", newConnectionsText(s.NewConnections))
 	t.row("open connections", openConnectionsText(s.OpenConnections))
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
@@ -95,6 +97,13 @@ func writeStatus(w io.Writer, s api.Status) error {
 			from = podText(*m.Client)
 		}
 		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, explain.Calls(m.Reasons), m.Since.Format(time.DateTime))
+	}
+	if len(s.EarlyPorts) > 0 {
+		t.row()
+		t.row("JOIN AT HANDSHAKE", "SERVER PORT")
+	}
+	for _, e := range s.EarlyPorts {
+		t.row(podText(e.Pod), strconv.Itoa(int(e.Port)))
 	}
 	t.row()
 	t.row("MAP", "ENTRIES", "MAX")

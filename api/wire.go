@@ -120,6 +120,8 @@ type Status struct {
 	// AcceptedHazards has the names of the hazards that --accept-hazards accepts, whether this
 	// kernel has them or not.
 	AcceptedHazards []string `json:"acceptedHazards,omitempty"`
+	// NewConnections says when new connections join.
+	NewConnections NewConnections `json:"newConnections"`
 	// OpenConnections says what becomes of connections that are older than the opt-in.
 	OpenConnections OpenConnections `json:"openConnections"`
 	// Guards names the attached guards; none are while no pod takes part and no
@@ -128,6 +130,9 @@ type Status struct {
 	Pods   []PodStatus `json:"pods"`
 	// UnsupportedPorts are the server ports whose new connections are not paired.
 	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
+	// EarlyPorts are the server ports whose new connections join at their handshake, because
+	// an earlier one has lived, and the shortcut has paid for it.
+	EarlyPorts []EarlyPort `json:"earlyPorts,omitempty"`
 	// SourceError says why the source of pod annotations cannot be read; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError says why the kernel's policy map is not complete; what is missing stays on
@@ -140,6 +145,15 @@ type Status struct {
 	Maps []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
+}
+
+// NewConnections says when new connections join.
+type NewConnections struct {
+	// Watched is true if they join once they have earned it, and false if they join at
+	// their handshake.
+	Watched bool `json:"watched"`
+	// Message says why they join at their handshake, if this kernel is the reason.
+	Message string `json:"message,omitempty"`
 }
 
 // OpenConnections says what becomes of connections that are open when both of their pods
@@ -196,6 +210,7 @@ type KernelReport struct {
 	Hazards []Hazard `json:"hazards,omitempty"`
 	// AcceptedHazards is as in Status.
 	AcceptedHazards []string        `json:"acceptedHazards,omitempty"`
+	NewConnections  NewConnections  `json:"newConnections"`
 	OpenConnections OpenConnections `json:"openConnections"`
 	// TakesPart reports whether pods would take part. If not, Reason and Message say why.
 	TakesPart bool         `json:"takesPart"`
@@ -214,6 +229,13 @@ const (
 
 // KernelReasons lists all reasons.
 func KernelReasons() []KernelReason { return []KernelReason{KernelLacksFeatures, KernelFatalHazards} }
+
+// EarlyPort is a server port of a pod whose connections join at their handshake.
+type EarlyPort struct {
+	// Pod is the zero PodRef for a pod that has gone.
+	Pod  PodRef `json:"pod"`
+	Port uint16 `json:"port"`
+}
 
 // UnsupportedPort is a server port of a pod to which new connections are not paired,
 // because one has used a call or option that does not work on the shortcut.

@@ -106,6 +106,8 @@ enum sending_flag {
 	SENDING_SPILLED = 1,
 	/* What the receiver has proved has been noted for the port. */
 	SENDING_LEARNED = 2,
+	/* That the shortcut pays for the flow has been noted for the port. */
+	SENDING_PAYS = 4,
 };
 
 /*
@@ -280,7 +282,7 @@ struct learned_value {
 	__u32 drains;
 	__u32 limit;
 	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
-	__u32 reserved;
+	__u32 early; /* of the server's entry: connections join at the handshake, see note_pays */
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");
@@ -307,7 +309,7 @@ struct settings {
 	__u32 no_mptcp_listeners; /* do not pair what MPTCP listeners accept: see keep_mptcp_out */
 	__u32 splice_seen; /* a guard sees receivers that use splice: see recount */
 	__u32 no_callbacks; /* sockets that join late get none: see end_late */
-	__u32 join_after; /* segments of data before a connection joins; 0: joins at the handshake */
+	__u32 join_after; /* segments of data before a connection joins; 0: all join at the handshake */
 	__u32 leave_ratio; /* see weigh; 0: no flow leaves */
 };
 

@@ -12,8 +12,10 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 
+#include "blocking.h"
 #include "flow.h"
 #include "kernel.h"
+#include "learned.h"
 #include "limits.h"
 
 /* A message up to here counts as small: in a stream of such messages, TCP joins many. */
@@ -56,6 +58,7 @@ static __always_inline __u16 sendfile_pages(void)
  * it took the shortcut, unless it is a small one behind others that are unread. It does not
  * pay if it had to go by TCP because earlier ones had. What goes by TCP for another reason,
  * such as the policy, says nothing. A large message of sendfile counts as many, by its size.
+ * The port learns of the first result of a flow, and of its leaving.
  */
 static __always_inline bool weigh(struct flow *flow, __u32 own, const struct settings *set,
 				  __u32 size, enum outcome outcome, __u32 held)
@@ -93,6 +96,12 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 	mine->paid /= 2;
 	mine->unpaid /= 2;
 	dir->leaves = leaves;
+	if (leaves) {
+		note_no_gain(flow);
+	} else if (paid > unpaid && set->join_after && !(dir->flags & SENDING_PAYS)) {
+		dir->flags |= SENDING_PAYS;
+		note_pays(flow, set, allows_blocking(set, dir->blocking));
+	}
 	return leaves;
 }
 

@@ -177,15 +177,39 @@ static __always_inline bool disconnected(const struct bpf_sock_ops *ctx, struct 
 	       (ctx->args[0] == TCP_ESTABLISHED || ctx->args[0] == TCP_CLOSE_WAIT);
 }
 
+static __always_inline __u32 data_segments(const struct tcp_sock *tp)
+{
+	return tp->data_segs_in + tp->data_segs_out;
+}
+
+/* A flow that has joined at its handshake ends: had it been watched, would it have joined? */
+static __always_inline void note_life(const struct flow *flow, const struct tcp_sock *tp)
+{
+	const struct receiving *client = &flow->side[SIDE_CLIENT].receiving;
+	const struct receiving *server = &flow->side[SIDE_SERVER].receiving;
+	const struct settings *set = get_settings();
+
+	if (set && !flow->watched &&
+	    data_segments(tp) + client->paid + client->unpaid + server->paid + server->unpaid <
+		    set->join_after)
+		note_no_gain(flow);
+}
+
 /* A socket of a flow is closed. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct sk_flow *self;
+	struct tcp_sock *tp;
+	struct flow *flow;
 
 	self = sk_flow_of(sk);
 	if (!self)
 		return;
+	flow = flow_of(self, sk);
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (flow && tp)
+		note_life(flow, tp);
 	mark_gone(self, sk);
 	/* Else the SOCKHASH would keep the redirected bytes, and the next connection read them. */
 	if (disconnected(ctx, sk))

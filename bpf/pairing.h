@@ -90,10 +90,10 @@ static __always_inline void on_syn(struct bpf_sock_ops *ctx)
 	struct syn syn = {};
 	struct client_key key;
 
-	if (joins_later())
-		return;
 	syn.server_netns = bpf_get_netns_cookie(ctx);
 	if (!enrolled(syn.server_netns))
+		return;
+	if (joins_later() && !joins_early(syn.server_netns, ctx->local_port))
 		return;
 	remote_address(ctx, key.addr);
 	complete_client_key(&key, remote_port(ctx), syn.server_netns);
@@ -237,20 +237,23 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 
 	if (!enrolled(netns))
 		return;
-	if (joins_later()) {
-		watch(ctx, WATCHED_CLIENT);
-		return;
-	}
 	local_address(ctx, key.addr);
 	complete_client_key(&key, ctx->local_port, netns);
 	syn = bpf_map_lookup_elem(&syns, &key);
-	if (!syn)
+	if (!syn) {
+		if (joins_later())
+			watch(ctx, WATCHED_CLIENT);
 		return;
+	}
 	/* A copy, since the map may give the entry to another client at any moment. */
 	copy = *(volatile struct syn *)syn;
 	outcome = pair_client(ctx, netns, &key, &copy);
 	if (outcome == OUTCOME_PAIRED) {
 		syn->claimed = CLAIM_PAIR; /* counted when the server joins */
+		return;
+	}
+	if (joins_later()) { /* it may be admitted, and its mode be known, later */
+		watch(ctx, WATCHED_CLIENT);
 		return;
 	}
 	if (outcome == OUTCOME_BLOCKING_SERVER)
@@ -336,28 +339,26 @@ static __always_inline void on_passive(struct bpf_sock_ops *ctx)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct client_key key;
+	__u16 claimed = 0;
 	struct syn *syn;
-	__u16 claimed;
 
 	if (!enrolled(netns))
 		return;
-	if (joins_later()) {
-		watch(ctx, 0);
-		return;
-	}
 	remote_address(ctx, key.addr);
 	complete_client_key(&key, remote_port(ctx), netns);
 	syn = bpf_map_lookup_elem(&syns, &key);
-	if (!syn) {
+	if (syn) {
+		claimed = syn->claimed;
+		/* Not if a SYN from the same client port to another server has replaced the entry. */
+		if (syn->server_netns == netns)
+			bpf_map_delete_elem(&syns, &key);
+	} else if (!joins_later()) {
 		count(OUTCOME_SYN_LOST, 0);
-		return;
 	}
-	claimed = syn->claimed;
-	/* Not if a SYN from the same client port to another server has replaced the entry. */
-	if (syn->server_netns == netns)
-		bpf_map_delete_elem(&syns, &key);
 	if (claimed == CLAIM_PAIR)
 		count(pair_server(ctx, netns, &key), 0);
+	else if (joins_later())
+		watch(ctx, 0);
 	else if (claimed == CLAIM_WATCH)
 		watch_mode(ctx);
 }

@@ -131,7 +131,7 @@ type ShortcutLearnedValue struct {
 	Drains      uint32
 	Limit       uint32
 	NonBlocking uint32
-	Reserved    uint32
+	Early       uint32
 }
 
 type ShortcutNumbers struct {

@@ -174,11 +174,6 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	}
 }
 
-static __always_inline __u32 data_segments(const struct tcp_sock *tp)
-{
-	return tp->data_segs_in + tp->data_segs_out;
-}
-
 /* A callback of a socket that has no flow. */
 static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 				       const struct tcp_sock *tp)

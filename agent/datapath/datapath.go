@@ -33,6 +33,7 @@ type Datapath struct {
 	pins     *os.File // of ownPins
 	joiner   *joiner  // nil for the reason in noJoin
 	noJoin   error
+	noWatch  error // see NoWatch
 	watcher  *watcher
 	// noCallbacks: open connections join, and get no callbacks.
 	noCallbacks bool
@@ -92,21 +93,26 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 }
 
 func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, error) {
+	var noWatch error
+	if cfg.JoinAfter > 0 {
+		if noWatch = CheckWatch(); noWatch != nil {
+			cfg.JoinAfter = 0
+		}
+	}
 	d := &Datapath{
-		cfg: cfg, log: log, guards: map[string]*guard{}, step: step,
+		cfg: cfg, log: log, noWatch: noWatch, guards: map[string]*guard{}, step: step,
 		duePairs: map[podPair]bool{}, joinDue: make(chan struct{}, 1), noCallbacks: cfg.joinWithoutCallbacks(),
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
+	if d.cfg.JoinAfter == 0 {
+		return d, nil
+	}
 	var err error
 	if d.watcher, err = newWatcher(d.objects.Maps); err != nil {
-		log.Warn("this kernel lets no watched connection join: all join at their handshake", "err", err)
-		d.cfg.JoinAfter = 0
-		if err := d.setControl(func(s *bpf.ShortcutSettings) { s.JoinAfter = 0 }); err != nil {
-			return nil, errors.Join(err, d.Close())
-		}
+		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }

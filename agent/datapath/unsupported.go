@@ -60,12 +60,7 @@ func reasons(bits uint32) []string {
 // UnsupportedPorts returns all unsupported ports, sorted by netns and port; none
 // after an unload.
 func (d *Datapath) UnsupportedPorts() ([]UnsupportedPort, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.unloaded {
-		return nil, nil
-	}
-	all, err := readLearned(d.objects.Maps[bpf.ShortcutMapLearned])
+	all, err := d.learned()
 	if err != nil {
 		return nil, err
 	}
@@ -86,6 +81,39 @@ func (d *Datapath) UnsupportedPorts() ([]UnsupportedPort, error) {
 	return unsupported, nil
 }
 
+// EarlyPort is a server port whose connections join at their handshake: an earlier one has
+// lived, and the shortcut has paid for it.
+type EarlyPort struct {
+	Netns uint64 // cookie of the server's network namespace
+	Port  uint16
+}
+
+// EarlyPorts returns all such ports, sorted; none after an unload.
+func (d *Datapath) EarlyPorts() ([]EarlyPort, error) {
+	all, err := d.learned()
+	if err != nil {
+		return nil, err
+	}
+	var early []EarlyPort
+	for key, value := range all {
+		if value.Early != 0 {
+			early = append(early, EarlyPort{Netns: key.Server, Port: uint16(key.Port)})
+		}
+	}
+	slices.SortFunc(early, func(a, b EarlyPort) int { return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port)) })
+	return early, nil
+}
+
+// learned returns the map of what is learned; nothing after an unload.
+func (d *Datapath) learned() (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.unloaded {
+		return nil, nil
+	}
+	return readLearned(d.objects.Maps[bpf.ShortcutMapLearned])
+}
+
 func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValue, error) {
 	all, err := entries[bpf.ShortcutLearnedKey, bpf.ShortcutLearnedValue](m)
 	if err != nil {
@@ -95,8 +123,8 @@ func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedVal
 }
 
 // Forget deletes what was learned of the server ports for which forget returns true, and
-// returns how many of these entries were marked unsupported. New connections to the
-// ports may be paired again, and their receivers begin a new trial. server and client
+// returns how many of these entries were marked unsupported, or early. New connections to the
+// ports may be paired again, do not join at the handshake, and their receivers begin a new trial. server and client
 // are netns cookies, client is 0 in the entry of the server itself, and port is in host
 // byte order. It returns ErrUnloaded after an unload.
 func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
@@ -124,7 +152,7 @@ func (d *Datapath) forget(all map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValu
 			return forgotten, fmt.Errorf("delete from the map of what is learned: %w", err)
 		}
 		delete(all, key)
-		if value.Reasons != 0 {
+		if value.Reasons != 0 || value.Early != 0 {
 			forgotten++
 		}
 	}

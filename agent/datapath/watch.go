@@ -34,6 +34,20 @@ type watcher struct {
 	ended bool       // an unload has begun
 }
 
+// CheckWatch returns an error if no watched connection can join on this kernel: it refuses
+// the iterator for that.
+func CheckWatch() error {
+	err := loadProbe(ebpf.ProgramSpec{Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "bpf_sk_storage_map"})
+	if err != nil {
+		return fmt.Errorf("kernel %s refuses programs of type iter/bpf_sk_storage_map: %w", release(), err)
+	}
+	return nil
+}
+
+// NoWatch returns the error of CheckWatch if connections join at their handshake because of
+// it, and not once they have earned it.
+func (d *Datapath) NoWatch() error { return d.noWatch }
+
 func newWatcher(shared map[string]*ebpf.Map) (_ *watcher, err error) {
 	w := &watcher{}
 	defer func() {

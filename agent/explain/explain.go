@@ -176,6 +176,18 @@ func (v *View) UnsupportedPorts(ports []datapath.UnsupportedPort) (described []a
 	return described
 }
 
+// EarlyPorts returns the ports with the names of their pods.
+func (v *View) EarlyPorts(ports []datapath.EarlyPort) (described []api.EarlyPort) {
+	for _, e := range ports {
+		d := api.EarlyPort{Port: e.Port}
+		if server := v.byCookie[e.Netns]; server != nil {
+			d.Pod = server.Pod
+		}
+		described = append(described, d)
+	}
+	return described
+}
+
 func endpoint(p *pods.Pod, address netip.AddrPort) api.FlowEnd {
 	if p == nil {
 		return api.FlowEnd{Address: address}

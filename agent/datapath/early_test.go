@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build !unit
+
+package datapath_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
+)
+
+func (n *node) earlyPorts(tb testing.TB) []datapath.EarlyPort {
+	tb.Helper()
+	ports, err := n.EarlyPorts()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return ports
+}
+
+// TestEarly: after a connection for which the shortcut has paid, later ones to the port join
+// at their handshake, also while no agent runs, until something speaks against it.
+func TestEarly(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	for name, end := range map[string]func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort){
+		"a short connection": func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+			c, s := rawPair(t, client, l, address)
+			sandboxtest.MustPing(t, c, s, 1, 100)
+			n.mustEnd(t, c, s)
+		},
+		"one that leaves": func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+			c, s := rawPair(t, client, l, address)
+			n.mustBeShortcut(t, c, s)
+			small := traffic{seed: 3, bytes: 300_000, maxWrite: 100, maxRead: 100_000}
+			waitUntil(t, "the flow to leave", func() bool {
+				if err := exchange(c, s, small, traffic{}); err != nil {
+					t.Fatal(err)
+				}
+				return n.counts(t)["message_no_gain"] > 0
+			})
+		},
+		"another listener": func(t *testing.T, _ *node, _ *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+			l.mustClose(t)
+			l.mustListenOn(t, address)
+		},
+		"forget": func(t *testing.T, n *node, _ *sandbox.Pod, _ *rawSocket, _ netip.AddrPort) {
+			if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
+				t.Errorf("got %d ports forgotten and %v, want 1", got, err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := mustNode(t, func(c *datapath.Config) {
+				watched(c)
+				c.LeaveRatio = leaveRatio
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			stop := n.joinWatched(t)
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			waitUntil(t, "the port to be known", func() bool {
+				sandboxtest.MustPing(t, c, s, 500, 100)
+				return len(n.earlyPorts(t)) > 0
+			})
+			if diff := cmp.Diff([]datapath.EarlyPort{{Netns: cookies[1], Port: address.Port()}}, n.earlyPorts(t)); diff != "" {
+				t.Error(diff)
+			}
+			stop()
+			before := n.counts(t)
+			c, s = rawPair(t, pods[0], l, address)
+			n.mustCount(t, before, map[string]uint64{"connection_paired": 1})
+			n.mustBeShortcut(t, c, s)
+
+			end(t, n, pods[0], l, address)
+			if got := n.earlyPorts(t); len(got) > 0 {
+				t.Errorf("got %v, want it forgotten", got)
+			}
+			before = n.counts(t)
+			c, s = rawPair(t, pods[0], l, address)
+			n.mustCount(t, before, map[string]uint64{})
+			n.joinWatched(t)
+			n.mustTalkUntilPaired(t, before, c, s)
+			n.mustBeShortcut(t, c, s)
+		})
+	}
+}
