@@ -7,9 +7,10 @@ package cniconf
 import (
 	"errors"
 	"fmt"
-	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/nodefs"
 )
 
 // errReplaced says that the node has deleted or renamed a directory and made it
@@ -70,27 +71,17 @@ func identityOf(st *unix.Stat_t) identity {
 	return identity{dev: uint64(st.Dev), ino: st.Ino, nlink: uint64(st.Nlink)} //nolint:unconvert // narrower on some architectures
 }
 
-// onNode finds the directory on the node. It follows links as the node does: one
-// that begins with a slash starts at the node's root.
+// onNode finds the directory on the node. It follows links as the node does.
 func (p *place) onNode() (identity, error) {
 	if p.root == "" {
 		return identity{}, errors.New("the node's root directory is not known")
 	}
-	root, err := os.Open(p.root)
+	st, err := nodefs.Root(p.root).Stat(p.path)
 	if err != nil {
 		return identity{}, err
 	}
-	defer root.Close()
-	fd, err := unix.Openat2(int(root.Fd()), p.path, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT,
-	})
-	if err != nil {
-		return identity{}, err
-	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return identity{}, err
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return identity{}, unix.ENOTDIR
 	}
 	return identityOf(&st), nil
 }
