@@ -41,6 +41,8 @@ type file struct {
 	data []byte
 	// err says why a runtime does not accept the file.
 	err error
+	// target is where the file leads if it is a link that only the node can follow.
+	target string
 }
 
 func (f file) isList() bool { return filepath.Ext(f.path) == listExtension }
@@ -188,12 +190,13 @@ func ignoreMissing(err error) error {
 }
 
 // takeOut deletes every list that is made of a lone configuration, and takes our
-// entry out of every other list. It leaves the one at except.
+// entry out of every other list. It leaves the one at except, and those that only the
+// node can reach, where nobody but their owner can have put it.
 func takeOut(files []file, except string, log *slog.Logger) error {
 	var errs []error
 	for _, f := range files {
 		switch {
-		case f.path == except:
+		case f.path == except, f.target != "":
 		case f.isMade():
 			err := errors.Join(removeIfThere(f.path), syncDir(filepath.Dir(f.path)))
 			if err == nil {

@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -30,6 +29,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/podshunt/podshunt/agent/nodefs"
 	"github.com/podshunt/podshunt/agent/watch"
 	"github.com/podshunt/podshunt/api"
 )
@@ -52,8 +52,8 @@ const (
 // errNoNetwork says that there is nothing to put the entry into yet.
 var errNoNetwork = errors.New("no network configuration yet: waiting for the network's own agent to write it")
 
-// Config says what an Installer installs where. Every field but NodeRoot is
-// required.
+// Config says what an Installer installs where. Every field but NodeRoot
+// and Runtime is required.
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
@@ -61,6 +61,10 @@ type Config struct {
 	// If it is empty, the Installer does not notice that the node has replaced a
 	// directory which is mounted here.
 	NodeRoot string
+	// Runtime returns what is known of the container runtime, and the root directory that
+	// it sees. It may be nil: then ConfDir and BinDir are taken for the runtime's, which
+	// uses the first network.
+	Runtime func() (api.Runtime, nodefs.Root)
 	// Plugin is the path of the binary to install.
 	Plugin string
 	// Section is written into the plugin's entry. Its paths are as the node sees
@@ -190,10 +194,13 @@ func (ins *Installer) install() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := ins.binPlace.check(); err != nil {
-		// The node's directory lacks the binary: with the entry, no pod would start.
+	rt := ins.runtime()
+	if err := errors.Join(ins.binPlace.check(), rt.checkDirs(ins.cfg.ConfDir, ins.cfg.BinDir)); err != nil {
+		// The directory that the runtime searches lacks the binary: with the entry, no pod
+		// would start.
 		return "", errors.Join(err, takeOut(files, "", ins.cfg.Log))
 	}
+	readElsewhere(files, ins.cfg.NodeRoot)
 	var made, theirs []file
 	for _, f := range files {
 		if f.isMade() {
@@ -205,12 +212,12 @@ func (ins *Installer) install() (string, error) {
 	// CRI-O passes over files that are not valid; containerd takes no network at
 	// all if one comes before the valid ones.
 	var errs []error
-	first := slices.IndexFunc(theirs, func(f file) bool {
-		if f.err != nil {
+	first := rt.network(theirs)
+	for i, f := range theirs {
+		if f.err != nil && (first < 0 || i < first) {
 			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
 		}
-		return f.err == nil
-	})
+	}
 	// A list of ours goes if its lone configuration is gone: the owner has taken the
 	// network away.
 	wanted := ""
@@ -220,9 +227,9 @@ func (ins *Installer) install() (string, error) {
 	errs = append(errs, takeOut(made, wanted, ins.cfg.Log))
 	files = slices.DeleteFunc(files, func(f file) bool { return f.isMade() && f.path != wanted })
 	if first < 0 {
-		return "", errors.Join(append(errs, errNoNetwork)...)
+		return "", errors.Join(append(errs, rt.noNetwork())...)
 	}
-	path, err := ins.join(theirs[first], files)
+	path, err := ins.join(theirs[first], files, rt)
 	// Any other entry is of no use, and would keep pods from starting if this one cannot be installed.
 	return path, errors.Join(append(errs, err, takeOut(files, path, ins.cfg.Log))...)
 }
@@ -230,7 +237,7 @@ func (ins *Installer) install() (string, error) {
 // join installs the binary and puts our entry into the network in f, the first
 // valid one of files that is not ours. It returns the list that has the entry, or
 // "" if none may have it.
-func (ins *Installer) join(f file, files []file) (string, error) {
+func (ins *Installer) join(f file, files []file, rt nodeRuntime) (string, error) {
 	if err := ins.checkBinDir(f); err != nil {
 		return "", err
 	}
@@ -246,8 +253,19 @@ func (ins *Installer) join(f file, files []file) (string, error) {
 	if err := ins.checkVersions(f); err != nil {
 		return "", err
 	}
+	if f.target != "" {
+		// Whoever owns the file may have put the entry there.
+		if path := present(f, files); path != "" {
+			return path, nil
+		}
+		return "", errElsewhere(f)
+	}
 	list, change := f, Insert
 	if !f.isList() {
+		if rt.Name != "" && rt.Networks != 1 {
+			return "", fmt.Errorf("%s gives each pod more than one network (max_conf_num, %s), and %s holds a single plugin: a list beside it would be one more network; make it a list with the same plugin",
+				rt.Name, rt.source(), f.path)
+		}
 		if list, err = ins.beside(f, files); err != nil {
 			return "", fmt.Errorf("put a list beside %s: %w", f.path, err)
 		}
@@ -276,24 +294,6 @@ func present(f file, files []file) string {
 		}
 	}
 	return ""
-}
-
-// checkBinDir returns an error unless the directory of plugins has the plugin that
-// makes the interface of the network in f, which proves that the runtime searches
-// it. Other plugins prove nothing: many nodes have a portmap in a directory that
-// their runtime does not search.
-func (ins *Installer) checkBinDir(f file) error {
-	plugin := firstPlugin(f)
-	if plugin == "" {
-		return nil // put says what is wrong with the list
-	}
-	// Lstat, as a link may lead to a path that only the node has.
-	info, err := os.Lstat(filepath.Join(ins.cfg.BinDir, plugin))
-	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
-		return nil
-	}
-	return fmt.Errorf("%s has no %q, which makes the interface in %s: the runtime looks for plugins elsewhere, would not find ours, and no pod would start: "+
-		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
 }
 
 // put applies change to a list and writes the result. It counts as a change of the

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// What the container runtime's own configuration says, and the network that it uses.
+
+package cniconf
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/nodefs"
+	"github.com/podshunt/podshunt/api"
+)
+
+// nodeRuntime is the node's container runtime.
+type nodeRuntime struct {
+	api.Runtime
+	root nodefs.Root
+}
+
+// runtime returns what is known of the runtime; nothing is known without a name.
+func (ins *Installer) runtime() nodeRuntime {
+	if ins.cfg.Runtime == nil {
+		return nodeRuntime{}
+	}
+	r, root := ins.cfg.Runtime()
+	if r.Error != "" {
+		return nodeRuntime{}
+	}
+	return nodeRuntime{r, root}
+}
+
+// checkDirs returns an error if the runtime uses other directories than the given ones.
+func (r nodeRuntime) checkDirs(confDir, binDir string) error {
+	if r.Name == "" {
+		return nil
+	}
+	var errs []error
+	if !r.same(confDir, r.ConfDir) {
+		errs = append(errs, fmt.Errorf("%s reads network configurations from %s (%s), not from %s: give --cni-conf-dir=%[2]s (in the chart: agent.cniConfDir)",
+			r.Name, r.ConfDir, r.source(), confDir))
+	}
+	if len(r.BinDirs) > 0 && !slices.ContainsFunc(r.BinDirs, func(dir string) bool { return r.same(binDir, dir) }) {
+		errs = append(errs, fmt.Errorf("%s looks for plugins in %s (%s), not in %s, would not find ours, and no pod would start: give --cni-bin-dir=%s (in the chart: agent.cniBinDir)",
+			r.Name, strings.Join(r.BinDirs, " and "), r.source(), binDir, r.BinDirs[0]))
+	}
+	return errors.Join(errs...)
+}
+
+// checkBinDir returns an error unless the directory of plugins has the plugin that
+// makes the interface of the network in f, which proves that the runtime searches
+// it. Other plugins prove nothing: many nodes have a portmap in a directory that
+// their runtime does not search.
+func (ins *Installer) checkBinDir(f file) error {
+	plugin := firstPlugin(f)
+	if plugin == "" {
+		return nil // put says what is wrong with the list
+	}
+	// Lstat, as a link may lead to a path that only the node has.
+	info, err := os.Lstat(filepath.Join(ins.cfg.BinDir, plugin))
+	if err == nil && !info.IsDir() && filepath.Base(plugin) == plugin {
+		return nil
+	}
+	return fmt.Errorf("%s has no %q, which makes the interface in %s: the runtime looks for plugins elsewhere, would not find ours, and no pod would start: "+
+		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
+}
+
+// source says where the runtime's settings are from.
+func (r nodeRuntime) source() string {
+	if len(r.Sources) == 0 {
+		return "its default"
+	}
+	return "by " + strings.Join(r.Sources, ", ")
+}
+
+// same reports whether two paths lead to one directory for the runtime.
+func (r nodeRuntime) same(a, b string) bool {
+	if filepath.Clean(a) == filepath.Clean(b) {
+		return true
+	}
+	first, err1 := r.root.Stat(a)
+	second, err2 := r.root.Stat(b)
+	return err1 == nil && err2 == nil && first.Dev == second.Dev && first.Ino == second.Ino
+}
+
+// network returns the index of the file that the runtime takes its network from, or -1:
+// the first valid one, or the first of the network that is given to the runtime by name.
+func (r nodeRuntime) network(files []file) int {
+	return slices.IndexFunc(files, func(f file) bool {
+		return f.err == nil && (r.Network == "" || networkName(f) == r.Network)
+	})
+}
+
+// networkName returns the name of the network in a valid file. CRI-O names one without
+// after the file.
+func networkName(f file) string {
+	name := ""
+	if f.isList() {
+		if list, err := libcni.ConfListFromBytes(f.data); err == nil {
+			name = list.Name
+		}
+	} else if conf, err := libcni.NetworkPluginConfFromBytes(f.data); err == nil {
+		name = conf.Network.Name
+	}
+	if name == "" {
+		name = filepath.Base(f.path)
+	}
+	return name
+}
+
+// noNetwork returns the error for a directory without the network that the runtime uses.
+func (r nodeRuntime) noNetwork() error {
+	if r.Network == "" {
+		return errNoNetwork
+	}
+	return fmt.Errorf("%w: %s uses the one called %q (%s)", errNoNetwork, r.Name, r.Network, r.source())
+}
+
+// readElsewhere reads files that are links to paths which only the node has, since a
+// container sees no more of the node than what is mounted. A runtime reads them all the
+// same, and may use one of them.
+func readElsewhere(files []file, root string) {
+	if root == "" {
+		return
+	}
+	for i, f := range files {
+		target, err := os.Readlink(f.path)
+		if err != nil || !errors.Is(f.err, unix.ENOENT) {
+			continue
+		}
+		data, err := nodefs.Root(root).ReadFile(f.path)
+		if err != nil {
+			continue // for the runtime, too, it is not there
+		}
+		f.data, f.target = data, target
+		if f.isList() {
+			_, f.err = libcni.ConfListFromBytes(data)
+		} else {
+			_, f.err = libcni.NetworkPluginConfFromBytes(data)
+		}
+		files[i] = f
+	}
+}
+
+// errElsewhere says why the entry does not go into a file.
+func errElsewhere(f file) error {
+	return fmt.Errorf("%s is a link to %s, which is outside of the directories that the agent may change: "+
+		"put {%q: %q} at the end of its plugins there, or a file in the place of the link", f.path, f.target, "type", api.PluginType)
+}
