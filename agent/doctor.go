@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/cri"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/api"
@@ -70,6 +71,11 @@ keeps them on TCP.
 				return errors.New("doctor loads programs into the kernel to try it: run it as root")
 			}
 			e := f.kernelReport()
+			runtime, err := cri.Find("/proc")
+			if err != nil {
+				runtime.Error = err.Error()
+			}
+			e.Runtime = &runtime.Runtime
 			write := writeKernelReport
 			if output == "json" {
 				write = func(w io.Writer, e api.KernelReport) error { return writeJSON(w, e) }
@@ -266,6 +272,9 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	t := newTable(w)
 	t.row("agent", e.Version)
 	t.row("kernel", e.Kernel)
+	if e.Runtime != nil {
+		t.row("runtime", runtimeText(*e.Runtime))
+	}
 	if e.Reason != api.KernelLacksFeatures {
 		t.row("new connections", newConnectionsText(e.NewConnections))
 		t.row("open connections", openConnectionsText(e.OpenConnections))

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/podshunt/podshunt/agent/cniconf"
+	"github.com/podshunt/podshunt/agent/cri"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/explain"
 	"github.com/podshunt/podshunt/agent/pods"
@@ -36,6 +37,7 @@ type node struct {
 	attachmentsDir, proc string
 	// fixed has the parts of the status that do not change.
 	fixed    api.Status
+	runtime  *cri.Node
 	lease    *lease
 	unloaded atomic.Bool
 	listing  sync.Mutex // held by Flows: its requests wait for each other
@@ -72,6 +74,8 @@ func (n *node) Status() (api.Status, error) {
 	if err := snapshot.PolicyError; err != nil {
 		status.PolicyError = err.Error()
 	}
+	r, _ := n.runtime.Runtime()
+	status.Runtime = &r
 	if n.installer != nil {
 		state := n.installer.State()
 		status.CNI = &state

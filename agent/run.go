@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/podshunt/podshunt/agent/cniconf"
+	"github.com/podshunt/podshunt/agent/cri"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/kube"
@@ -117,8 +118,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		// An agent that hangs must not vouch for the policy.
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
+	n.runtime = cri.NewNode(cfg.proc, log)
 	if cfg.cni.ConfDir != "" {
-		cfg.cni.Log = log
+		cfg.cni.Log, cfg.cni.Runtime = log, n.runtime.Runtime
 		n.installer = cniconf.New(cfg.cni)
 	}
 	socket := socketIn(cfg.runDir)

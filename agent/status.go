@@ -55,6 +55,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
 	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
+	if s.Runtime != nil {
+		t.row("runtime", runtimeText(*s.Runtime))
+	}
 	if s.CNI != nil {
 		t.row("cni plugin", cniText(*s.CNI))
 	}
@@ -118,6 +121,18 @@ func writeStatus(w io.Writer, s api.Status) error {
 		}
 	}
 	return t.flush()
+}
+
+// runtimeText says which runtime the node has, and what it uses by which settings.
+func runtimeText(r api.Runtime) string {
+	if r.Error != "" {
+		return "not known: " + r.Error
+	}
+	text := fmt.Sprintf("%s, networks in %s, plugins in %s", r.Name, r.ConfDir, strings.Join(r.BinDirs, " and "))
+	if r.Network != "" {
+		text += ", network " + r.Network
+	}
+	return text + " (" + cmp.Or(strings.Join(r.Sources, ", "), "defaults") + ")"
 }
 
 func cniText(s api.CNIStatus) string {

@@ -141,8 +141,10 @@ type Status struct {
 	// Lease says until when the policy is trusted; nil means for ever.
 	Lease *Lease `json:"lease,omitempty"`
 	// CNI is the state of the plugin's installation; nil if the agent was told not to install it.
-	CNI  *CNIStatus `json:"cni,omitempty"`
-	Maps []MapUsage `json:"maps"`
+	CNI *CNIStatus `json:"cni,omitempty"`
+	// Runtime is the node's container runtime.
+	Runtime *Runtime   `json:"runtime,omitempty"`
+	Maps    []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
 }
@@ -213,9 +215,11 @@ type KernelReport struct {
 	NewConnections  NewConnections  `json:"newConnections"`
 	OpenConnections OpenConnections `json:"openConnections"`
 	// TakesPart reports whether pods would take part. If not, Reason and Message say why.
-	TakesPart bool         `json:"takesPart"`
-	Reason    KernelReason `json:"reason,omitempty"`
-	Message   string       `json:"message,omitempty"`
+	TakesPart bool `json:"takesPart"`
+	// Runtime is the node's container runtime.
+	Runtime *Runtime     `json:"runtime,omitempty"`
+	Reason  KernelReason `json:"reason,omitempty"`
+	Message string       `json:"message,omitempty"`
 }
 
 // KernelReason says why no pod takes part on a kernel.
