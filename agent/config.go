@@ -32,7 +32,12 @@ type config struct {
 	kubeconfig        string
 	sandboxed         patterns
 	defaultNamespaces kube.Selector
-	proc              string
+	// ownPod is the agent's own pod, as namespace/name: if its DaemonSet is deleted, the agent uninstalls. Empty: it does not.
+	ownPod string
+	// uninstallTimeout and uninstallForce are as the flags of uninstall.
+	uninstallTimeout time.Duration
+	uninstallForce   bool
+	proc             string
 	kernelFlags
 	logFormat string
 	logLevel  string
@@ -55,6 +60,8 @@ func defaults() config {
 		logLevel:    "info",
 		datapath:    datapath.DefaultConfig(),
 		policyLease: 5 * time.Minute,
+
+		uninstallTimeout: defaultUnloadTimeout,
 	}
 }
 
@@ -68,6 +75,10 @@ func (c *config) register(cmd *cobra.Command) {
 	flags.Var(&c.sandboxed, "sandboxed-runtime-classes", "`patterns` of runtime classes whose pods have a kernel of their own and so stay on TCP, separated by commas")
 	flags.Var(&c.defaultNamespaces, "default-namespaces",
 		"label `selector` of namespaces whose pods are opted in, unless an annotation of the pod or the namespace says otherwise (default none)")
+	flags.StringVar(&c.ownPod, "own-pod", c.ownPod,
+		"`pod` of this agent, as namespace/name: when it ends because its DaemonSet or namespace is deleted, it uninstalls first (default it never does)")
+	flags.DurationVar(&c.uninstallTimeout, "uninstall-timeout", c.uninstallTimeout, "how long to wait then until connections have read what was sent by the shortcut")
+	flags.BoolVar(&c.uninstallForce, "uninstall-force", c.uninstallForce, "reset then the connections that take longer, and only these")
 	fileVar(cmd, &c.podsFile, "pods-file", "YAML `file` with the annotations of pods, for a machine without a cluster")
 	dirVar(cmd, &c.proc, "proc", "`directory` where the procfs of the node is mounted")
 	c.kernelFlags.register(cmd)
@@ -126,6 +137,18 @@ func (c config) validate() error {
 		errs = append(errs, errors.New("--node-name and --pods-file exclude each other: either the cluster or a file says which pods take part"))
 	case c.nodeName == "" && c.kubeconfig != "":
 		errs = append(errs, errors.New("--kubeconfig is for the cluster: give --node-name, too, and not --pods-file"))
+	}
+	switch {
+	case c.ownPod == "":
+	case c.nodeName == "":
+		errs = append(errs, errors.New("--own-pod is for the cluster: give --node-name, too, and not --pods-file"))
+	default:
+		if err := checkPod(c.ownPod); err != nil {
+			errs = append(errs, fmt.Errorf("--own-pod: %w", err))
+		}
+	}
+	if c.uninstallTimeout <= 0 {
+		errs = append(errs, fmt.Errorf("--uninstall-timeout=%s: accepted are durations above 0", c.uninstallTimeout))
 	}
 	if err := api.CheckSocket(socketIn(c.runDir)); err != nil {
 		errs = append(errs, fmt.Errorf("--run-dir: the agent's socket would be %w", err))

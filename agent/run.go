@@ -45,7 +45,8 @@ func newRunCommand() *cobra.Command {
 		Short: "Run the agent of this node",
 		Long: `Runs the agent of this node, as root, until SIGTERM or SIGINT. After that,
 connections go on as they are, and the next agent takes them over. "podshunt-agent
-unload" takes podshunt out of the kernel.
+unload" takes podshunt out of the kernel. With --own-pod the agent uninstalls before
+it ends, if it ends because its DaemonSet or namespace is deleted.
 
 Either the cluster (--node-name) or a file (--pods-file) says which pods take part.
 With --cni-conf-dir and --cni-bin-dir the agent installs the CNI plugin, the program
@@ -145,7 +146,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 
 	metrics := newMetrics(d, n.fixed, reconciler.Snapshot, n.unloaded.Load, n.lease.state)
-	ctx, stop := context.WithCancel(ctx)
+	signalled := ctx.Done()
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
 	for _, port := range []struct {
@@ -176,6 +178,15 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if n.installer != nil {
 		group.Go(func() error { return n.installer.Run(ctx) })
 	}
+	group.Go(func() error {
+		select {
+		case <-signalled:
+			n.uninstallIf(ctx, src.removed, cfg.uninstallTimeout, cfg.uninstallForce)
+			stop()
+		case <-ctx.Done():
+		}
+		return nil
+	})
 	err = group.Wait()
 	log.Info("agent stopped")
 	return err
@@ -187,13 +198,19 @@ type source struct {
 	run    func(context.Context) error
 	report func([]pods.Pod) // sends Events; nil without a cluster
 	vouch  func(now time.Time) error
+	// removed reports whether podshunt is being removed from the cluster.
+	removed func(context.Context) (bool, error)
 }
 
 func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 	if cfg.podsFile != "" {
 		file := pods.NewFile(cfg.podsFile)
 		run := func(ctx context.Context) error { return file.Run(ctx, log) }
-		return source{Source: file, run: run, vouch: func(time.Time) error { return nil }}, nil
+		return source{
+			Source: file, run: run,
+			vouch:   func(time.Time) error { return nil },
+			removed: func(context.Context) (bool, error) { return false, nil },
+		}, nil
 	}
 	cluster, err := kube.Open(kube.Config{
 		Kubeconfig:              cfg.kubeconfig,
@@ -201,13 +218,14 @@ func openSource(cfg config, refusal string, log *slog.Logger) (source, error) {
 		SandboxedRuntimeClasses: cfg.sandboxed,
 		DefaultNamespaces:       cfg.defaultNamespaces,
 		Refusal:                 refusal,
+		OwnPod:                  cfg.ownPod,
 		UserAgent:               "podshunt-agent/" + version,
 		Log:                     log,
 	})
 	if err != nil {
 		return source{}, err
 	}
-	return source{cluster, cluster.Run, cluster.Report, cluster.Vouch}, nil
+	return source{cluster, cluster.Run, cluster.Report, cluster.Vouch, cluster.Removed}, nil
 }
 
 // sweep calls d.Sweep now and then, until ctx ends.

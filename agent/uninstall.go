@@ -5,10 +5,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -108,26 +110,37 @@ func (f *uninstallFlags) command() []string {
 	}
 }
 
-// uninstallAll uninstalls on all nodes, and prints what happened on each.
+// uninstallAll uninstalls on all nodes, and prints what happened on each. Nodes where no agent
+// can be asked do not make it fail: nobody could do more there.
 func uninstallAll(ctx context.Context, run func(context.Context, func(kube.ExecResult)) error, stdout io.Writer) error {
 	nodes, failed := 0, 0
+	var absent []string
 	err := run(ctx, func(r kube.ExecResult) {
 		nodes++
 		text := strings.TrimSpace(r.Output)
-		if r.Err != nil {
+		switch {
+		case r.Absent != "":
+			absent = append(absent, cmp.Or(r.Node, "the node of "+r.Pod))
+			text = "LEFT AS IT IS: " + r.Absent
+		case r.Err != nil:
 			failed++
 			text = strings.TrimSpace(fmt.Sprintf("FAILED: %v\n%s", r.Err, text))
 		}
-		fmt.Fprintf(stdout, "%s: %s\n", r.Node, strings.ReplaceAll(text, "\n", "\n    "))
+		fmt.Fprintf(stdout, "%s: %s\n", cmp.Or(r.Node, r.Pod), strings.ReplaceAll(text, "\n", "\n    "))
 	})
 	if err != nil {
 		return err
+	}
+	if len(absent) > 0 {
+		slices.Sort(absent)
+		fmt.Fprintf(stdout, "no agent runs on %d of %d nodes (%s): where one has run, its entry in the CNI configuration and its kernel objects stay until "+
+			"`podshunt-agent uninstall` is run on the node\n", len(absent), nodes, strings.Join(absent, ", "))
 	}
 	if failed > 0 {
 		return fmt.Errorf("%d of %d nodes still have podshunt: repeat the uninstall when they can be reached and their connections have read what was sent, "+
 			"or with --force (uninstall.force in the chart), which resets those that do not, or go on without them (helm uninstall --no-hooks); what stays in their kernels and CNI configuration then "+
 			"is taken out by `podshunt-agent uninstall` on the node", failed, nodes)
 	}
-	_, err = fmt.Fprintf(stdout, "podshunt is out of %d nodes\n", nodes)
+	_, err = fmt.Fprintf(stdout, "podshunt is out of %d nodes\n", nodes-len(absent))
 	return err
 }

@@ -27,7 +27,16 @@ func TestUninstallAll(t *testing.T) {
 	}
 	wantDiff(t, "all", "a: unloaded\npodshunt is out of 1 nodes\n", out.String())
 
-	results = append(results, kube.ExecResult{Node: "b", Output: "CLIENT  SERVER\nx  y\n", Err: errors.New("exit code 1")})
+	results = append(results, kube.ExecResult{Node: "d", Absent: "the node is not ready (NodeStatusUnknown)"}, kube.ExecResult{Pod: "agent-x", Absent: "the pod agent-x is pending"})
+	out.Reset()
+	if err := uninstallAll(t.Context(), runAll, &out); err != nil {
+		t.Error(err)
+	}
+	wantDiff(t, "nodes without an agent", "a: unloaded\nd: LEFT AS IT IS: the node is not ready (NodeStatusUnknown)\nagent-x: LEFT AS IT IS: the pod agent-x is pending\n"+
+		"no agent runs on 2 of 3 nodes (d, the node of agent-x): where one has run, its entry in the CNI configuration and its kernel objects stay until "+
+		"`podshunt-agent uninstall` is run on the node\npodshunt is out of 1 nodes\n", out.String())
+
+	results = append(results[:1], kube.ExecResult{Node: "b", Output: "CLIENT  SERVER\nx  y\n", Err: errors.New("exit code 1")})
 	out.Reset()
 	err := uninstallAll(t.Context(), runAll, &out)
 	if exitStatus(err) != exitError || !strings.HasPrefix(err.Error(), "1 of 2 nodes still have podshunt: ") || !strings.Contains(err.Error(), "--no-hooks") {

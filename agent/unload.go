@@ -24,6 +24,9 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+// defaultUnloadTimeout is how long an unload waits until connections have read.
+const defaultUnloadTimeout = 30 * time.Second
+
 func newUnloadCommand() *cobra.Command {
 	var f unloadFlags
 	cmd := &cobra.Command{
@@ -64,7 +67,7 @@ func (f *unloadFlags) register(cmd *cobra.Command) {
 	runDirVar(cmd, &f.runDir)
 	f.pinDir = defaults().datapath.PinDir
 	dirVar(cmd, &f.pinDir, "pin-dir", "`directory` of the kernel objects, if no agent runs")
-	cmd.Flags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long to wait until connections have read what was sent by the shortcut")
+	cmd.Flags().DurationVar(&f.timeout, "timeout", defaultUnloadTimeout, "how long to wait until connections have read what was sent by the shortcut")
 	cmd.Flags().BoolVar(&f.force, "force", false, "reset the connections that take longer, and only these")
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,10 +43,13 @@ type ExecResult struct {
 	// Output has what the command printed to stdout and stderr.
 	Output string
 	Err    error
+	// Absent says why nobody runs the command there, and it was not tried: the pod does not run,
+	// or its node is not ready.
+	Absent string
 }
 
 // Run runs the command and calls done once for each pod, one at a time, in the
-// order in which they end. It returns an error only if the pods cannot be listed.
+// order in which they end. It returns an error only if pods or nodes cannot be listed.
 func (e Exec) Run(ctx context.Context, done func(ExecResult)) error {
 	config, err := connect(e.Kubeconfig)
 	if err != nil {
@@ -59,6 +63,10 @@ func (e Exec) Run(ctx context.Context, done func(ExecResult)) error {
 	if err != nil {
 		return fmt.Errorf("list pods of namespace %s with labels %s: %w", e.Namespace, e.Selector, err)
 	}
+	down, err := nodesDown(ctx, client)
+	if err != nil {
+		return err
+	}
 	results := make(chan ExecResult)
 	go func() {
 		defer close(results)
@@ -66,8 +74,11 @@ func (e Exec) Run(ctx context.Context, done func(ExecResult)) error {
 		group.SetLimit(e.Parallel)
 		for _, pod := range pods.Items {
 			group.Go(func() error {
-				output, err := e.runIn(ctx, config, client, &pod)
-				results <- ExecResult{Node: pod.Spec.NodeName, Pod: pod.Name, Output: output, Err: err}
+				result := ExecResult{Node: nodeOf(&pod), Pod: pod.Name, Absent: absence(&pod, down)}
+				if result.Absent == "" {
+					result.Output, result.Err = e.runIn(ctx, config, client, &pod)
+				}
+				results <- result
 				return nil
 			})
 		}
@@ -79,10 +90,57 @@ func (e Exec) Run(ctx context.Context, done func(ExecResult)) error {
 	return nil
 }
 
-func (e Exec) runIn(ctx context.Context, config *rest.Config, client kubernetes.Interface, pod *corev1.Pod) (string, error) {
-	if pod.Status.Phase != corev1.PodRunning {
-		return "", fmt.Errorf("the pod is %s", strings.ToLower(string(pod.Status.Phase)))
+// nodesDown lists the nodes that are not ready, with the reason.
+func nodesDown(ctx context.Context, client kubernetes.Interface) (map[string]string, error) {
+	nodes, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list nodes: %w", err)
 	}
+	down := map[string]string{}
+	for _, node := range nodes.Items {
+		for _, c := range node.Status.Conditions {
+			if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
+				down[node.Name] = fmt.Sprintf("the node is not ready (%s)", c.Reason)
+			}
+		}
+	}
+	return down, nil
+}
+
+// absence says why the command cannot run in a pod, or returns "".
+func absence(pod *corev1.Pod, down map[string]string) string {
+	if reason, ok := down[pod.Spec.NodeName]; ok {
+		return reason
+	}
+	if pod.Status.Phase == corev1.PodRunning {
+		return ""
+	}
+	text := "the pod " + pod.Name + " is " + strings.ToLower(string(pod.Status.Phase))
+	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
+		if c.State.Waiting != nil && c.State.Waiting.Reason != "" {
+			return text + " (" + c.State.Waiting.Reason + ")"
+		}
+	}
+	return text
+}
+
+// nodeOf returns the node that a pod of a DaemonSet is for, also before it is scheduled.
+func nodeOf(pod *corev1.Pod) string {
+	if pod.Spec.NodeName != "" || pod.Spec.Affinity == nil || pod.Spec.Affinity.NodeAffinity == nil ||
+		pod.Spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
+		return pod.Spec.NodeName
+	}
+	for _, term := range pod.Spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms {
+		for _, field := range term.MatchFields {
+			if field.Key == "metadata.name" && len(field.Values) == 1 {
+				return field.Values[0]
+			}
+		}
+	}
+	return ""
+}
+
+func (e Exec) runIn(ctx context.Context, config *rest.Config, client kubernetes.Interface, pod *corev1.Pod) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.PodTimeout, fmt.Errorf("no answer within %s", e.PodTimeout))
 	defer cancel()
 	target := client.CoreV1().RESTClient().Post().Resource("pods").Namespace(pod.Namespace).Name(pod.Name).SubResource("exec").

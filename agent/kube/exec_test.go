@@ -43,6 +43,18 @@ func mustServeExec(t testing.TB, pods ...corev1.Pod) string {
 			t.Error(err)
 		}
 	})
+	mux.HandleFunc("GET /api/v1/nodes", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		list := corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}}
+		for name, status := range map[string]corev1.ConditionStatus{"node-good": corev1.ConditionTrue, "node-lost": corev1.ConditionUnknown} {
+			list.Items = append(list.Items, corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
+				Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status, Reason: "NodeStatusUnknown"}},
+			}})
+		}
+		if err := json.NewEncoder(w).Encode(list); err != nil {
+			t.Error(err)
+		}
+	})
 	mux.HandleFunc("GET /api/v1/namespaces/shunt/pods/{pod}/exec", func(w http.ResponseWriter, r *http.Request) {
 		conn, err := (&websocket.Upgrader{Subprotocols: []string{"v5.channel.k8s.io"}}).Upgrade(w, r, nil)
 		if err != nil {
@@ -102,7 +114,15 @@ func agentPod(name string, phase corev1.PodPhase) corev1.Pod {
 }
 
 func TestExec(t *testing.T) {
-	type result struct{ Node, Pod, Output, Err string }
+	type result struct{ Node, Pod, Output, Err, Absent string }
+	unscheduled := agentPod("unscheduled", corev1.PodPending)
+	unscheduled.Spec = corev1.PodSpec{Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{
+		RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
+			MatchFields: []corev1.NodeSelectorRequirement{{Key: "metadata.name", Operator: corev1.NodeSelectorOpIn, Values: []string{"node-full"}}},
+		}}},
+	}}}
+	waiting := agentPod("waiting", corev1.PodPending)
+	waiting.Status.InitContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff"}}}}
 	var got []result
 	run := func(timeout time.Duration, agents ...corev1.Pod) {
 		exec := Exec{
@@ -114,19 +134,21 @@ func TestExec(t *testing.T) {
 			if r.Err != nil {
 				text = r.Err.Error()
 			}
-			got = append(got, result{r.Node, r.Pod, r.Output, text})
+			got = append(got, result{r.Node, r.Pod, r.Output, text, r.Absent})
 		}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	run(time.Minute, agentPod("good", corev1.PodRunning), agentPod("bad", corev1.PodRunning), agentPod("waiting", corev1.PodPending))
+	run(time.Minute, agentPod("good", corev1.PodRunning), agentPod("bad", corev1.PodRunning), agentPod("lost", corev1.PodRunning), unscheduled, waiting)
 	run(time.Second, agentPod("slow", corev1.PodRunning))
 	slices.SortFunc(got, func(a, b result) int { return strings.Compare(a.Pod, b.Pod) })
 	want := []result{
-		{"node-bad", "bad", "agent: podshunt-agent uninstall\nbad\n", "command terminated with exit code 1"},
-		{"node-good", "good", "agent: podshunt-agent uninstall\ngood\n", ""},
-		{"node-slow", "slow", "", "no answer within 1s"},
-		{"node-waiting", "waiting", "", "the pod is pending"},
+		{"node-bad", "bad", "agent: podshunt-agent uninstall\nbad\n", "command terminated with exit code 1", ""},
+		{"node-good", "good", "agent: podshunt-agent uninstall\ngood\n", "", ""},
+		{"node-lost", "lost", "", "", "the node is not ready (NodeStatusUnknown)"},
+		{"node-slow", "slow", "", "no answer within 1s", ""},
+		{"node-full", "unscheduled", "", "", "the pod unscheduled is pending"},
+		{"node-waiting", "waiting", "", "", "the pod waiting is pending (ImagePullBackOff)"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("results (-want +got)\n%s", diff)

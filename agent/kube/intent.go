@@ -60,13 +60,14 @@ func trim(object any) (any, error) {
 }
 
 // trimMeta keeps, among others, the resource version, by which informers see
-// changes, and an owner that is a node, for staticUID.
+// changes, an owner that is a node, for staticUID, and what Removed looks at.
 func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	trimmed := metav1.ObjectMeta{
 		Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: m.Labels,
+		DeletionTimestamp: m.DeletionTimestamp,
 	}
 	for _, owner := range m.OwnerReferences {
-		if isNode(owner) {
+		if isNode(owner) || isDaemonSet(owner) {
 			trimmed.OwnerReferences = append(trimmed.OwnerReferences, owner)
 		}
 	}

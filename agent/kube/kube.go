@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package kube knows what the API server says of this node: its pods, and the
-// namespaces and NetworkPolicies that they are judged by. It lists and watches
-// nothing else, so that its load on the API server does not grow with the cluster's
+// Package kube knows what the API server says of this node: its pods, the
+// namespaces and NetworkPolicies that they are judged by, and the agent's own
+// DaemonSet. It lists and watches nothing else, so that its load on the API server does not grow with the cluster's
 // pods or Services. While the API server is away, what was last known stays. It
 // also tells users by Events where something keeps a pod on TCP. It is the only
 // importer of client-go.
@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -38,7 +39,7 @@ import (
 	"github.com/podshunt/podshunt/agent/pods"
 )
 
-// Config configures a Source; all fields but Kubeconfig and Refusal are required.
+// Config configures a Source; all fields but Kubeconfig, Refusal and OwnPod are required.
 type Config struct {
 	// Kubeconfig is the path of a kubeconfig file; empty means the service account
 	// of the agent's pod.
@@ -54,6 +55,9 @@ type Config struct {
 	// Refusal says why no pod may take part, and becomes an Event on the node;
 	// empty if pods may.
 	Refusal string
+	// OwnPod is the agent's own pod, as namespace/name, whose DaemonSet is watched; empty: none
+	// is.
+	OwnPod string
 	// UserAgent names the agent to the API server.
 	UserAgent string
 	Log       *slog.Logger
@@ -62,12 +66,14 @@ type Config struct {
 // Source is a pods.Source that asks the API server. It is safe for concurrent use.
 type Source struct {
 	cfg         Config
+	client      kubernetes.Interface
 	informers   [kinds]cache.SharedIndexInformer
 	synced      [kinds]cache.InformerSynced // all that was there first has been noted as a change
 	changed     chan struct{}
 	events      typedcorev1.EventsGetter
 	broadcaster record.EventBroadcaster
 	recorder    record.EventRecorder
+	daemonSet   atomic.Pointer[daemonSet] // nil until it is known
 
 	mu      sync.Mutex
 	content *pods.Content
@@ -138,6 +144,7 @@ func connect(kubeconfig string) (*rest.Config, error) {
 func newSource(cfg Config, client, events kubernetes.Interface) (*Source, error) {
 	s := &Source{
 		cfg:         cfg,
+		client:      client,
 		changed:     make(chan struct{}, 1),
 		events:      events.CoreV1(),
 		broadcaster: record.NewBroadcaster(),
@@ -274,6 +281,7 @@ func (s *Source) Run(ctx context.Context) error {
 	for _, informer := range s.informers {
 		running.Go(func() { informer.RunWithContext(ctx) })
 	}
+	running.Go(func() { s.followDaemonSet(ctx) })
 	if cache.WaitForCacheSync(ctx.Done(), s.synced[:]...) {
 		// A kind without objects causes no other notification.
 		s.notify()

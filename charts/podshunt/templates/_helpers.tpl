@@ -55,3 +55,11 @@ httpGet:
   {{- end }}
 timeoutSeconds: 5
 {{- end }}
+
+{{/* Seconds that an agent may take to end: 5 to learn whether its DaemonSet is deleted, then the uninstall, which may take 30 more to
+reset connections, and 10 for the rest. */}}
+{{- define "podshunt.grace" -}}
+{{- $start := toDate "2006-01-02" "2001-01-01" }}
+{{- $timeout := sub (mustDateModify .Values.uninstall.timeout $start | unixEpoch) (unixEpoch $start) }}
+{{- ternary (add 15 $timeout (ternary 30 0 .Values.uninstall.force)) 10 .Values.uninstall.enabled }}
+{{- end }}
