@@ -45,12 +45,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- regexFind "[0-9]+$" . }}
 {{- end }}
 
-{{/* A probe of the agent at a path. */}}
+{{/* A probe of the agent at a path. The kubelet asks the node's own address unless told otherwise. */}}
 {{- define "podshunt.probe" -}}
 httpGet:
   path: {{ .path }}
   port: health
-  {{- with regexReplaceAll ":[0-9]+$" .address "" | trimPrefix "[" | trimSuffix "]" }}
+  {{- with regexReplaceAll ":[0-9]+$" .address "" | trimPrefix "[" | trimSuffix "]" | replace "$(HOST_IP)" "" }}
   host: {{ . | quote }}
   {{- end }}
 timeoutSeconds: 5
