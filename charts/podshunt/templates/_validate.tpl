@@ -13,6 +13,7 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- $duration := "^([0-9]+(\\.[0-9]+)?(ms|s|m|h))+$" }}
 {{- $checks := list
   (list "image.repository" .Values.image.repository "^([^/:@]+(:[0-9]+)?/)?[^:@]+$" "a name without a tag and a digest, for which image.tag and image.digest are")
+  (list "global.imageRegistry" .Values.global.imageRegistry "^([0-9A-Za-z.-]+(:[0-9]+)?(/[0-9a-z._/-]*[0-9a-z])?)?$" "a registry such as registry.example:5000, or nothing")
   (list "image.tag" .Values.image.tag "^([0-9A-Za-z_][0-9A-Za-z_.-]{0,127})?$" "a tag, of at most 128 letters, digits and \"._-\", or nothing for the chart's appVersion")
   (list "image.digest" .Values.image.digest "^(sha256:[0-9a-f]{64})?$" "\"sha256:\" and 64 hexadecimal digits, or nothing")
   (list "the name of the DaemonSet" (include "podshunt.fullname" .) "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$" "lower-case letters, digits and \"-\": see fullnameOverride and nameOverride")
@@ -43,6 +44,12 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- end }}
 {{- end }}
 
+{{- if not .Values.enabled }}
+{{- fail "enabled=false does nothing in this chart; a chart that has it as a part names the value in `condition` of its dependency" }}
+{{- end }}
+{{- if and .Values.resourceQuota.enabled (not .Values.priorityClassName) }}
+{{- fail "resourceQuota.enabled needs priorityClassName, the class that it is for" }}
+{{- end }}
 {{- if ne (empty $agent.cniConfDir) (empty $agent.cniBinDir) }}
 {{- fail "agent.cniConfDir and agent.cniBinDir: accepted are both, or none to install no plugin" }}
 {{- end }}
