@@ -79,6 +79,8 @@ type Source struct {
 	content *pods.Content
 	stale   [kinds]bool // changed since content was made
 	outages [kinds]outage
+	// selectsNone is set while DefaultNamespaces selects no namespace.
+	selectsNone bool
 	// reported has the last Event of each pod, by the pod's UID.
 	reported map[types.UID]string
 }
@@ -361,6 +363,11 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
 			next.Cluster.Namespaces[namespace.Name] = namespace.Labels
 		}
+		none := s.cfg.DefaultNamespaces.selectsNone(next.Cluster.Namespaces)
+		if none && !s.selectsNone {
+			s.cfg.Log.Warn("no namespace is opted in by default, as none has such labels", "default_namespaces", s.cfg.DefaultNamespaces.String())
+		}
+		s.selectsNone = none
 	}
 	if s.stale[policyKind] {
 		next.Cluster.Policies = objects[*networkingv1.NetworkPolicy](s, policyKind)

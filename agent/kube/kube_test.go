@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -161,6 +162,45 @@ func TestContent(t *testing.T) {
 		want := map[string]string{"pods": "spec.nodeName=node", "namespaces": "", "networkpolicies": ""}
 		if fields, ok := want[a.GetResource().Resource]; !ok || fields != restrictions {
 			t.Errorf("%s %s with field selector %q", a.GetVerb(), a.GetResource().Resource, restrictions)
+		}
+	}
+}
+
+// A selector that selects nothing is told once, and again when that begins anew.
+func TestDefaultNamespacesOfNone(t *testing.T) {
+	client := fake.NewClientset(namespace("shop", nil))
+	s := mustSource(t, client, "")
+	var log bytes.Buffer
+	s.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+	if err := s.cfg.DefaultNamespaces.Set("name=stop"); err != nil {
+		t.Fatal(err)
+	}
+	s.start(t)
+	namespaces := func(n int) func(*pods.Content) bool {
+		return func(c *pods.Content) bool { return c != nil && len(c.Cluster.Namespaces) == n }
+	}
+	warnings := func() int { return strings.Count(log.String(), "name=stop") }
+	s.mustContent(t, "the namespace", namespaces(1))
+	if got := warnings(); got != 1 {
+		t.Errorf("with another namespace: got %d warnings, want 1", got)
+	}
+	api := client.CoreV1().Namespaces()
+	for _, step := range []struct {
+		change           string
+		namespaces, want int
+	}{{"made", 2, 1}, {"deleted", 1, 2}} {
+		var err error
+		if step.change == "made" {
+			_, err = api.Create(t.Context(), namespace("stop", nil), metav1.CreateOptions{})
+		} else {
+			err = api.Delete(t.Context(), "stop", metav1.DeleteOptions{})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.mustContent(t, "the namespace that is "+step.change, namespaces(step.namespaces))
+		if got := warnings(); got != step.want {
+			t.Errorf("%s: got %d warnings, want %d", step.change, got, step.want)
 		}
 	}
 }

@@ -48,6 +48,20 @@ func (s *Selector) Set(text string) error {
 	return nil
 }
 
+// selectsNone reports whether the selector is there, but selects none of the namespaces,
+// which are given by their labels.
+func (s *Selector) selectsNone(namespaces map[string]map[string]string) bool {
+	if s.selector == nil {
+		return false
+	}
+	for _, of := range namespaces {
+		if s.selector.Matches(labels.Set(of)) {
+			return false
+		}
+	}
+	return true
+}
+
 // optIn returns the annotations that a namespace gives its pods: its own, and the
 // opt-in if the namespace is selected and has no such annotation itself.
 func (s *Selector) optIn(namespace *corev1.Namespace) map[string]string {

@@ -115,3 +115,24 @@ reset connections, and 10 for the rest. */}}
 {{- $timeout := sub (mustDateModify .Values.uninstall.timeout $start | unixEpoch) (unixEpoch $start) }}
 {{- ternary (add 15 $timeout (ternary 30 0 .Values.uninstall.force)) 10 .Values.uninstall.enabled }}
 {{- end }}
+
+{{/* A label selector as kubectl takes it. */}}
+{{- define "podshunt.namespaceSelector" -}}
+{{- $terms := list }}
+{{- with .names }}
+{{- $terms = append $terms (printf "kubernetes.io/metadata.name in (%s)" (join "," .)) }}
+{{- end }}
+{{- range $key, $value := .matchLabels }}
+{{- $terms = append $terms (printf "%s=%s" $key $value) }}
+{{- end }}
+{{- range .matchExpressions }}
+{{- $formats := dict "In" "%s in (%s)" "NotIn" "%s notin (%s)" "Exists" "%s" "DoesNotExist" "!%s" }}
+{{- $format := get $formats .operator }}
+{{- if .values }}
+{{- $terms = append $terms (printf $format .key (join "," .values)) }}
+{{- else }}
+{{- $terms = append $terms (printf $format .key) }}
+{{- end }}
+{{- end }}
+{{- join "," $terms }}
+{{- end }}

@@ -37,6 +37,24 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- range $agent.extraArgs }}
 {{- $checks = append $checks (list "agent.extraArgs" . "^--[a-z][a-z-]*(=.*)?$" "flags of podshunt-agent run, each in one piece as in \"--name=value\"") }}
 {{- end }}
+{{- $label := "^([0-9A-Za-z]([0-9A-Za-z._-]{0,61}[0-9A-Za-z])?)?$" }}
+{{- $key := "^([0-9a-z]([0-9a-z.-]*[0-9a-z])?/)?[0-9A-Za-z]([0-9A-Za-z._-]{0,61}[0-9A-Za-z])?$" }}
+{{- range $agent.defaultNamespaces.names }}
+{{- $checks = append $checks (list "agent.defaultNamespaces.names" . "^[0-9a-z]([0-9a-z-]{0,61}[0-9a-z])?$" "the name of a namespace") }}
+{{- end }}
+{{- range $name, $value := $agent.defaultNamespaces.matchLabels }}
+{{- $checks = append $checks (list "agent.defaultNamespaces.matchLabels" $name $key "the key of a label") }}
+{{- $checks = append $checks (list "agent.defaultNamespaces.matchLabels" $value $label "the value of a label") }}
+{{- end }}
+{{- range $agent.defaultNamespaces.matchExpressions }}
+{{- $checks = append $checks (list "agent.defaultNamespaces.matchExpressions" .key $key "the key of a label") }}
+{{- range .values }}
+{{- $checks = append $checks (list "agent.defaultNamespaces.matchExpressions" . $label "the value of a label") }}
+{{- end }}
+{{- if ne (empty .values) (hasSuffix "xist" (trimSuffix "s" .operator)) }}
+{{- fail (printf "agent.defaultNamespaces.matchExpressions: operator %s takes %s" .operator (.values | empty | ternary "values" "no values")) }}
+{{- end }}
+{{- end }}
 {{- range $checks }}
 {{- $value := index . 1 | toString }}
 {{- if or (not (regexMatch (index . 2) $value)) (and (hasPrefix "/" $value) (ne $value (clean $value))) }}
