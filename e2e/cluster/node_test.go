@@ -28,6 +28,7 @@ type node struct {
 }
 
 type daemon struct {
+	args  []string
 	cmd   *exec.Cmd
 	ended chan struct{}
 }
@@ -135,7 +136,7 @@ func (n *node) startDaemon(name string, args ...string) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s on %s: %w", name, n.name, err)
 	}
-	d := &daemon{cmd: cmd, ended: make(chan struct{})}
+	d := &daemon{args: args, cmd: cmd, ended: make(chan struct{})}
 	go func() {
 		_ = cmd.Wait() // the log tells why
 		close(d.ended)
@@ -150,6 +151,9 @@ func (n *node) stopDaemon(name string) {
 	_ = d.cmd.Process.Kill() // fails only when it has ended
 	<-d.ended
 }
+
+// restartDaemon starts a program as it was started before.
+func (n *node) restartDaemon(name string) error { return n.startDaemon(name, n.daemons[name].args...) }
 
 // running returns an error that names the daemons that have ended.
 func (n *node) running() error {

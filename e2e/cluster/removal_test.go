@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// account and roles are what the agent's rights come from.
+var (
+	account = []string{"--namespace=" + release, "delete", "serviceaccount", release}
+	roles   = []string{"--namespace=" + release, "delete", "clusterrolebinding/" + release, "rolebinding/" + release}
+)
+
+// TestRemoval deletes the chart in ways that run no hook, under load: the agents uninstall by
+// themselves.
+func TestRemoval(t *testing.T) {
+	kubectl := func(commands ...[]string) func(*proof) {
+		return func(p *proof) {
+			p.Helper()
+			for _, args := range commands {
+				p.mustKubectl(args...)
+			}
+		}
+	}
+	deletion := func(cascade string) []string {
+		return []string{"--namespace=" + release, "delete", daemonSet, "--cascade=" + cascade}
+	}
+	for _, tc := range []struct {
+		name   string
+		remove func(*proof)
+	}{
+		{"Background", kubectl(deletion("background"))},
+		{"Foreground", kubectl(deletion("foreground"))},
+		{"Namespace", kubectl([]string{"delete", "namespace", release})},
+		// 401 and 403 from the first request on.
+		{"NoAccount", kubectl(account, deletion("background"))},
+		{"NoRoles", kubectl(roles, deletion("foreground"))},
+		{"NoHooks", func(p *proof) {
+			if _, err := p.helm("uninstall", release, "--no-hooks"); err != nil {
+				p.Fatal(err)
+			}
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newProof(t)
+			p.mustInstall()
+			l := p.mustLoad()
+			tc.remove(p)
+			p.mustBeGone(p.nodes...)
+			l.mustProgress()
+			p.figure("without a hook, no trace is left: %s", l.mustFinish())
+			if p.installed() {
+				p.mustUninstall() // what is left of the release
+			}
+		})
+	}
+}
+
+// mustBeGone waits until nodes are as before the install.
+func (p *proof) mustBeGone(nodes ...*node) {
+	p.Helper()
+	for _, n := range nodes {
+		if err := p.await("the removal on "+n.name, func() error {
+			if got := p.mustRead(n, conflist); got != n.conflist() {
+				return fmt.Errorf("%s is\n%s", conflist, got)
+			}
+			if out, err := n.output(stepTimeout, nil, "find", pinDir); err == nil {
+				return fmt.Errorf("pinned:\n%s", out)
+			}
+			return nil
+		}); err != nil {
+			p.Fatal(err)
+		}
+	}
+}
+
+// TestNoRemoval has agents end for other reasons: nothing is uninstalled.
+func TestNoRemoval(t *testing.T) {
+	deletePods := []string{"--namespace=" + release, "delete", "pods", "--selector=app.kubernetes.io/component=agent"}
+	for _, tc := range []struct {
+		name     string
+		commands [][]string
+	}{
+		{"Restart", [][]string{{"--namespace=" + release, "rollout", "restart", daemonSet}}},
+		{"Pods", [][]string{deletePods}},
+		{"Drain", [][]string{{"drain", "node2", "--ignore-daemonsets", "--force", "--pod-selector=app=nothing"}, deletePods, {"uncordon", "node2"}}},
+		{"Orphans", [][]string{
+			{"--namespace=" + release, "delete", daemonSet, "--cascade=orphan"},
+			{"--namespace=" + release, "apply", "-f", "-"},
+			deletePods,
+		}},
+		// Without its rights an agent does not learn whether its DaemonSet is there.
+		{"NoRoles", [][]string{roles, deletePods}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newProof(t)
+			p.mustInstall()
+			l := p.mustLoad()
+			before := p.conflistFiles()
+			manifest, err := p.helm("get", "manifest", release)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, args := range tc.commands {
+				stdin := strings.NewReader(manifest)
+				if _, err := p.control().output(longTimeout, stdin, "kubectl", args...); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tc.name != "NoRoles" { // where agents are not ready again
+				p.mustRollOut()
+				l.mustBeShortcut()
+			}
+			l.mustProgress()
+			l.mustFinish()
+			if after := p.conflistFiles(); after != before {
+				t.Errorf("conflists and pins before:\n%s\nafter:\n%s", before, after)
+			}
+			if tc.name == "NoRoles" {
+				p.mustUninstall()
+			}
+		})
+	}
+}
+
+// conflistFiles identifies the files of all nodes that an uninstall would have replaced or deleted.
+func (p *proof) conflistFiles() string {
+	p.Helper()
+	text := ""
+	for _, n := range p.nodes {
+		out, err := n.output(stepTimeout, nil, "stat", "--format=%n %i", conflist, pinDir)
+		if err != nil {
+			p.Fatal(err)
+		}
+		text += n.name + "\n" + out
+	}
+	return text
+}
+
+// TestUninstallWithoutNode uninstalls while a node is not ready: it is named, and cleans up when it is back.
+func TestUninstallWithoutNode(t *testing.T) {
+	p := newProof(t)
+	p.mustInstall()
+	l := p.mustLoad()
+	lost := p.nodes[1]
+	lost.stopDaemon("kubelet")
+	p.mustKubectl("wait", "--for=condition=Ready=Unknown", "node/"+lost.name, "--timeout=3m")
+	out, err := p.helm("uninstall", release, "--wait")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out, lost.name+": LEFT AS IT IS: the node is not ready") || !strings.Contains(out, "podshunt is out of 1 nodes") {
+		t.Errorf("helm uninstall printed\n%s\nwant it to name %s", out, lost.name)
+	}
+	if err := lost.restartDaemon("kubelet"); err != nil {
+		t.Fatal(err)
+	}
+	p.mustBeGone(p.nodes...)
+	l.mustProgress()
+	p.figure("helm uninstall while a node is not ready, which cleans up when it is back: %s", l.mustFinish())
+	if err := p.awaitNodes(); err != nil {
+		t.Error(err)
+	}
+}
