@@ -75,11 +75,17 @@ func TestEarly(t *testing.T) {
 			if diff := cmp.Diff([]datapath.EarlyPort{{Netns: cookies[1], Port: address.Port()}}, n.earlyPorts(t)); diff != "" {
 				t.Error(diff)
 			}
+			n.mustEnd(t, c, s)
 			stop()
 			before := n.counts(t)
 			c, s = rawPair(t, pods[0], l, address)
 			n.mustCount(t, before, map[string]uint64{"connection_paired": 1})
 			n.mustBeShortcut(t, c, s)
+			sandboxtest.MustPing(t, c, s, joinAfter, 100)
+			n.mustEnd(t, c, s)
+			if got := n.earlyPorts(t); len(got) != 1 {
+				t.Errorf("got %v after a connection that was long enough, want one port", got)
+			}
 
 			end(t, n, pods[0], l, address)
 			if got := n.earlyPorts(t); len(got) > 0 {

@@ -4,13 +4,16 @@
 # The tests that need a kernel, on other kernels than the machine's own, where
 # trampolines are allowed: test.sh SERIES.... Two virtual machines run side by
 # side. Left out are tests that move hundreds of MiB or wait for the agent by the
-# second, as QEMU emulates the CPU here. A kernel before 6.1 has to be refused.
+# second, as QEMU emulates the CPU here. What is in the list "once" is about the steps of the
+# agent more than about the kernel, and runs on the first SERIES alone. A kernel before 6.1 has
+# to be refused.
 set -euo pipefail
 
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestNotPaired|TestRelease|TestHalfClose|TestPeerCloses|TestTakeOver|TestUnload|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestFlowsFull|TestEdges|TestUnloadKilled|TestDeletedPins|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestJoin|TestJoinStaysOut|TestJoinNotReady|TestJoinMeetsEnds|TestJoinAfterKill|TestJoinThroughNAT|TestJoinUnloads|TestJoinAgain|TestJoinBlocking|TestJoinStorm|TestEvictLate|TestWatch|TestWatchStaysOut|TestWatchWithoutAgent|TestWatchSwept|TestWatchReused|TestWatchMeetsEnds|TestWatchUnloads|TestEarly|TestLeave|TestLeaveAndReturn|TestPodBudget|TestRefresh|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestRelease|TestHalfClose|TestPeerCloses|TestUnload|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestEdges|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestJoin|TestJoinNotReady|TestJoinMeetsEnds|TestJoinAfterKill|TestJoinThroughNAT|TestJoinUnloads|TestJoinAgain|TestJoinBlocking|TestEvictLate|TestWatch|TestWatchWithoutAgent|TestWatchReused|TestWatchMeetsEnds|TestWatchUnloads|TestEarly|TestLeave|TestLeaveAndReturn)$'
+	[once]='^(TestUnloadKilled|TestDeletedPins|TestTakeOver|TestPodBudget|TestJoinStorm|TestRefresh|TestNotPaired|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad|TestFlowsFull|TestWatchStaysOut|TestWatchSwept|TestJoinStaysOut)$'
 	[hazards]='^TestHazards$'
 	[agent]='^(TestOptIns|TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
 	[chain]='^TestVerbs$'
@@ -36,12 +39,12 @@ run_suite() {
 		return
 		;;
 	# What would harm the machine harms the guest only.
-	datapath) flags+=(-own-machine) ;;
+	datapath | once) flags+=(-own-machine) ;;
 	conformance) flags+=(-mptcp) ;;
 	esac
 	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
 		go tool test2json -p "linux-$1/$2" \
-		"$top/hack/kernels/run.sh" "$1" "$cache/$2.test" "${flags[@]}"
+		"$top/hack/kernels/run.sh" "$1" "$cache/${2/once/datapath}.test" "${flags[@]}"
 }
 
 # build makes a static test binary of a package.
@@ -59,11 +62,13 @@ read -ra fetched <<<"${list//$'\n'/ }"
 # The longest first, so that both have work until the end.
 running=0
 logs=()
-for suite in datapath conformance agent chain hazards doctor; do
+for suite in datapath once conformance agent chain hazards doctor; do
 	for one in "${fetched[@]}"; do
 		case $one:$suite in
 		5.*:doctor) ;;
 		5.*:* | *:doctor) continue ;;
+		"${fetched[0]}:once") ;;
+		*:once) continue ;;
 		esac
 		if ((running == 2)); then
 			wait -n || status=1
