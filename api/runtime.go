@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What is known of the container runtime.
+
 package api
 
 // Names of container runtimes.

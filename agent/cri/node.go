@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// The runtime of a node, found again when it was started anew.
+
 package cri
 
 import (
