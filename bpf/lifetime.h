@@ -281,6 +281,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->drains = 0;
 	known->limit = 0;
 	known->non_blocking = false;
+	known->early = false;
 	__sync_fetch_and_and(&known->reasons, ~UNSUPPORTED_BLOCKING);
 }
 

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
@@ -31,14 +32,15 @@ func TestEarly(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
-	for name, end := range map[string]func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort){
-		"a short connection": func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
-			c, s := rawPair(t, client, l, address)
+	for name, end := range map[string]func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
+		"a short connection": func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
+			c, s := rawPair(t, pods[0], l, address)
 			sandboxtest.MustPing(t, c, s, 1, 100)
 			n.mustEnd(t, c, s)
+			return l
 		},
-		"one that leaves": func(t *testing.T, n *node, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
-			c, s := rawPair(t, client, l, address)
+		"one that leaves": func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
+			c, s := rawPair(t, pods[0], l, address)
 			n.mustBeShortcut(t, c, s)
 			small := traffic{seed: 3, bytes: 300_000, maxWrite: 100, maxRead: 100_000}
 			waitUntil(t, "the flow to leave", func() bool {
@@ -47,15 +49,20 @@ func TestEarly(t *testing.T) {
 				}
 				return n.counts(t)["message_no_gain"] > 0
 			})
+			n.mustEnd(t, c, s)
+			return l
 		},
-		"another listener": func(t *testing.T, _ *node, _ *sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+		"another listener": func(t *testing.T, _ *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
 			l.mustClose(t)
-			l.mustListenOn(t, address)
+			again := mustSocket(t, pods[1].Netns, unix.AF_INET, 0)
+			again.mustListenOn(t, address)
+			return again
 		},
-		"forget": func(t *testing.T, n *node, _ *sandbox.Pod, _ *rawSocket, _ netip.AddrPort) {
+		"forget": func(t *testing.T, n *node, _ []*sandbox.Pod, l *rawSocket, _ netip.AddrPort) *rawSocket {
 			if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
 				t.Errorf("got %d ports forgotten and %v, want 1", got, err)
 			}
+			return l
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -87,7 +94,7 @@ func TestEarly(t *testing.T) {
 				t.Errorf("got %v after a connection that was long enough, want one port", got)
 			}
 
-			end(t, n, pods[0], l, address)
+			l = end(t, n, pods, l, address)
 			if got := n.earlyPorts(t); len(got) > 0 {
 				t.Errorf("got %v, want it forgotten", got)
 			}

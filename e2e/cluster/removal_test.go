@@ -30,20 +30,24 @@ func TestRemoval(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name   string
+		short  bool // it is a row of a short run, too
 		remove func(*proof)
 	}{
-		{"Background", kubectl(deletion("background"))},
-		{"Foreground", kubectl(deletion("foreground"))},
-		{"Namespace", kubectl([]string{"delete", "namespace", release})},
+		{"Background", false, kubectl(deletion("background"))},
+		{"Foreground", false, kubectl(deletion("foreground"))},
+		{"Namespace", true, kubectl([]string{"delete", "namespace", release})},
 		// 401 and 403 from the first request on.
-		{"NoAccount", kubectl(account, deletion("background"))},
-		{"NoRoles", kubectl(roles, deletion("foreground"))},
-		{"NoHooks", func(p *proof) {
+		{"NoAccount", true, kubectl(account, deletion("background"))},
+		{"NoRoles", false, kubectl(roles, deletion("foreground"))},
+		{"NoHooks", false, func(p *proof) {
 			if _, err := p.helm("uninstall", release, "--no-hooks"); err != nil {
 				p.Fatal(err)
 			}
 		}},
 	} {
+		if testing.Short() && !tc.short {
+			continue
+		}
 		t.Run(tc.name, func(t *testing.T) {
 			p := newProof(t)
 			p.mustInstall()
@@ -82,19 +86,23 @@ func TestNoRemoval(t *testing.T) {
 	deletePods := []string{"--namespace=" + release, "delete", "pods", "--selector=app.kubernetes.io/component=agent"}
 	for _, tc := range []struct {
 		name     string
+		short    bool
 		commands [][]string
 	}{
-		{"Restart", [][]string{{"--namespace=" + release, "rollout", "restart", daemonSet}}},
-		{"Pods", [][]string{deletePods}},
-		{"Drain", [][]string{{"drain", "node2", "--ignore-daemonsets", "--force", "--pod-selector=app=nothing"}, deletePods, {"uncordon", "node2"}}},
-		{"Orphans", [][]string{
+		{"Restart", true, [][]string{{"--namespace=" + release, "rollout", "restart", daemonSet}}},
+		{"Pods", false, [][]string{deletePods}},
+		{"Drain", false, [][]string{{"drain", "node2", "--ignore-daemonsets", "--force", "--pod-selector=app=nothing"}, deletePods, {"uncordon", "node2"}}},
+		{"Orphans", false, [][]string{
 			{"--namespace=" + release, "delete", daemonSet, "--cascade=orphan"},
 			{"--namespace=" + release, "apply", "-f", "-"},
 			deletePods,
 		}},
 		// Without its rights an agent does not learn whether its DaemonSet is there.
-		{"NoRoles", [][]string{roles, deletePods}},
+		{"NoRoles", true, [][]string{roles, deletePods}},
 	} {
+		if testing.Short() && !tc.short {
+			continue
+		}
 		t.Run(tc.name, func(t *testing.T) {
 			p := newProof(t)
 			p.mustInstall()
