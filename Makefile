@@ -35,6 +35,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 HELM := go tool -modfile=hack/helm/go.mod helm
+HELM4 := go tool -modfile=hack/helm4/go.mod helm
 HELM_UNITTEST := go tool -modfile=hack/helm/go.mod helm-unittest --strict
 HELM_DOCS := go tool -modfile=hack/helm/go.mod helm-docs --sort-values-order file --log-level warning
 PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
@@ -86,6 +87,7 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 
 test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
 	$(HELM_UNITTEST) charts/podshunt
+	hack/helm.sh "$(HELM)" "$(HELM4)"
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o bin/podshunt ./plugin
@@ -118,6 +120,7 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	go -C hack/image tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 	$(HELM) lint --strict --quiet charts/podshunt
+	$(HELM4) lint --strict --quiet charts/podshunt
 	shellcheck $(wildcard hack/*.sh hack/*/*.sh e2e/*/*.sh) .ci/run
 
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content

@@ -24,6 +24,7 @@ fi
 go mod tidy -diff
 go -C hack/tools mod tidy -diff
 go -C hack/helm mod tidy -diff
+go -C hack/helm4 mod tidy -diff
 go -C hack/image mod tidy -diff
 go -C e2e/apps mod tidy -diff
 go -C e2e/cluster mod tidy -diff
