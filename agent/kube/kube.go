@@ -101,12 +101,6 @@ func (k kind) String() string {
 	return [kinds]string{podKind: "pods", namespaceKind: "namespaces", policyKind: "networkpolicies"}[k]
 }
 
-// outage says since when and why a kind cannot be watched; zero while it can.
-type outage struct {
-	since time.Time
-	err   error
-}
-
 // Open returns a Source that knows nothing until Run runs. Whatever client-go logs
 // in this process goes to the Config's logger from then on.
 func Open(cfg Config) (*Source, error) {
@@ -324,33 +318,6 @@ func (s *Source) Content() (*pods.Content, error) {
 	return s.content, nil
 }
 
-// outageTrusted bounds how long the last content is relied on while nobody can reach
-// the API server: whatever enforces NetworkPolicy on the node is just as old then.
-const outageTrusted = time.Hour
-
-// Vouch returns an error if Content must not be relied on. An API server that cannot
-// be reached is one only after an hour (outageTrusted); one that refuses this agent
-// is one at once, since others still learn of changes.
-func (s *Source) Vouch(now time.Time) error {
-	for k, synced := range s.synced {
-		if !synced() {
-			return fmt.Errorf("the API server has not told of the %s yet", kind(k))
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, o := range s.outages {
-		switch {
-		case o.err == nil:
-		case apierrors.IsUnauthorized(o.err), apierrors.IsForbidden(o.err):
-			return fmt.Errorf("refused by the API server since %s: %w", o.since.UTC().Format(time.RFC3339), o.err)
-		case now.Sub(o.since) > outageTrusted:
-			return fmt.Errorf("not up to date since %s: %w", o.since.UTC().Format(time.RFC3339), o.err)
-		}
-	}
-	return nil
-}
-
 // read makes content from the caches, and reuses the parts of the last one that are
 // not stale.
 func (s *Source) read(last *pods.Content) *pods.Content {
@@ -363,11 +330,7 @@ func (s *Source) read(last *pods.Content) *pods.Content {
 		for _, namespace := range objects[*corev1.Namespace](s, namespaceKind) {
 			next.Cluster.Namespaces[namespace.Name] = namespace.Labels
 		}
-		none := s.cfg.DefaultNamespaces.selectsNone(next.Cluster.Namespaces)
-		if none && !s.selectsNone {
-			s.cfg.Log.Warn("no namespace is opted in by default, as none has such labels", "default_namespaces", s.cfg.DefaultNamespaces.String())
-		}
-		s.selectsNone = none
+		s.checkDefaults(next.Cluster.Namespaces)
 	}
 	if s.stale[policyKind] {
 		next.Cluster.Policies = objects[*networkingv1.NetworkPolicy](s, policyKind)

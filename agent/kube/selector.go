@@ -62,6 +62,16 @@ func (s *Selector) selectsNone(namespaces map[string]map[string]string) bool {
 	return true
 }
 
+// checkDefaults warns when the last of the namespaces is gone that DefaultNamespaces selects,
+// or none is there at first. The caller holds s.mu.
+func (s *Source) checkDefaults(namespaces map[string]map[string]string) {
+	none := s.cfg.DefaultNamespaces.selectsNone(namespaces)
+	if none && !s.selectsNone {
+		s.cfg.Log.Warn("no namespace is opted in by default, as none has such labels", "default_namespaces", s.cfg.DefaultNamespaces.String())
+	}
+	s.selectsNone = none
+}
+
 // optIn returns the annotations that a namespace gives its pods: its own, and the
 // opt-in if the namespace is selected and has no such annotation itself.
 func (s *Selector) optIn(namespace *corev1.Namespace) map[string]string {
