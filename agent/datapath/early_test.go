@@ -32,7 +32,7 @@ func TestEarly(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
-	for name, end := range map[string]func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
+	for name, end := range map[string]func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket{
 		"a short connection": func(t *testing.T, n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) *rawSocket {
 			c, s := rawPair(t, pods[0], l, address)
 			sandboxtest.MustPing(t, c, s, 1, 100)
