@@ -23,6 +23,7 @@ type (
 	status struct {
 		Version, Kernel string
 		Unloaded        bool
+		NewConnections  struct{ Watched bool }
 		OpenConnections struct {
 			Join    bool
 			Message string

@@ -49,6 +49,7 @@ func (p *proof) mustInstall() time.Duration {
 	if _, err := p.helm(append([]string{"install", release, p.chart, "--create-namespace", "--wait"}, chartValues()...)...); err != nil {
 		p.Fatal(err)
 	}
+	p.mustRollOut() // helm does not wait for as many pods as an update may replace at once
 	return time.Since(began)
 }
 
