@@ -98,7 +98,7 @@ func TestNoRemoval(t *testing.T) {
 			deletePods,
 		}},
 		// Without its rights an agent does not learn whether its DaemonSet is there.
-		{"NoRoles", true, [][]string{roles, deletePods}},
+		{"NoRoles", false, [][]string{roles, deletePods}},
 	} {
 		if testing.Short() && !tc.short {
 			continue
