@@ -150,6 +150,9 @@ func (p *proof) conflistFiles() string {
 
 // TestUninstallWithoutNode uninstalls while a node is not ready: it is named, and cleans up when it is back.
 func TestUninstallWithoutNode(t *testing.T) {
+	if testing.Short() {
+		return
+	}
 	p := newProof(t)
 	p.mustInstall()
 	l := p.mustLoad()
