@@ -59,11 +59,11 @@ func Find(proc string) (Found, error) {
 	if err != nil {
 		return Found{}, fmt.Errorf("look for the container runtime: %w", err)
 	}
-	starter := starterIn(proc)
+	starter, readers := starterIn(proc), readers()
 	var found []Found
 	var errs []error
 	for _, p := range all {
-		read := readers()[p.program()]
+		read := readers[p.program()]
 		if read == nil {
 			continue
 		}

@@ -5,68 +5,37 @@
 package cri
 
 import (
-	"bytes"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/podshunt/podshunt/agent/proc"
 )
 
 // process is a process of the node.
 type process struct {
-	proc  string
-	pid   int
-	start string // in clock ticks after boot
+	root string // of the procfs
+	pid  int
+	stat proc.Stat
 }
 
-func (p process) path(file ...string) string {
-	return filepath.Join(append([]string{p.proc, strconv.Itoa(p.pid)}, file...)...)
-}
+func (p process) path(file ...string) string { return proc.Path(p.root, p.pid, file...) }
 
 // open returns the process with a number.
-func open(proc string, pid int) (process, error) {
-	p := process{proc: proc, pid: pid}
-	fields, err := p.stat()
-	if err != nil {
-		return p, err
-	}
-	p.start = fields[19]
-	return p, nil
-}
-
-// stat returns the fields behind the name, which may itself contain anything: the state
-// is the first of them, the parent the second, and the start the 20th.
-func (p process) stat() ([]string, error) {
-	data, err := os.ReadFile(p.path("stat"))
-	if err != nil {
-		return nil, err
-	}
-	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(fields) < 20 {
-		return nil, fmt.Errorf("decode %s: got %d fields after the name, want 20", p.path("stat"), len(fields))
-	}
-	return fields, nil
+func open(root string, pid int) (process, error) {
+	stat, err := proc.ReadStat(root, pid)
+	return process{root, pid, stat}, err
 }
 
 // running reports whether the process has not ended; its number may be another's then.
 func (p process) running() bool {
-	fields, err := p.stat()
-	return err == nil && fields[19] == p.start
+	now, err := proc.ReadStat(p.root, p.pid)
+	return err == nil && now.Start == p.stat.Start
 }
 
-func (p process) parent() (process, error) {
-	fields, err := p.stat()
-	if err != nil {
-		return process{}, err
-	}
-	pid, err := strconv.Atoi(fields[1])
-	if err != nil {
-		return process{}, err
-	}
-	return open(p.proc, pid)
-}
+func (p process) parent() (process, error) { return open(p.root, p.stat.Parent) }
 
 // args returns the command line, without an error for a process that has ended.
 func (p process) args() []string { return p.words("cmdline") }
@@ -88,8 +57,8 @@ func (p process) program() string {
 }
 
 // self returns this process as a procfs shows it.
-func self(proc string) (process, error) {
-	target, err := os.Readlink(filepath.Join(proc, "self"))
+func self(root string) (process, error) {
+	target, err := os.Readlink(filepath.Join(root, "self"))
 	if err != nil {
 		return process{}, err
 	}
@@ -97,29 +66,21 @@ func self(proc string) (process, error) {
 	if err != nil {
 		return process{}, err
 	}
-	return open(proc, pid)
+	return open(root, pid)
 }
 
 // processes returns those of the node, without the ones of PID namespaces below its own:
 // a pod may run a container runtime, too (docker in docker, kind).
-func processes(proc string) ([]process, error) {
-	dir, err := os.Open(proc)
+func processes(root string) ([]process, error) {
+	pids, err := proc.PIDs(root)
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil {
-		return nil, err
-	}
-	node, nodeErr := os.Readlink(filepath.Join(proc, "1/ns/pid"))
+	slices.Sort(pids)
+	node, nodeErr := os.Readlink(proc.Path(root, 1, "ns", "pid"))
 	var all []process
-	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
-		}
-		p, err := open(proc, pid)
+	for _, pid := range pids {
+		p, err := open(root, pid)
 		if err != nil {
 			continue // it has ended
 		}
@@ -128,7 +89,6 @@ func processes(proc string) ([]process, error) {
 		}
 		all = append(all, p)
 	}
-	slices.SortFunc(all, func(a, b process) int { return a.pid - b.pid })
 	return all, nil
 }
 

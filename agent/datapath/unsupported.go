@@ -124,9 +124,9 @@ func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedVal
 
 // Forget deletes what was learned of the server ports for which forget returns true, and
 // returns how many of these entries were marked unsupported, or early. New connections to the
-// ports may be paired again, do not join at the handshake, and their receivers begin a new trial. server and client
-// are netns cookies, client is 0 in the entry of the server itself, and port is in host
-// byte order. It returns ErrUnloaded after an unload.
+// ports may be paired again, do not join at the handshake, and their receivers begin a new
+// trial. server and client are netns cookies, client is 0 in the entry of the server itself,
+// and port is in host byte order. It returns ErrUnloaded after an unload.
 func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -97,7 +97,8 @@ func (w *watcher) end() {
 	w.ended = true
 }
 
-// getWatcher returns the watcher, or nil after an unload.
+// getWatcher returns the watcher, or nil after an unload or if all connections join at their
+// handshake.
 func (d *Datapath) getWatcher() *watcher {
 	d.mu.Lock()
 	defer d.mu.Unlock()

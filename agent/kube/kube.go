@@ -2,10 +2,10 @@
 
 // Package kube knows what the API server says of this node: its pods, the
 // namespaces and NetworkPolicies that they are judged by, and the agent's own
-// DaemonSet. It lists and watches nothing else, so that its load on the API server does not grow with the cluster's
-// pods or Services. While the API server is away, what was last known stays. It
-// also tells users by Events where something keeps a pod on TCP. It is the only
-// importer of client-go.
+// DaemonSet. It lists and watches nothing else, so that its load on the API server
+// does not grow with the cluster's pods or Services. While the API server is away,
+// what was last known stays. It also tells users by Events where something keeps a
+// pod on TCP. It is the only importer of client-go.
 package kube
 
 import (

@@ -10,6 +10,7 @@ package proc
 import (
 	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -56,7 +57,7 @@ func (f Finder) Find(uids map[string]bool) (found map[string]Netns, refused map[
 }
 
 func (f Finder) find(uids map[string]bool) (found map[string]Netns, refused map[string]error, err error) {
-	pids, err := f.pids()
+	pids, err := PIDs(f.Root)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -79,8 +80,8 @@ func (f Finder) find(uids map[string]bool) (found map[string]Netns, refused map[
 			refused[uid] = cmp.Or(refused[uid], err)
 			continue
 		}
-		if start, err := f.start(pid); err == nil {
-			processes[uid] = append(processes[uid], process{pid, start})
+		if stat, err := ReadStat(f.Root, pid); err == nil {
+			processes[uid] = append(processes[uid], process{pid, stat.Start})
 		}
 	}
 	found = map[string]Netns{}
@@ -103,12 +104,16 @@ func (f Finder) find(uids map[string]bool) (found map[string]Netns, refused map[
 	return found, refused, nil
 }
 
-func (f Finder) path(pid int, file ...string) string {
-	return filepath.Join(append([]string{f.Root, strconv.Itoa(pid)}, file...)...)
+func (f Finder) path(pid int, file ...string) string { return Path(f.Root, pid, file...) }
+
+// Path returns the path of a file of a process in the procfs at root.
+func Path(root string, pid int, file ...string) string {
+	return filepath.Join(append([]string{root, strconv.Itoa(pid)}, file...)...)
 }
 
-func (f Finder) pids() ([]int, error) {
-	dir, err := os.Open(f.Root)
+// PIDs returns the numbers of all processes in the procfs at root, in no order.
+func PIDs(root string) ([]int, error) {
+	dir, err := os.Open(root)
 	if err != nil {
 		return nil, err
 	}
@@ -126,17 +131,29 @@ func (f Finder) pids() ([]int, error) {
 	return pids, nil
 }
 
-// start returns when a process was started, in clock ticks after boot.
-func (f Finder) start(pid int) (uint64, error) {
-	data, err := os.ReadFile(f.path(pid, "stat"))
+// Stat is what a procfs tells of a process.
+type Stat struct {
+	Parent int
+	Start  uint64 // in clock ticks after boot: no later process with the number has the same
+}
+
+// ReadStat reads it from the procfs at root.
+func ReadStat(root string, pid int) (Stat, error) {
+	path := Path(root, pid, "stat")
+	data, err := os.ReadFile(path)
 	if err != nil {
-		return 0, err
+		return Stat{}, err
 	}
-	// The name, in parentheses, may contain anything. The start is the 20th field after
-	// it.
+	// The name, in parentheses, may contain anything. The parent is the second field after
+	// it, and the start the 20th.
 	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
 	if len(fields) < 20 {
-		return 0, fmt.Errorf("decode %s: got %d fields after the name, want 20", f.path(pid, "stat"), len(fields))
+		return Stat{}, fmt.Errorf("decode %s: got %d fields after the name, want 20", path, len(fields))
 	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	parent, err1 := strconv.Atoi(fields[1])
+	start, err2 := strconv.ParseUint(fields[19], 10, 64)
+	if err := errors.Join(err1, err2); err != nil {
+		return Stat{}, fmt.Errorf("decode %s: %w", path, err)
+	}
+	return Stat{parent, start}, nil
 }

@@ -108,11 +108,16 @@ httpGet:
 timeoutSeconds: 5
 {{- end }}
 
+{{/* A duration such as 1m30s in seconds. */}}
+{{- define "podshunt.seconds" -}}
+{{- $start := toDate "2006-01-02" "2001-01-01" }}
+{{- sub (mustDateModify . $start | unixEpoch) (unixEpoch $start) }}
+{{- end }}
+
 {{/* Seconds that an agent may take to end: 5 to learn whether its DaemonSet is deleted, then the uninstall, which may take 30 more to
 reset connections, and 10 for the rest. */}}
 {{- define "podshunt.grace" -}}
-{{- $start := toDate "2006-01-02" "2001-01-01" }}
-{{- $timeout := sub (mustDateModify .Values.uninstall.timeout $start | unixEpoch) (unixEpoch $start) }}
+{{- $timeout := include "podshunt.seconds" .Values.uninstall.timeout | int64 }}
 {{- ternary (add 15 $timeout (ternary 30 0 .Values.uninstall.force)) 10 .Values.uninstall.enabled }}
 {{- end }}
 

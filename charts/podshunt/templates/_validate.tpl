@@ -51,7 +51,7 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- range .values }}
 {{- $checks = append $checks (list "agent.defaultNamespaces.matchExpressions" . $label "the value of a label") }}
 {{- end }}
-{{- if ne (empty .values) (hasSuffix "xist" (trimSuffix "s" .operator)) }}
+{{- if ne (empty .values) (has .operator (list "Exists" "DoesNotExist")) }}
 {{- fail (printf "agent.defaultNamespaces.matchExpressions: operator %s takes %s" .operator (.values | empty | ternary "values" "no values")) }}
 {{- end }}
 {{- end }}
@@ -95,8 +95,7 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- end }}
 
 {{- /* An exec into an agent may take 30 s more than the timeout. */}}
-{{- $start := toDate "2006-01-02" "2001-01-01" }}
-{{- $least := sub (mustDateModify $uninstall.timeout $start | unixEpoch) (unixEpoch $start) | add 30 }}
+{{- $least := include "podshunt.seconds" $uninstall.timeout | int64 | add 30 }}
 {{- if and $uninstall.enabled (lt ($uninstall.deadlineSeconds | int64) $least) }}
 {{- fail (printf "uninstall.deadlineSeconds: %d is not accepted; accepted is 30 more than uninstall.timeout, %d, and above" ($uninstall.deadlineSeconds | int64) $least) }}
 {{- end }}
