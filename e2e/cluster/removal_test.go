@@ -159,9 +159,10 @@ func TestUninstallWithoutNode(t *testing.T) {
 	lost := p.nodes[1]
 	lost.stopDaemon("kubelet")
 	p.mustKubectl("wait", "--for=condition=Ready=Unknown", "node/"+lost.name, "--timeout=3m")
-	out, err := p.helm("uninstall", release, "--wait")
+	// Helm prints the hook's log to stderr.
+	out, err := p.control().output(longTimeout, nil, "bash", "-c", "helm uninstall "+release+" --wait --namespace="+release+" 2>&1")
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v: %s", err, out)
 	}
 	if !strings.Contains(out, lost.name+": LEFT AS IT IS: the node is not ready") || !strings.Contains(out, "podshunt is out of 1 nodes") {
 		t.Errorf("helm uninstall printed\n%s\nwant it to name %s", out, lost.name)
