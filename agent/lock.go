@@ -47,3 +47,13 @@ func lockRunDir(dir string) (*os.File, error) {
 	}
 	return f, nil
 }
+
+// isRunDirLocked reports whether an agent uses the run directory, also one that does not listen yet or any more.
+func isRunDirLocked(dir string) bool {
+	f, err := os.Open(filepath.Join(dir, "lock"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}

@@ -64,6 +64,10 @@ func TestCommandErrors(t *testing.T) {
 		{"uninstall timeout", []string{"uninstall", "--timeout=-1s"}, "--timeout=-1s: accepted are durations above 0"},
 		{"uninstall of all nodes", []string{"uninstall", "--all-nodes"}, "--namespace and --selector are required"},
 		{"uninstall from half a CNI", []string{"uninstall", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both"},
+		{"deletion of a binary that is nowhere", []string{"uninstall", "--delete-binary"}, "--delete-binary: accepted with --cni-conf-dir and --cni-bin-dir"},
+		{"own pod without a cluster", []string{"run", "--pods-file=p", "--own-pod=a/b"}, "--own-pod is for the cluster: give --node-name"},
+		{"own pod", []string{"run", "--node-name=n", "--own-pod=agent"}, `--own-pod: pod "agent": accepted is namespace/name`},
+		{"uninstall timeout of run", []string{"run", "--node-name=n", "--uninstall-timeout=0s"}, "--uninstall-timeout=0s: accepted are durations above 0"},
 		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + nowhere + "/none"}, "open mount namespace"},
 		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--accept-hazards=splice,waitall"}, `--accept-hazards="waitall": accepted are fionread-tcp, fionread-redirected, splice, blocking-recv, all`},
@@ -194,6 +198,34 @@ func TestExitStatus(t *testing.T) {
 	if exitStatus(err) != exitTimedOut || !strings.Contains(err.Error(), "has not answered after 50ms") {
 		t.Errorf("got error %v of an agent that keeps quiet, want that it has not answered", err)
 	}
+}
+
+// TestUnloadWaitsForStart: an agent that has begun to start, and does not listen yet, is asked when it does.
+func TestUnloadWaitsForStart(t *testing.T) {
+	dir := t.TempDir()
+	lock, err := lockRunDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	ended := make(chan error, 1)
+	var out bytes.Buffer
+	go func() {
+		ended <- run(t.Context(), []string{"unload", "--run-dir=" + dir, "--pin-dir=/none/such"}, &out, io.Discard)
+	}()
+	select {
+	case err := <-ended:
+		t.Fatalf("got %v and %q while an agent starts, want it to wait", err, &out)
+	case <-time.After(10 * startRetry):
+	}
+	_, started, _ := strings.Cut(fakeAgent(t, jsonAnswer(t, api.UnloadResult{Done: true})), "=")
+	if err := os.Rename(socketIn(started), socketIn(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	wantDiff(t, "unload", "unloaded: nothing of podshunt is left in the kernel\n", out.String())
 }
 
 // The help of the root command is where people look exit statuses up.

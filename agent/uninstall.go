@@ -36,7 +36,8 @@ func newUninstallCommand() *cobra.Command {
 		Short: "Take the plugin out of the CNI configuration, then unload; with --all-nodes everywhere",
 		Long: `Takes podshunt's entry out of the container runtime's CNI configuration, which is
 then byte for byte as before, and does what "podshunt-agent unload" does. The
-plugin's binary stays, since a runtime may still call it for running pods.
+plugin's binary stays, since a runtime may still call it for running pods;
+--delete-binary deletes it where no such pod is left.
 
 If an agent runs, it does the work, and knows the runtime's directories. If none
 runs, name them with --cni-conf-dir and --cni-bin-dir. With --all-nodes the command
@@ -44,6 +45,7 @@ runs in all pods of the agent, through the API server; this is how the chart
 uninstalls.`,
 		Example: `  podshunt-agent uninstall
   podshunt-agent uninstall --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin
+  podshunt-agent uninstall --cni-conf-dir=/etc/cni/net.d --cni-bin-dir=/opt/cni/bin --delete-binary
   podshunt-agent uninstall --all-nodes --namespace=podshunt --selector=app.kubernetes.io/name=podshunt`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -52,7 +54,11 @@ uninstalls.`,
 				return usageError(err)
 			}
 			if !f.allNodes {
-				return f.run(cmd.Context(), api.PathUninstall, f.restoreCNI, cmd.OutOrStdout())
+				err := f.run(cmd.Context(), api.PathUninstall, f.restoreCNI, cmd.OutOrStdout())
+				if err == nil && f.deleteBinary {
+					err = cniconf.DeleteBinary(f.confDir, f.binDir, f.cacheDir)
+				}
+				return err
 			}
 			f.exec.PodTimeout = f.longest() + execTimeout
 			f.exec.Command = f.command()
@@ -66,16 +72,20 @@ uninstalls.`,
 // uninstallFlags has the values of uninstall's flags.
 type uninstallFlags struct {
 	unloadFlags
-	confDir, binDir string
-	allNodes        bool
-	exec            kube.Exec
+	confDir, binDir, cacheDir string
+	deleteBinary              bool
+	allNodes                  bool
+	exec                      kube.Exec
 }
 
 func (f *uninstallFlags) register(cmd *cobra.Command) {
 	f.unloadFlags.register(cmd)
 	dirVar(cmd, &f.confDir, "cni-conf-dir", "`directory` of the runtime's network configurations, if no agent runs")
 	dirVar(cmd, &f.binDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, if no agent runs")
+	f.cacheDir = "/var/lib/cni"
+	dirVar(cmd, &f.cacheDir, "cni-cache-dir", "`directory` in which runtimes keep what they have run for a pod, with --delete-binary")
 	flags := cmd.Flags()
+	flags.BoolVar(&f.deleteBinary, "delete-binary", false, "delete the plugin's binary, too, if no pod is left that was started with it, and no file names it")
 	flags.BoolVar(&f.allNodes, "all-nodes", false, "do it in all pods of the agent, through the API server")
 	fileVar(cmd, &f.exec.Kubeconfig, "kubeconfig", "`file` that says where the API server is (default the service account of this pod)")
 	flags.StringVar(&f.exec.Namespace, "namespace", "", "namespace of the agent's pods, with --all-nodes")
@@ -86,6 +96,9 @@ func (f *uninstallFlags) register(cmd *cobra.Command) {
 func (f *uninstallFlags) check() error {
 	if (f.confDir == "") != (f.binDir == "") {
 		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
+	}
+	if f.deleteBinary && (f.binDir == "" || f.allNodes) {
+		return errors.New("--delete-binary: accepted with --cni-conf-dir and --cni-bin-dir, and without --all-nodes, whose agents keep the binary for running pods")
 	}
 	if f.allNodes && (f.exec.Namespace == "" || f.exec.Selector == "") {
 		return errors.New("--all-nodes: --namespace and --selector are required, they say which pods are the agent's")

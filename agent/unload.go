@@ -27,6 +27,10 @@ import (
 // defaultUnloadTimeout is how long an unload waits until connections have read.
 const defaultUnloadTimeout = 30 * time.Second
 
+// startTimeout is how long an unload waits for an agent that is starting: it measures the kernel first. startRetry is
+// the time between two tries.
+const startTimeout, startRetry = 20 * time.Second, 100 * time.Millisecond
+
 func newUnloadCommand() *cobra.Command {
 	var f unloadFlags
 	cmd := &cobra.Command{
@@ -78,12 +82,22 @@ func (f *unloadFlags) check() error {
 	return nil
 }
 
-// run asks the agent to unload. If none runs, it calls first, unless that is nil, and
+// run asks the agent to unload, once it has started. If none runs, it calls first, unless that is nil, and
 // takes the pins out itself. first returns remarks for the result.
 func (f *unloadFlags) run(ctx context.Context, path string, first func() (remarks []string, err error), stdout io.Writer) error {
 	var result api.UnloadResult
 	query := url.Values{"timeout": {f.timeout.String()}, "force": {strconv.FormatBool(f.force)}}
-	err := ask(ctx, f.runDir, http.MethodPost, path+"?"+query.Encode(), f.longest()+askTimeout, &result)
+	toAgent := func() error {
+		return ask(ctx, f.runDir, http.MethodPost, path+"?"+query.Encode(), f.longest()+askTimeout, &result)
+	}
+	err := toAgent()
+	for deadline := time.Now().Add(startTimeout); errors.Is(err, errNoAgent) && isRunDirLocked(f.runDir) && time.Now().Before(deadline); err = toAgent() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(startRetry):
+		}
+	}
 	if errors.Is(err, errNoAgent) {
 		var remarks []string
 		if first != nil {

@@ -18,6 +18,7 @@ func TestTogether(t *testing.T) {
 		"Namespace":   proveNamespace,
 		"Policy":      provePolicy,
 		"Events":      proveEvents,
+		"Examples":    proveExamples,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

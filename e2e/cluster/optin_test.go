@@ -4,6 +4,7 @@ package cluster_test
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -158,5 +159,18 @@ func proveEvents(t *testing.T) {
 	p.figure("hostNetwork:    %s", find("host", "hostNetwork"))
 	if got := events("good"); strings.Contains(got, release) {
 		t.Errorf("events of a pod that takes part:\n%s", got)
+	}
+}
+
+// proveExamples has the API server check the objects of docs/examples that are its own.
+func proveExamples(t *testing.T) {
+	p := newProof(t)
+	file, err := filepath.Abs("../../docs/examples/redis-same-node.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.control().output(stepTimeout, nil, "kubectl", "--namespace="+p.namespace, "apply", "--dry-run=server", "--warnings-as-errors", "--validate=strict", "-f", file)
+	if err != nil || strings.Count(out, "created (server dry run)") != 3 {
+		t.Errorf("got %v and %q, want three objects", err, out)
 	}
 }

@@ -177,3 +177,41 @@ func TestUninstallWithoutNode(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestDeleteBinary runs the command of docs/operations.md that removes the binary from all nodes, with
+// pods that were started with it and without them.
+func TestDeleteBinary(t *testing.T) {
+	p := newProof(t)
+	p.mustInstall()
+	n := p.nodes[0]
+	p.mustRun(server("last", n))
+	p.mustUninstall()
+	del := func(n *node) string {
+		p.Helper()
+		return p.mustKubectl("debug", "node/"+n.name, "--namespace="+p.namespace, "--quiet", "--attach", "--profile=sysadmin",
+			"--image=ghcr.io/podshunt/podshunt:0.0.0", "--", "podshunt-agent", "uninstall",
+			"--run-dir=/host/run/podshunt", "--pin-dir=/host/sys/fs/bpf/podshunt",
+			"--cni-conf-dir=/host/etc/cni/net.d", "--cni-bin-dir=/host/opt/cni/bin", "--cni-cache-dir=/host/var/lib/cni", "--delete-binary")
+	}
+	there := func(n *node) bool {
+		_, err := n.output(stepTimeout, nil, "stat", plugin)
+		return err == nil
+	}
+	if out := del(n); !strings.Contains(out, "pods were started with it") || !there(n) {
+		t.Errorf("got %q while a pod may need the binary, and there %v, want it to stay", out, there(n))
+	}
+	p.mustKubectl("--namespace="+p.namespace, "delete", "pod", "last")
+	for _, n := range p.nodes {
+		// Pods of earlier tests may still be ending.
+		if err := p.await("the deletion of the binary on "+n.name, func() error {
+			if out := del(n); there(n) {
+				return fmt.Errorf("it printed %s", out)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	p.mustRun(server("after", n))
+	p.figure("the plugin's binary stays while a pod was started with it, and is deleted on all nodes after that")
+}
