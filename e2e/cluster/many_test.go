@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -87,14 +88,21 @@ func (p *proof) mustReadTimes(log string, pods int) (plugin, nothing runs) {
 
 // TestManyPods starts many pods at once, half of them on a node with the agent and
 // half on one without it. How long that takes is measured, and depends on the
-// machine; that all of them start is what has to hold. It is the last test: the
-// pods end with the cluster.
+// machine; that all of them start is what has to hold.
 func TestManyPods(t *testing.T) {
 	p := newProof(t)
 	p.mustInstall()
-	p.mustKubectl("--namespace="+release, "patch", daemonSet,
-		fmt.Sprintf(`--patch={"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": %q}}}}}`, p.nodes[0].name))
-	p.mustRollOut()
+	selectNodes := func(selector string) {
+		p.mustKubectl("--namespace="+release, "patch", daemonSet,
+			fmt.Sprintf(`--patch={"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": %s}}}}}`, selector))
+		p.mustRollOut()
+	}
+	// The next test has all agents, and none of these pods.
+	t.Cleanup(func() {
+		p.mustKubectl("--namespace="+p.namespace, "delete", "replicasets", "--all", "--cascade=foreground")
+		selectNodes("null")
+	})
+	selectNodes(strconv.Quote(p.nodes[0].name))
 	p.mustKubectl("--namespace="+release, "wait", "pods", "--field-selector=spec.nodeName="+p.nodes[1].name, "--for=delete",
 		fmt.Sprintf("--timeout=%v", stepTimeout))
 	var logs []string
