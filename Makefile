@@ -4,6 +4,8 @@ VERSION ?= $(shell git describe --always --dirty --tags 2>/dev/null || echo deve
 # Of the chart and the image: what helm takes for a version.
 RELEASE ?= $(patsubst v%,%,$(if $(findstring .,$(VERSION)),$(VERSION),0.0.0-g$(VERSION)))
 IMAGE ?= ghcr.io/podshunt/podshunt:$(RELEASE)
+# Where build has its binaries.
+BIN ?= bin
 # The objects in bpf/ are committed: another clang makes others.
 CLANG ?= clang-19
 LLVM_STRIP ?= llvm-strip-19
@@ -28,17 +30,25 @@ TESTFLAGS ?=
 # Flags for bench, such as "-rows '^stream 16 KiB' -cores one -rounds 20", and for bench-apps and bench-apps-quick, such as
 # "-programs ^redis". A run of some rows only leaves docs/measurements.md as it is.
 BENCH_ARGS ?=
+# Where the database of vulnerabilities cannot be reached, vuln and verify only say so, unless this is "required".
+VULN ?=
+# Where dist and release have their files.
+DIST ?= $(CURDIR)/bin/dist
+# The private key, a file, that release and publish sign with; COSIGN_PASSWORD is its password.
+COSIGN_KEY ?=
+# Where publish pushes to: what README installs from.
+REGISTRY ?= ghcr.io/podshunt
 # What runs the tests of unit, test and test-cluster; CI takes a program that repeats the failures at the end.
 GOTEST ?= go test
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
-BUILD := go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+BUILD := go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_LINT := go tool -modfile=hack/tools/go.mod golangci-lint
 HELM := go tool -modfile=hack/helm/go.mod helm
 HELM4 := go tool -modfile=hack/helm4/go.mod helm
 HELM_UNITTEST := go tool -modfile=hack/helm/go.mod helm-unittest --strict
 HELM_DOCS := go tool -modfile=hack/helm/go.mod helm-docs --sort-values-order file --log-level warning
-PACK_IMAGE := go -C hack/image run . -binaries $(CURDIR)/bin
+PACK := go -C hack/release run .
 PLUGINS := github.com/containernetworking/plugins/plugins
 UNIT := ./api ./plugin ./agent/...
 # Tests of race. The ones left out kill a process at every step that it takes, or sit
@@ -50,7 +60,7 @@ FUZZTIME ?= 20s
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart build cni unit race fuzz generate lint verify bench bench-apps bench-apps-quick bin/bench-apps image chart clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart test-release build cni unit race fuzz generate lint verify vuln bench bench-apps bench-apps-quick bin/bench-apps image chart dist release publish clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -81,7 +91,7 @@ test-apps-table: ## the table of programs in docs/limits.md, of what test-apps-k
 # The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
 test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
 	mkdir -p $(CLUSTER)
-	$(PACK_IMAGE) -name ghcr.io/podshunt/podshunt:0.0.0 -o $(abspath $(CLUSTER))/podshunt-image.tar
+	$(PACK) image -binaries $(CURDIR)/bin -name ghcr.io/podshunt/podshunt:0.0.0 -o $(abspath $(CLUSTER))/podshunt-image.tar
 	e2e/cluster/build.sh $(CLUSTER)
 	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 
@@ -89,9 +99,13 @@ test-chart: ## what the chart makes of its values, and which it refuses (charts/
 	$(HELM_UNITTEST) charts/podshunt
 	hack/helm.sh "$(HELM)" "$(HELM4)"
 
+# Kept out of unit for its time: it makes a release twice, and cosign takes minutes to build the first time.
+test-release: ## two builds of a release are the same bytes, its signature and its bill of materials hold
+	go -C hack/release test -count=1 -timeout 60m -v -run TestRelease $(TESTFLAGS) .
+
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent
-	$(BUILD) -o bin/podshunt ./plugin
-	$(BUILD) -o bin/podshunt-agent ./agent
+	$(BUILD) -o $(BIN)/podshunt ./plugin
+	$(BUILD) -o $(BIN)/podshunt-agent ./agent
 
 cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 	$(BUILD) -o bin/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
@@ -99,7 +113,7 @@ cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
 # Tests that need root are in files with the constraint !unit.
 unit: ## the tests that need no privileges, with the race detector
 	CGO_ENABLED=1 $(GOTEST) -race -tags unit -count=1 $(TESTFLAGS) $(UNIT)
-	go -C hack/image test -count=1 $(TESTFLAGS) .
+	go -C hack/release test -tags unit -count=1 $(TESTFLAGS) .
 	go -C e2e/apps test -count=1 $(TESTFLAGS) ./bench
 
 race: build cni ## the tests of the agent and the datapath that need root, with the race detector (root)
@@ -117,7 +131,7 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 	hack/deps.sh
 	$(GOLANGCI_LINT) run
 	go -C e2e/apps tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
-	go -C hack/image tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
+	go -C hack/release tool -modfile=$(CURDIR)/hack/tools/go.mod golangci-lint run
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 	$(HELM) lint --strict --quiet charts/podshunt
 	$(HELM4) lint --strict --quiet charts/podshunt
@@ -125,6 +139,9 @@ lint: ## golangci-lint, clang-format, helm lint, shellcheck
 
 verify: ## what is generated is current, go.mod is tidy, code is formatted, linters are content
 	hack/verify.sh
+
+vuln: ## known vulnerabilities in what the programs call; VULN=required fails without the database
+	VULN=$(VULN) hack/vuln.sh ./plugin ./agent
 
 bench: build cni ## measure this machine into docs/measurements.md, in some 25 minutes (root)
 	$(BUILD) -o bin/bench ./hack/bench
@@ -148,10 +165,20 @@ bin/bench-apps: build cni
 	go -C e2e/apps build -trimpath -o $(CURDIR)/$@ ./bench
 
 image: build ## bin/podshunt-image.tar, for ctr images import or docker load
-	$(PACK_IMAGE) -name $(IMAGE) -o $(CURDIR)/bin/podshunt-image.tar
+	$(PACK) image -binaries $(CURDIR)/bin -version $(RELEASE) -name $(IMAGE) -o $(CURDIR)/bin/podshunt-image.tar
 
 chart: ## bin/podshunt-RELEASE.tgz, the chart that installs this image
-	$(HELM) package charts/podshunt --version $(RELEASE) --app-version $(RELEASE) --destination bin
+	mkdir -p bin
+	$(PACK) chart -version $(RELEASE) -o $(CURDIR)/bin
+
+dist: ## bin/dist: the files of a release, of the working tree and unsigned
+	hack/release/dist.sh $(VERSION) $(RELEASE) $(DIST)
+
+release: ## bin/dist: the release of the tag at HEAD, the same bytes everywhere, signed with COSIGN_KEY=FILE
+	hack/release/release.sh $(DIST) $(COSIGN_KEY)
+
+publish: ## push image and chart of bin/dist to REGISTRY, and sign them with COSIGN_KEY=FILE
+	hack/release/publish.sh $(DIST) $(REGISTRY) $(COSIGN_KEY)
 
 clean: ## remove bin/
 	rm -rf bin

@@ -2,6 +2,8 @@ module github.com/podshunt/podshunt
 
 go 1.26.0
 
+toolchain go1.26.8
+
 require (
 	github.com/cilium/ebpf v0.22.0
 	github.com/containernetworking/cni v1.3.1

@@ -25,7 +25,8 @@ go mod tidy -diff
 go -C hack/tools mod tidy -diff
 go -C hack/helm mod tidy -diff
 go -C hack/helm4 mod tidy -diff
-go -C hack/image mod tidy -diff
+go -C hack/release mod tidy -diff
+go -C hack/cosign mod tidy -diff
 go -C e2e/apps mod tidy -diff
 go -C e2e/cluster mod tidy -diff
 go tool -modfile=hack/tools/go.mod golangci-lint fmt --diff
@@ -34,6 +35,8 @@ make test-chart
 # helm-unittest makes a snapshot that is not there.
 committed charts/podshunt/tests
 go vet ./...
-go -C hack/image vet .
+go -C hack/release vet .
 go -C e2e/apps vet ./...
 go -C e2e/cluster vet . ./peer
+# Last, so that it is seen when the database cannot be reached.
+make vuln

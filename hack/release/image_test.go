@@ -19,10 +19,14 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
 
 // mustBinaries makes a directory of binaries with a time of modification.
-func mustBinaries(t testing.TB, modified time.Time) config {
+func mustBinaries(t testing.TB, modified time.Time, architectures ...string) build {
 	t.Helper()
 	dir := t.TempDir()
 	for _, name := range []string{"podshunt", "podshunt-agent"} {
@@ -34,17 +38,25 @@ func mustBinaries(t testing.TB, modified time.Time) config {
 			t.Fatal(err)
 		}
 	}
-	return config{binaries: dir, name: "localhost/podshunt:test", architecture: "amd64"}
+	b := build{version: "1.2.3", created: time.Unix(0, 0), binaries: map[string]string{}}
+	for _, architecture := range architectures {
+		b.binaries[architecture] = dir
+	}
+	return b
 }
 
-func mustWrite(t testing.TB, c config) (archive []byte, digest string) {
+func mustWrite(t testing.TB, b build) (archive []byte, digest string) {
 	t.Helper()
-	var out bytes.Buffer
-	digest, err := write(&out, c)
+	file := filepath.Join(t.TempDir(), "image.tar")
+	digest, err := b.writeImage(file, "localhost/podshunt:test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return out.Bytes(), digest
+	archive, err = os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return archive, digest
 }
 
 // mustFiles returns the content of each file of a tar, or its kind.
@@ -79,13 +91,13 @@ func sum(content []byte) string {
 }
 
 func TestReproducible(t *testing.T) {
-	first, digest := mustWrite(t, mustBinaries(t, time.Unix(1_000_000, 0)))
-	second, again := mustWrite(t, mustBinaries(t, time.Now()))
+	first, digest := mustWrite(t, mustBinaries(t, time.Unix(1_000_000, 0), "amd64", "arm64"))
+	second, again := mustWrite(t, mustBinaries(t, time.Now(), "amd64", "arm64"))
 	if !bytes.Equal(first, second) || digest != again {
 		t.Errorf("the same binaries make different archives: %s and %s", digest, again)
 	}
-	changed := mustBinaries(t, time.Now())
-	if err := os.WriteFile(filepath.Join(changed.binaries, "podshunt"), []byte("another"), 0o700); err != nil {
+	changed := mustBinaries(t, time.Now(), "amd64", "arm64")
+	if err := os.WriteFile(filepath.Join(changed.binaries["amd64"], "podshunt"), []byte("another"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if _, other := mustWrite(t, changed); other == digest {
@@ -95,7 +107,8 @@ func TestReproducible(t *testing.T) {
 
 // TestLayout follows the references from the index to the programs.
 func TestLayout(t *testing.T) {
-	archive, digest := mustWrite(t, mustBinaries(t, time.Now()))
+	b := mustBinaries(t, time.Now(), "amd64")
+	archive, digest := mustWrite(t, b)
 	files := mustFiles(t, bytes.NewReader(archive))
 	if files["oci-layout"] == "" {
 		t.Error("got no file oci-layout")
@@ -151,7 +164,7 @@ func TestLayout(t *testing.T) {
 	}
 	if diff := cmp.Diff(settings{
 		Env: []string{"PATH=/bin"}, Entrypoint: []string{"podshunt-agent"}, Cmd: []string{"help"},
-		Labels: map[string]string{"org.opencontainers.image.source": "https://github.com/podshunt/podshunt"},
+		Labels: b.labels(),
 	}, image.Config); diff != "" {
 		t.Errorf("config (-want +got)\n%s", diff)
 	}
@@ -186,17 +199,75 @@ func TestLayout(t *testing.T) {
 	}
 }
 
+// TestIndex: what the name stands for has an image for each architecture, with its own binaries.
+func TestIndex(t *testing.T) {
+	b := mustBinaries(t, time.Now(), "amd64")
+	b.binaries["arm64"] = mustBinaries(t, time.Now(), "arm64").binaries["arm64"]
+	b.revision = "0123abc"
+	if err := os.WriteFile(filepath.Join(b.binaries["arm64"], "podshunt"), []byte("for arm64"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "image.tar")
+	digest, err := b.writeImage(file, "localhost/podshunt:test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := unpack(file, dir); err != nil {
+		t.Fatal(err)
+	}
+	outer, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash, err := v1.NewHash(digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	index, err := outer.ImageIndex(hash)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := validate.Index(index); err != nil {
+		t.Error(err)
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(b.labels(), manifest.Annotations); diff != "" || manifest.Annotations["org.opencontainers.image.revision"] != "0123abc" {
+		t.Errorf("annotations of the index (-want +got)\n%s", diff)
+	}
+	got := map[string]string{}
+	for _, entry := range manifest.Manifests {
+		image, err := index.Image(entry.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		config, err := image.ConfigFile()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if config.Architecture != entry.Platform.Architecture || config.OS != "linux" || entry.Platform.OS != "linux" || entry.ArtifactType != "" {
+			t.Errorf("got entry %+v for an image of %s/%s", entry, config.OS, config.Architecture)
+		}
+		got[config.Architecture] = mustFiles(t, mutate.Extract(image))["bin/podshunt"]
+	}
+	if diff := cmp.Diff(map[string]string{"amd64": "program podshunt", "arm64": "for arm64"}, got); diff != "" {
+		t.Errorf("plugin of each architecture (-want +got)\n%s", diff)
+	}
+}
+
 func TestMissingBinary(t *testing.T) {
-	if _, err := write(io.Discard, config{binaries: t.TempDir(), name: "localhost/podshunt:test"}); !errors.Is(err, os.ErrNotExist) {
+	b := build{binaries: map[string]string{"amd64": t.TempDir()}}
+	if _, err := b.writeImage(filepath.Join(t.TempDir(), "image.tar"), "localhost/podshunt:test"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got error %v, want %v", err, os.ErrNotExist)
 	}
 }
 
 func TestName(t *testing.T) {
 	for _, name := range []string{"", "localhost/podshunt", "localhost/podshunt:a b", "localhost/Podshunt:test"} {
-		c := mustBinaries(t, time.Now())
-		c.name = name
-		if _, err := write(io.Discard, c); err == nil {
+		if _, err := mustBinaries(t, time.Now(), "amd64").writeImage(filepath.Join(t.TempDir(), "image.tar"), name); err == nil {
 			t.Errorf("%q is taken for a name and a tag", name)
 		}
 	}

@@ -1,9 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Image packs podshunt's container image without a container engine, as
-// Dockerfile in the top directory describes it. The archive is an OCI layout that
-// `ctr images import`, `docker load`, podman and skopeo take; the same binaries
-// make the same bytes.
 package main
 
 import (
@@ -12,13 +8,13 @@ import (
 	"compress/gzip"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
-	"runtime"
+	"slices"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -31,81 +27,117 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-func main() {
-	var c config
-	flag.StringVar(&c.binaries, "binaries", "bin", "`directory` of podshunt and podshunt-agent")
-	flag.StringVar(&c.name, "name", "ghcr.io/podshunt/podshunt:devel", "name and tag of the image")
-	flag.StringVar(&c.architecture, "architecture", runtime.GOARCH, "that of the binaries")
-	output := flag.String("o", "bin/podshunt-image.tar", "`file` to write")
-	flag.Parse()
-	if err := run(c, *output); err != nil {
-		fmt.Fprintln(os.Stderr, "image:", err)
-		os.Exit(1)
+// imageName is the annotation by whose name containerd keeps what it imports.
+const imageName = "io.containerd.image.name"
+
+// writeImage writes an archive of the image, which is an OCI layout that `ctr images
+// import`, podman and skopeo take, and returns the digest of what the name stands for:
+// of the image, if there is one architecture, and else of an index. With one,
+// `docker load` takes it, too.
+func (b build) writeImage(file, image string) (digest string, err error) {
+	if _, err := name.NewTag(image, name.StrictValidation); err != nil {
+		return "", err
 	}
+	if len(b.binaries) == 0 {
+		return "", errors.New("no -binaries")
+	}
+	return digest, writeLayout(file, func(path layout.Path) (err error) {
+		digest, err = b.addImage(path, image)
+		return err
+	})
 }
 
-type config struct {
-	binaries, name, architecture string
+func (b build) addImage(path layout.Path, image string) (digest string, err error) {
+	var images []mutate.IndexAddendum
+	for _, architecture := range slices.Sorted(maps.Keys(b.binaries)) {
+		img, err := b.image(architecture)
+		if err != nil {
+			return "", err
+		}
+		images = append(images, mutate.IndexAddendum{
+			Add: runnable{img}, Descriptor: v1.Descriptor{Platform: &v1.Platform{Architecture: architecture, OS: "linux"}},
+		})
+	}
+	var added partial.Describable
+	if len(images) > 1 {
+		index := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), images...)
+		index = mutate.Annotations(index, b.labels()).(v1.ImageIndex)
+		if err := path.WriteIndex(index); err != nil {
+			return "", err
+		}
+		added = index
+	} else {
+		img := images[0].Add.(runnable)
+		docker, err := dockerManifest(img, image)
+		if err != nil {
+			return "", err
+		}
+		if err := errors.Join(path.WriteImage(img), path.WriteFile("manifest.json", docker, 0o644)); err != nil {
+			return "", err
+		}
+		added = img
+	}
+	entry, err := partial.Descriptor(added)
+	if err != nil {
+		return "", err
+	}
+	entry.Annotations = map[string]string{imageName: image}
+	if len(images) == 1 {
+		entry.Platform = images[0].Platform
+	}
+	return entry.Digest.String(), path.AppendDescriptor(*entry)
 }
 
-func run(c config, output string) error {
-	var archive bytes.Buffer
-	digest, err := write(&archive, c)
+// runnable is an image to run: without it the library names the type of the config in an
+// index, as if it were something else.
+type runnable struct{ v1.Image }
+
+func (runnable) ArtifactType() (string, error) { return "", nil }
+
+// writeLayout writes an archive of an OCI layout to a file.
+func writeLayout(file string, fill func(layout.Path) error) (err error) {
+	dir, err := os.MkdirTemp("", "podshunt-release-")
 	if err != nil {
 		return err
-	}
-	if err := os.WriteFile(output, archive.Bytes(), 0o644); err != nil {
-		return err
-	}
-	_, err = fmt.Printf("%s: %s, %s\n", output, c.name, digest)
-	return err
-}
-
-// write writes the archive to w and returns the digest of the manifest.
-func write(w io.Writer, c config) (digest string, err error) {
-	if _, err := name.NewTag(c.name, name.StrictValidation); err != nil {
-		return "", err
-	}
-	img, err := image(c)
-	if err != nil {
-		return "", err
-	}
-	entry, err := partial.Descriptor(img)
-	if err != nil {
-		return "", err
-	}
-	// By this name containerd keeps what it imports.
-	entry.Annotations = map[string]string{"io.containerd.image.name": c.name}
-	entry.Platform = &v1.Platform{Architecture: c.architecture, OS: "linux"}
-	// The library names the type of the config, as if this were no image to run.
-	entry.ArtifactType = ""
-	docker, err := dockerManifest(img, c.name)
-	if err != nil {
-		return "", err
-	}
-
-	dir, err := os.MkdirTemp("", "podshunt-image-")
-	if err != nil {
-		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {
-		return "", err
+		return err
 	}
-	if err := errors.Join(path.WriteImage(img), path.AppendDescriptor(*entry), path.WriteFile("manifest.json", docker, 0o644)); err != nil {
-		return "", err
+	if err := fill(path); err != nil {
+		return err
 	}
 	files, err := filesOf(os.DirFS(dir))
 	if err != nil {
-		return "", err
+		return err
 	}
-	return entry.Digest.String(), writeTar(w, files)
+	var archive bytes.Buffer
+	if err := writeTar(&archive, files); err != nil {
+		return err
+	}
+	return os.WriteFile(file, archive.Bytes(), 0o644)
 }
 
-// image returns the image, not yet written anywhere.
-func image(c config) (v1.Image, error) {
-	root, err := rootFiles(c.binaries)
+// labels are what registries and scanners show of the image.
+func (b build) labels() map[string]string {
+	labels := map[string]string{
+		"org.opencontainers.image.source":      repository,
+		"org.opencontainers.image.title":       "podshunt",
+		"org.opencontainers.image.description": "TCP between two pods of one Kubernetes node skips the TCP/IP stack, safely",
+		"org.opencontainers.image.licenses":    licence,
+		"org.opencontainers.image.version":     b.version,
+	}
+	if b.revision != "" {
+		labels["org.opencontainers.image.revision"] = b.revision
+		labels["org.opencontainers.image.created"] = b.created.UTC().Format(time.RFC3339)
+	}
+	return labels
+}
+
+// image returns the image of an architecture, not yet written anywhere.
+func (b build) image(architecture string) (v1.Image, error) {
+	root, err := rootFiles(b.binaries[architecture])
 	if err != nil {
 		return nil, err
 	}
@@ -120,20 +152,19 @@ func image(c config) (v1.Image, error) {
 		return nil, err
 	}
 	settings := base.DeepCopy()
-	// One time for all builds: the same binaries make the same bytes.
-	settings.Created = v1.Time{Time: time.Unix(0, 0).UTC()}
-	settings.OS, settings.Architecture = "linux", c.architecture
+	settings.Created = v1.Time{Time: b.created.UTC()}
+	settings.OS, settings.Architecture = "linux", architecture
 	settings.Config = v1.Config{
 		Env:        []string{"PATH=/bin"},
 		Entrypoint: []string{"podshunt-agent"},
 		Cmd:        []string{"help"},
-		Labels:     map[string]string{"org.opencontainers.image.source": "https://github.com/podshunt/podshunt"},
+		Labels:     b.labels(),
 	}
 	img, err := mutate.ConfigFile(mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON), settings)
 	if err != nil {
 		return nil, err
 	}
-	return mutate.Append(img, mutate.Addendum{Layer: layer, History: v1.History{Created: settings.Created, CreatedBy: "hack/image"}})
+	return mutate.Append(img, mutate.Addendum{Layer: layer, History: v1.History{Created: settings.Created, CreatedBy: "hack/release"}})
 }
 
 // dockerManifest is for docker load before version 25, which does not know the layout.
