@@ -88,10 +88,10 @@ test-apps-kernels-small: build cni ## a few of them on two kernels (root)
 test-apps-table: ## the table of programs in docs/limits.md, of what test-apps-kernels has found
 	go run ./hack/programs -w docs/limits.md .cache/kernels/apps/latest
 
-# The image has the tag that the chart in this directory asks for, as README installs it. -v shows each proof.
+# It installs the files that dist makes, which are those of a release. -v shows each proof.
 test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on this machine (root)
 	mkdir -p $(CLUSTER)
-	$(PACK) image -binaries $(CURDIR)/bin -name ghcr.io/podshunt/podshunt:0.0.0 -o $(abspath $(CLUSTER))/podshunt-image.tar
+	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
 	e2e/cluster/build.sh $(CLUSTER)
 	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
 

@@ -68,9 +68,18 @@ func newCluster(r run) (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
+	// What `make dist` has made, as for a release.
+	var made [2]string
+	for i, pattern := range []string{"podshunt-image-*.tar", "podshunt-[0-9]*.tgz"} {
+		found, err := filepath.Glob(filepath.Join(cache, "release", pattern))
+		if err != nil || len(found) != 1 {
+			return nil, fmt.Errorf("%d files %s of a release in %s, want one: run `make test-cluster`", len(found), pattern, cache)
+		}
+		made[i] = found[0]
+	}
 	c := &cluster{
-		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: filepath.Join(cache, "podshunt-image.tar"),
-		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: filepath.Join(repository, "charts", "podshunt"),
+		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: made[0],
+		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: made[1],
 	}
 	for i, mode := range []string{"iptables", "nftables"} {
 		c.nodes = append(c.nodes, &node{
