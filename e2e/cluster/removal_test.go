@@ -185,11 +185,12 @@ func TestDeleteBinary(t *testing.T) {
 	p.mustInstall()
 	n := p.nodes[0]
 	p.mustRun(server("last", n))
+	image := p.mustKubectl("--namespace="+release, "get", daemonSet, "--output=jsonpath={.spec.template.spec.containers[0].image}")
 	p.mustUninstall()
 	del := func(n *node) string {
 		p.Helper()
 		return p.mustKubectl("debug", "node/"+n.name, "--namespace="+p.namespace, "--quiet", "--attach", "--profile=sysadmin",
-			"--image=ghcr.io/podshunt/podshunt:0.0.0", "--", "podshunt-agent", "uninstall",
+			"--image="+image, "--", "podshunt-agent", "uninstall",
 			"--run-dir=/host/run/podshunt", "--pin-dir=/host/sys/fs/bpf/podshunt",
 			"--cni-conf-dir=/host/etc/cni/net.d", "--cni-bin-dir=/host/opt/cni/bin", "--cni-cache-dir=/host/var/lib/cni", "--delete-binary")
 	}
