@@ -61,6 +61,9 @@ type Config struct {
 	// before it joins: until then it is watched, and costs next to nothing. With 0 all
 	// connections join at their handshake.
 	JoinAfter uint32
+	// WatchOnly has connections watched, and none joins: a measurement of that, also where
+	// the kernel refuses what would let them join (CheckWatch).
+	WatchOnly bool
 	// LeaveRatio sets when a connection leaves: when so many times as many of its messages
 	// are no faster by the shortcut as are. With 0 none leaves.
 	LeaveRatio uint32

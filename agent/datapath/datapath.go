@@ -94,7 +94,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 
 func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, error) {
 	var noWatch error
-	if cfg.JoinAfter > 0 {
+	if cfg.JoinAfter > 0 && !cfg.WatchOnly {
 		if noWatch = CheckWatch(); noWatch != nil {
 			cfg.JoinAfter = 0
 		}
@@ -107,7 +107,7 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 		return nil, errors.Join(err, d.Close())
 	}
 	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
-	if d.cfg.JoinAfter == 0 {
+	if d.cfg.JoinAfter == 0 || d.cfg.WatchOnly {
 		return d, nil
 	}
 	var err error

@@ -111,7 +111,7 @@ type results struct {
 const partial = "<!-- partial -->"
 
 // choose lists the places that were asked for, and says if there are more.
-func (s settings) choose(cpus []int) (todo []place, partial bool, err error) {
+func (s settings) choose(cpus []int, noWatch bool) (todo []place, partial bool, err error) {
 	asked, err := placements(cpus, s.cores)
 	if err != nil {
 		return nil, false, err
@@ -121,7 +121,7 @@ func (s settings) choose(cpus []int) (todo []place, partial bool, err error) {
 		return nil, false, err
 	}
 	for _, p := range all {
-		for _, row := range rows() {
+		for _, row := range rows(noWatch) {
 			switch {
 			case !p.has(row):
 			case slices.Contains(asked, p) && s.rows.MatchString(row.title()):
@@ -148,7 +148,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		return err
 	}
 	r := results{compared: map[place]table{}}
-	if r.todo, r.partial, err = s.choose(cpus); err != nil {
+	noWatch := datapath.CheckWatch()
+	if r.todo, r.partial, err = s.choose(cpus, noWatch != nil); err != nil {
 		return err
 	}
 	b, err := newBench(s)
@@ -167,6 +168,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	if err := b.writeHeader(stdout, args); err != nil {
 		return err
+	}
+	if noWatch != nil {
+		writeNoWatch(stdout, noWatch)
 	}
 	if s.svg != "" {
 		if err := r.drawLatency(stdout, s.svg); err != nil {

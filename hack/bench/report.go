@@ -94,6 +94,15 @@ of %v after a warm-up of %v; the variants take turns within a round.
 	return err
 }
 
+// writeNoWatch says what differs where watched connections cannot join.
+func writeNoWatch(w io.Writer, noWatch error) {
+	fmt.Fprintf(w, `- **This machine lets no watched connection join** (%v).
+  So the connections of ping-pongs, streams and 100 requests join at their handshake here. Once a connection has joined,
+  the same programs run. Connections of 1 and 10 requests are watched, as by default, and end before they would join:
+  they have a table together with what is only watched.
+`, noWatch)
+}
+
 func cpuModel() (string, error) {
 	info, err := os.Open("/proc/cpuinfo")
 	if err != nil {
@@ -155,6 +164,9 @@ func (t table) verdict(v variant) string {
 }
 
 func (t table) share() string {
+	if len(t[shortcut]) == 0 {
+		return none
+	}
 	return fmt.Sprintf("%.1f %%", 100*median(t[shortcut], func(s sample) float64 { return s.share }))
 }
 

@@ -20,8 +20,9 @@ type row struct {
 	size, requests int
 	noDelay        bool
 	mode           mode
-	// watched rows are also measured with connections that are watched and do not join.
-	watched bool
+	// watched rows are also measured with connections that are watched and do not join;
+	// watchedOnly ones with nothing else of podshunt.
+	watched, watchedOnly bool
 	// bare rows are measured with nothing loaded as well.
 	bare bool
 }
@@ -32,16 +33,21 @@ type mode string
 const (
 	// usual is the agent's default: only non-blocking sockets take part.
 	usual mode = ""
+	// watching lets no connection join. It is for rows whose connections end before that, and for
+	// what is watched, where a kernel lets none join but at its handshake.
+	watching mode = "watching"
 	// blocking accepts the hazard of sockets in blocking mode, and uses such sockets.
 	blocking mode = "blocking"
 )
 
-func modes() []mode { return []mode{usual, blocking} }
+func modes() []mode { return []mode{usual, watching, blocking} }
 
 // change makes the datapath's settings those of the mode.
 func (m mode) change(cfg *datapath.Config) {
 	switch m {
 	case usual:
+	case watching:
+		cfg.WatchOnly = true
 	case blocking:
 		cfg.AllowBlocking = true
 	}
@@ -52,7 +58,9 @@ const (
 	mib = 1 << 20
 )
 
-func rows() []row {
+// rows lists what is measured. noWatch says that watched connections cannot join on this
+// kernel: then those that are watched have rows of their own.
+func rows(noWatch bool) []row {
 	var all []row
 	for _, noDelay := range []bool{true, false} {
 		each := func(kind measure.Kind, sizes ...int) {
@@ -88,7 +96,30 @@ func rows() []row {
 		r.noDelay, r.mode = true, blocking
 		all = append(all, r)
 	}
+	if noWatch {
+		all = withoutJoins(all)
+	}
 	return all
+}
+
+// withoutJoins moves to the mode watching what does not need that a watched connection joins.
+func withoutJoins(rows []row) []row {
+	var joined, unjoined []row
+	for _, r := range rows {
+		w := r
+		w.mode = watching
+		switch {
+		case r.kind == measure.Connect && r.requests <= 10 && r.mode == usual: // they end before
+			unjoined = append(unjoined, w)
+			continue
+		case r.watched:
+			w.watchedOnly, w.bare = true, false
+			unjoined = append(unjoined, w)
+			r.watched = false
+		}
+		joined = append(joined, r)
+	}
+	return append(joined, unjoined...)
 }
 
 // name is that of the row in its table.
@@ -125,6 +156,8 @@ func (r row) table() string {
 	switch {
 	case r.mode == blocking:
 		return "sockets in blocking mode, hazard accepted"
+	case r.mode == watching:
+		return "watched connections, TCP_NODELAY"
 	case r.noDelay:
 		return "TCP_NODELAY"
 	}
@@ -134,9 +167,10 @@ func (r row) table() string {
 // title names the row among all rows: -rows is matched with it.
 func (r row) title() string {
 	word := "nagle"
-	if r.mode == blocking {
-		word = "blocking"
-	} else if r.noDelay {
+	switch {
+	case r.mode != usual:
+		word = string(r.mode)
+	case r.noDelay:
 		word = "nodelay"
 	}
 	return r.name() + ", " + word
@@ -168,6 +202,8 @@ func (v variant) both() bool { return v == shortcut || v == watched }
 func (r row) variants() []variant {
 	all := []variant{tcp, shortcut, tcpAgain}
 	switch {
+	case r.watchedOnly:
+		return []variant{tcp, tcpAgain, watched}
 	case r.kind == measure.Connect:
 		all = append(all, clientOnly, serverOnly)
 	case r.kind == measure.PingPong && r.noDelay, r.kind == measure.Stream && !r.noDelay:

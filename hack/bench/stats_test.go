@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -127,7 +128,7 @@ func TestChoose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		todo, partial, err := s.choose(tc.cpus)
+		todo, partial, err := s.choose(tc.cpus, false)
 		if err != nil || len(todo) == 0 || partial != tc.partial {
 			t.Errorf("%q on CPUs %v: got %d places, partial: %v and error %v, want partial: %v", tc.args, tc.cpus, len(todo), partial, err, tc.partial)
 		}
@@ -136,7 +137,7 @@ func TestChoose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if todo, _, err := s.choose([]int{3}); err == nil {
+	if todo, _, err := s.choose([]int{3}, false); err == nil {
 		t.Errorf("got %v, want an error for no row", todo)
 	}
 }
@@ -151,21 +152,39 @@ func TestParse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	chosen := slices.DeleteFunc(rows(), func(r row) bool { return !got.rows.MatchString(r.title()) })
+	chosen := slices.DeleteFunc(rows(false), func(r row) bool { return !got.rows.MatchString(r.title()) })
 	want := []row{{kind: measure.Stream, size: 64, noDelay: true}}
 	if !slices.Equal(chosen, want) || !slices.Equal(got.cores, []string{"one", "free"}) {
 		t.Errorf("got rows %+v on %q, want %+v on one and free", chosen, got.cores, want)
 	}
 }
 
-// TestRows: no two rows have one name, under which -rows and the tables know them.
+// TestRows: no two rows have one name, under which -rows and the tables know them. Where
+// watched connections cannot join, all rows are there, too.
 func TestRows(t *testing.T) {
-	seen := map[string]bool{}
-	for _, r := range rows() {
-		if seen[r.title()] {
-			t.Errorf("%s: is there twice", r.title())
+	names := func(noWatch bool) map[string]bool {
+		seen := map[string]bool{}
+		for _, r := range rows(noWatch) {
+			if seen[r.title()] {
+				t.Errorf("%s: is there twice", r.title())
+			}
+			seen[r.title()] = true
 		}
-		seen[r.title()] = true
+		return seen
+	}
+	seen, without := names(false), names(true)
+	for title := range seen {
+		if watching, _ := strings.CutSuffix(title, ", nodelay"); !without[title] && !without[watching+", watching"] {
+			t.Errorf("%s: is missing where watched connections cannot join", title)
+		}
+	}
+	for _, r := range rows(true) {
+		if joins := r.mode != watching; r.watched && joins || r.kind == measure.Connect && r.requests == 1 && r.mode == usual {
+			t.Errorf("%s: is measured with connections that join at their handshake", r.title())
+		}
+	}
+	if !without["ping-pong 1 B, watching"] {
+		t.Error("what is watched is missing where watched connections cannot join")
 	}
 	for _, want := range []string{
 		"ping-pong 1 B, nodelay", "ping-pong 1 MiB, nagle", "stream 64 B, nodelay", "both ways 1 MiB, nagle",
