@@ -31,10 +31,11 @@ func (r runs) String() string {
 }
 
 // mustTime puts a stopwatch between containerd on the node and the plugin, and
-// returns the file that gets a line for each run. It goes with the node. It times a
+// returns the file that gets a line for each run, until the end of the test. It times a
 // program that does nothing as well: a machine that starts so many pods is busy,
 // and every process waits for its turn. An agent that was started before sees the
-// plugin itself, because a mount of the node is not one of its pod.
+// plugin itself, because a mount of the node is not one of its pod. A later one would
+// find that the plugin cannot be replaced.
 func (p *proof) mustTime(n *node) (log string) {
 	p.Helper()
 	dir := filepath.Join(n.directory(), "stopwatch")
@@ -54,6 +55,11 @@ chmod +x %[1]s/stopwatch
 mount --bind %[1]s/stopwatch %[2]s`, dir, plugin)); err != nil {
 		p.Fatal(err)
 	}
+	p.Cleanup(func() {
+		if err := n.script("umount " + plugin); err != nil {
+			p.Error(err)
+		}
+	})
 	return filepath.Join("/proc", n.pid(), "root", dir, "log")
 }
 

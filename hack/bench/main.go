@@ -104,6 +104,9 @@ type results struct {
 	partial               bool
 	compared              map[place]table
 	before, loaded, after map[place]table
+	// programs are the runs on the same rows, each for so long.
+	programs map[place]ofPrograms
+	ran      time.Duration
 }
 
 // partial is the first line of a report that lacks rows: hack/measurements leaves the
@@ -200,6 +203,11 @@ func (b *bench) measureAll(ctx context.Context, r *results, progress func(place)
 	if r.before, err = bare(); err != nil {
 		return err
 	}
+	others, err := programIDs()
+	if err != nil {
+		return err
+	}
+	r.ran = b.settings.length + b.settings.warmUp
 	for _, m := range modes() {
 		if err := b.load(m); err != nil {
 			return err
@@ -215,6 +223,9 @@ func (b *bench) measureAll(ctx context.Context, r *results, progress func(place)
 		}
 		if m == usual {
 			if r.loaded, err = bare(); err != nil {
+				return err
+			}
+			if r.programs, err = b.countRuns(ctx, r.bare(), others); err != nil {
 				return err
 			}
 		}

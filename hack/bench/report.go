@@ -138,6 +138,7 @@ func (r *results) write(w io.Writer) {
 	if bare := r.bare(); len(bare) > 0 {
 		r.writeBare(w, bare)
 	}
+	r.writeRuns(w)
 }
 
 // slower names what of the variant is slower than TCP.
