@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -55,18 +54,7 @@ func noWatch(tb testing.TB) bool {
 // joinWatched runs JoinWatched until stop is called, or the test ends.
 func (n *node) joinWatched(tb testing.TB) (stop func()) {
 	tb.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	d := n.Datapath
-	go func() { ended <- d.JoinWatched(ctx) }()
-	stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			tb.Error(err)
-		}
-	})
-	tb.Cleanup(stop)
-	return stop
+	return sandboxtest.MustJoinWatched(tb, n.Datapath)
 }
 
 // TestWatch lets watched connections join in the middle of random traffic, and compares

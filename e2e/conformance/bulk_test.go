@@ -99,7 +99,7 @@ func scaled(size int) int {
 func TestGibibyte(t *testing.T) {
 	const rounds = 16
 	size := scaled(1 << 30)
-	s := mustSuite(t, true)
+	s := mustSuite(t, true, false)
 	for _, v := range []variant{{mode: mode{name: "non-blocking"}}, {mode: mode{name: "non-blocking"}, ipv6: true}} {
 		t.Run(v.String(), func(t *testing.T) {
 			s.observe(t, row{name: "1 GiB", tcp: spills, run: func(c *conn) {

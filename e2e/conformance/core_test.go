@@ -4,9 +4,9 @@
 // with and without podshunt. A row is one behaviour of sockets, written as a
 // function over the two ends of a connection. It runs on plain TCP between pods
 // that do not take part, on a pair that is held on TCP, on a pair whose two
-// directions are proved to be shortcut, and on one that has joined when it was
-// open already; what it saw must be the same, except where the row names an
-// entry of docs/limits.md.
+// directions are proved to be shortcut, on one that has joined when it was
+// open already, and on one that was watched until it had earned to join; what it
+// saw must be the same, except where the row names an entry of docs/limits.md.
 package conformance_test
 
 import (
@@ -71,10 +71,14 @@ const (
 	held     way = "held on TCP"
 	shortcut way = "shortcut"
 	late     way = "shortcut since it was open"
+	watched  way = "shortcut since it had earned it"
 )
 
 // redirects reports whether messages take the shortcut.
-func (w way) redirects() bool { return w == shortcut || w == late }
+func (w way) redirects() bool { return w == shortcut || w.joinsLate() }
+
+// joinsLate reports whether connections join in the middle of their traffic.
+func (w way) joinsLate() bool { return w == late || w == watched }
 
 // mode says which ends are in blocking mode.
 type mode struct {
@@ -179,6 +183,8 @@ func rows() []row {
 type suite struct {
 	*sandboxtest.Loaded
 	blocking bool
+	// watch: connections are watched first, and join when they have earned it.
+	watch bool
 	// lateCallbacks is that of the kernel's version.
 	lateCallbacks bool
 	content       content
@@ -198,12 +204,21 @@ type suite struct {
 	seen map[string]map[way]map[string]bool
 }
 
-// mustSuite opens a datapath in which sockets in blocking mode take part, or do not.
-func mustSuite(t *testing.T, blocking bool) *suite {
+// mustSuite opens a datapath in which sockets in blocking mode take part, or do not, and in
+// which connections are watched, or join at their handshake.
+func mustSuite(t *testing.T, blocking, watch bool) *suite {
 	t.Helper()
-	s := &suite{blocking: blocking, content: newContent(), pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{}}
+	s := &suite{blocking: blocking, watch: watch, content: newContent(), pods: map[way][2]*sandbox.Pod{}, seen: map[string]map[way]map[string]bool{}}
 	// What a receiver does from its first message on is what rows are about.
-	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) { c.AllowBlocking = blocking })
+	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) {
+		c.AllowBlocking = blocking
+		if watch {
+			c.JoinAfter = 2
+		}
+	})
+	if watch {
+		sandboxtest.MustJoinWatched(t, s.Datapath)
+	}
 	version, err := datapath.RunningVersion()
 	if err != nil {
 		t.Fatal(err)
@@ -211,7 +226,11 @@ func mustSuite(t *testing.T, blocking bool) *suite {
 	s.lateCallbacks = version.LateCallbacks()
 	s.port.Store(1024)
 	var rules []rule.Rule
-	for w, verdict := range map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow, late: rule.Allow} {
+	pairs := map[way]rule.Verdict{plain: rule.Refuse, held: rule.Hold, shortcut: rule.Allow, late: rule.Allow}
+	if watch {
+		pairs = map[way]rule.Verdict{plain: rule.Refuse, watched: rule.Allow}
+	}
+	for w, verdict := range pairs {
 		var pods [2]*sandbox.Pod
 		var cookies []uint64
 		for i, name := range []string{"client", "server"} {
@@ -240,6 +259,9 @@ func (s *suite) runRows(t *testing.T) {
 	t.Helper()
 	t.Run("rows", func(t *testing.T) {
 		for _, r := range rows() {
+			if r.cold && s.watch {
+				continue // it would not join
+			}
 			t.Run(r.name, func(t *testing.T) {
 				t.Parallel()
 				for _, v := range variants(s.blocking) {
@@ -284,6 +306,9 @@ func (s *suite) mustForget(t *testing.T) {
 // ways are those on which a variant runs, plain first. Open connections join where the
 // kernel is safe for it; in blocking mode, if they may, from Linux 6.12 on.
 func (s *suite) ways(v variant) []way {
+	if s.watch {
+		return []way{plain, watched}
+	}
 	all := []way{plain, held, shortcut}
 	if s.NoJoin() == nil && (!v.client && !v.server || s.blocking && s.lateCallbacks) {
 		all = append(all, late)
@@ -361,7 +386,7 @@ func (s *suite) judge(t *testing.T, r row, c *conn, want []fact) {
 // known returns the entry of docs/limits.md that explains a different fact.
 func (c *conn) known(r row, f fact) string {
 	for _, d := range r.differs {
-		if (d.way == c.resembles() || d.way == late && c.way == late) && d.fact == f.name && (d.value == nil || d.value == f.value) {
+		if (d.way == c.resembles() || d.way == late && c.way.joinsLate()) && d.fact == f.name && (d.value == nil || d.value == f.value) {
 			return d.entry
 		}
 	}
@@ -371,7 +396,7 @@ func (c *conn) known(r row, f fact) string {
 // resembles returns the way of which c may have the known differences.
 func (c *conn) resembles() way {
 	switch {
-	case c.way == late:
+	case c.way.joinsLate():
 		return shortcut
 	case c.blocking || !c.client && !c.server:
 		return c.way
@@ -386,7 +411,7 @@ func (s *suite) note(row string, w way, entry string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.seen[row] == nil {
-		s.seen[row] = map[way]map[string]bool{held: {}, shortcut: {}, late: {}}
+		s.seen[row] = map[way]map[string]bool{held: {}, shortcut: {}, late: {}, watched: {}}
 	}
 	s.seen[row][w][entry] = true
 }
@@ -491,10 +516,24 @@ func (c *conn) close() {
 
 // open makes the connection.
 func (c *conn) open() {
-	if c.way == late {
+	switch c.way {
+	case late:
 		c.openLate()
-	} else {
+	case watched:
+		c.openWatched()
+	default:
 		c.connect()
+	}
+}
+
+// openWatched makes the connection, and exchanges messages until it has joined.
+func (c *conn) openWatched() {
+	c.connect()
+	for limit := time.Now().Add(deadline); !c.flow().Joined; {
+		if time.Now().After(limit) {
+			c.t.Fatal("the watched connection does not join")
+		}
+		c.exchange(c.a, c.b, 1, warmUpSize)
 	}
 }
 
@@ -539,7 +578,7 @@ func (c *conn) connect() {
 // warmUp exchanges messages until both directions are shortcut, if they can be. It
 // returns false if they should be and are not.
 func (c *conn) warmUp() bool {
-	if c.way == late {
+	if c.way.joinsLate() {
 		c.exchange(c.a, c.b, warmUpRounds-1, warmUpSize)
 		f := c.flow()
 		return f.ToServer.Shortcut && f.ToClient.Shortcut
@@ -598,6 +637,9 @@ func (c *conn) flowOf(client, dialled netip.AddrPort) datapath.Flow {
 // proveAnother checks one more connection of the row, which is warmed up.
 func (c *conn) proveAnother(client *end, dialled netip.AddrPort) {
 	c.t.Helper()
+	if c.way == watched {
+		return // it may not have joined yet
+	}
 	f := c.flowOf(localAddress(c.t, client.fd), dialled)
 	want := c.way.redirects() && (c.blocking || !c.client && !c.server)
 	if f.ToServer.Shortcut != want || f.ToClient.Shortcut != want {
@@ -740,7 +782,7 @@ func (c *conn) mustSleep(tid int, ended func() bool) {
 // TestConformance: no row sees a difference that docs/limits.md does not
 // explain, and the table there is right for this kernel.
 func TestConformance(t *testing.T) {
-	s := mustSuite(t, true)
+	s := mustSuite(t, true, false)
 	s.runRows(t)
 	if t.Failed() {
 		return // the table would hide what failed
@@ -749,10 +791,30 @@ func TestConformance(t *testing.T) {
 	s.checkLimits(t)
 }
 
+// TestWatched: the same holds for connections that have joined once they had earned it.
+func TestWatched(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	s := mustSuite(t, true, true)
+	s.runRows(t)
+	s.summarise(t)
+}
+
+// noWatch reports whether the kernel of this machine refuses what watched connections need to
+// join. hack/kernels has kernels that do not, on which this may not be so.
+func noWatch(t *testing.T) bool {
+	err := datapath.CheckWatch()
+	if err != nil && *withMPTCP {
+		t.Fatal(err)
+	}
+	return err != nil
+}
+
 // TestBlockingStaysOut: with the default settings, a socket in blocking mode
 // behaves as one of plain TCP.
 func TestBlockingStaysOut(t *testing.T) {
-	s := mustSuite(t, false)
+	s := mustSuite(t, false, false)
 	s.runRows(t)
 }
 
@@ -761,7 +823,7 @@ func (s *suite) summarise(t *testing.T) {
 	var text strings.Builder
 	for _, r := range rows() {
 		fmt.Fprintf(&text, "%-40s", r.name)
-		for _, w := range []way{held, shortcut, late} {
+		for _, w := range s.ways(variant{})[1:] {
 			entries := sorted(s.seen[r.name][w])
 			verdict := "same"
 			if len(entries) > 0 {

@@ -5,6 +5,7 @@ package sandboxtest
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"testing"
 
 	"github.com/podshunt/podshunt/agent/datapath"
@@ -42,6 +43,22 @@ func MustLoad(tb testing.TB, s *sandbox.Sandbox, change func(*datapath.Config)) 
 		}
 	})
 	return n
+}
+
+// MustJoinWatched runs JoinWatched until stop is called, or the test ends.
+func MustJoinWatched(tb testing.TB, d *datapath.Datapath) (stop func()) {
+	tb.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- d.JoinWatched(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			tb.Error(err)
+		}
+	})
+	tb.Cleanup(stop)
+	return stop
 }
 
 // MustOpen opens it, again after it was closed.
