@@ -108,7 +108,7 @@ build: ## bin/podshunt (the plugin) and bin/podshunt-agent
 	$(BUILD) -o $(BIN)/podshunt-agent ./agent
 
 cni: ## the CNI plugins that tests and demo use, from go.mod's tool block
-	$(BUILD) -o bin/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
+	$(BUILD) -o $(BIN)/ $(PLUGINS)/main/bridge $(PLUGINS)/ipam/host-local $(PLUGINS)/meta/portmap
 
 # Tests that need root are in files with the constraint !unit.
 unit: ## the tests that need no privileges, with the race detector

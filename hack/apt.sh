@@ -46,9 +46,10 @@ archive() {
 }
 
 # apt_beside makes apt-get, apt-cache and so on work on a directory and on the
-# sources that are its standard input; nothing counts as installed.
+# sources that are its standard input, of an architecture (default the machine's);
+# nothing counts as installed.
 apt_beside() {
-	local dir=$1
+	local dir=$1 arch=${2:-}
 	apt_alone "$dir"
 	: >"$dir/status"
 	cat >"$dir/sources.new"
@@ -58,6 +59,7 @@ apt_beside() {
 		mv "$dir/sources.new" "$dir/sources"
 	fi
 	cat >>"$dir/conf" <<-CONF
+		${arch:+APT::Architecture "$arch"; APT::Architectures "$arch";}
 		Dir::State "$dir";
 		Dir::State::lists "$dir/lists";
 		Dir::State::status "$dir/status";

@@ -535,6 +535,9 @@ func (c *conn) openWatched() {
 		}
 		c.exchange(c.a, c.b, 1, warmUpSize)
 	}
+	// What is sent from now on is what is sent on the other ways.
+	c.a.sent.Store(0)
+	c.b.sent.Store(0)
 }
 
 // openLate makes the connection while the client takes no part, and lets it join.
@@ -579,7 +582,11 @@ func (c *conn) connect() {
 // returns false if they should be and are not.
 func (c *conn) warmUp() bool {
 	if c.way.joinsLate() {
-		c.exchange(c.a, c.b, warmUpRounds-1, warmUpSize)
+		rounds := warmUpRounds
+		if c.way == late {
+			rounds-- // it has had one to join
+		}
+		c.exchange(c.a, c.b, rounds, warmUpSize)
 		f := c.flow()
 		return f.ToServer.Shortcut && f.ToClient.Shortcut
 	}

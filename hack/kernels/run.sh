@@ -19,9 +19,25 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 output=${VM_OUTPUT:-$work/output}
+second=(-serial "file:$output")
 mkdir -p "$work/root/job/bin"
 cp "$binary" "$work/root/job/test"
-cp "$top"/bin/{bridge,host-local,portmap,podshunt,podshunt-agent} "$work/root/job/bin/"
+case $series in
+*-arm64)
+	bin=$top/.cache/kernels/arm64
+	# Pointer authentication as QEMU does it fast, and not by the standard's algorithm.
+	machine=(qemu-system-aarch64 -M virt -cpu "max,pauth-impdef=on")
+	console=ttyAMA0
+	# The machine has one serial port.
+	second=(-chardev "file,id=output,path=$output" -device virtio-serial-pci -device "virtconsole,chardev=output")
+	;;
+*)
+	bin=$top/bin
+	machine=(qemu-system-x86_64 -M q35 -cpu "max,la57=off")
+	console=ttyS0
+	;;
+esac
+cp "$bin"/{bridge,host-local,portmap,podshunt,podshunt-agent} "$work/root/job/bin/"
 path=/bin
 disk=()
 if [ -n "${VM_DISK:-}" ]; then
@@ -51,10 +67,10 @@ printf 'export REQUIRE_ROOT=1 PODSHUNT_BIN=/job/bin PATH=%s HOME=/tmp\nexec ./te
 cat "$kernel/base.cpio" "$work/job.cpio" >"$work/initrd"
 
 # One thread for both CPUs: with one for each, the kernel's text patching has been seen to race.
-timeout --foreground "${VM_TIMEOUT:-2700}" qemu-system-x86_64 -M q35 -cpu max,la57=off -accel tcg,thread=single \
+timeout --foreground "${VM_TIMEOUT:-2700}" "${machine[@]}" -accel tcg,thread=single \
 	-smp 2 -m "${VM_MEMORY:-2048}" "${disk[@]}" -nographic -no-reboot -nodefaults -display none \
-	-kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 panic=-1 quiet" \
-	-serial "file:$work/console" -serial "file:$output" </dev/null || true
+	-kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=$console panic=-1 quiet" \
+	-serial "file:$work/console" "${second[@]}" </dev/null || true
 tr -d '\r' <"$output" | sed '/^exit status [0-9]*$/d'
 status=$(tr -d '\r' <"$output" | sed -n 's/^exit status \([0-9]*\)$/\1/p' | tail -n 1)
 if [ -z "$status" ]; then

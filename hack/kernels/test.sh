@@ -4,9 +4,10 @@
 # The tests that need a kernel, on other kernels than the machine's own, where
 # trampolines are allowed: test.sh SERIES.... Two virtual machines run side by
 # side. Left out are tests that move hundreds of MiB or wait for the agent by the
-# second, as QEMU emulates the CPU here. What is in the list "once" is about the steps of the
-# agent more than about the kernel, and runs on the first SERIES alone. A kernel before 6.1 has
-# to be refused.
+# second, as QEMU emulates the CPU here. What is in the lists "once" and "watched" is about
+# podshunt's own steps more than about the kernel, and runs on the first SERIES alone. So do not
+# the suites that are about no kernel's architecture on another than amd64. A kernel before 6.1
+# has to be refused.
 set -euo pipefail
 
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
@@ -18,6 +19,7 @@ declare -A tests=(
 	[agent]='^(TestOptIns|TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
 	[chain]='^TestVerbs$'
 	[conformance]='^(TestConformance|TestLimits)$'
+	[watched]='^TestWatched$'
 )
 
 # refused checks that the doctor of an old kernel says which one is needed.
@@ -40,35 +42,55 @@ run_suite() {
 		;;
 	# What would harm the machine harms the guest only.
 	datapath | once) flags+=(-own-machine) ;;
-	conformance) flags+=(-mptcp) ;;
+	conformance | watched) flags+=(-mptcp) ;;
+	esac
+	local binary=$2
+	case $2 in
+	once) binary=datapath ;;
+	watched) binary=conformance ;;
+	esac
+	case $1 in
+	*-arm64) binary=arm64/$binary ;;
 	esac
 	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
 		go tool test2json -p "linux-$1/$2" \
-		"$top/hack/kernels/run.sh" "$1" "$cache/${2/once/datapath}.test" "${flags[@]}"
+		"$top/hack/kernels/run.sh" "$1" "$cache/$binary.test" "${flags[@]}"
 }
 
 # build makes a static test binary of a package.
 build() { (cd "$top" && CGO_ENABLED=0 go test -c -o "$cache/$1.test" "$2"); }
 
 mkdir -p "$cache"
-build datapath ./agent/datapath
-build hazards ./agent/hazards
-build agent ./agent
-build chain ./e2e
-build conformance ./e2e/conformance
+if [[ $* == *-arm64* ]]; then
+	export GOARCH=arm64
+	make -C "$top" build cni BIN="$cache/arm64"
+	build arm64/datapath ./agent/datapath
+	build arm64/hazards ./agent/hazards
+	build arm64/conformance ./e2e/conformance
+	unset GOARCH
+fi
+if [[ " $* " =~ \ [0-9.]+\  ]]; then
+	build datapath ./agent/datapath
+	build hazards ./agent/hazards
+	build agent ./agent
+	build chain ./e2e
+	build conformance ./e2e/conformance
+fi
 status=0
 list=$("$top/hack/kernels/fetch-all.sh" "$@")
 read -ra fetched <<<"${list//$'\n'/ }"
 # The longest first, so that both have work until the end.
 running=0
 logs=()
-for suite in datapath once conformance agent chain hazards doctor; do
+for suite in datapath once conformance watched agent chain hazards doctor; do
 	for one in "${fetched[@]}"; do
 		case $one:$suite in
 		5.*:doctor) ;;
 		5.*:* | *:doctor) continue ;;
-		"${fetched[0]}:once") ;;
-		*:once) continue ;;
+		*-arm64:datapath | *-arm64:conformance | *-arm64:hazards) ;;
+		*-arm64:*) continue ;;
+		"${fetched[0]}:once" | "${fetched[0]}:watched") ;;
+		*:once | *:watched) continue ;;
 		esac
 		if ((running == 2)); then
 			wait -n || status=1
