@@ -19,6 +19,7 @@ import (
 	"github.com/podshunt/podshunt/agent/cniconf"
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/kube"
+	"github.com/podshunt/podshunt/agent/proc"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -55,7 +56,7 @@ func defaults() config {
 	return config{
 		runDir:      api.RunDir,
 		sandboxed:   patterns{"*gvisor*", "*runsc*", "*kata*", "*firecracker*", "*quark*", "*edera*"},
-		proc:        "/proc",
+		proc:        hostProc(),
 		logFormat:   "auto",
 		logLevel:    "info",
 		datapath:    datapath.DefaultConfig(),
@@ -80,7 +81,7 @@ func (c *config) register(cmd *cobra.Command) {
 	flags.DurationVar(&c.uninstallTimeout, "uninstall-timeout", c.uninstallTimeout, "how long to wait then until connections have read what was sent by the shortcut")
 	flags.BoolVar(&c.uninstallForce, "uninstall-force", c.uninstallForce, "reset then the connections that take longer, and only these")
 	fileVar(cmd, &c.podsFile, "pods-file", "YAML `file` with the annotations of pods, for a machine without a cluster")
-	dirVar(cmd, &c.proc, "proc", "`directory` where the procfs of the node is mounted")
+	procVar(cmd, &c.proc)
 	c.kernelFlags.register(cmd)
 	choiceVar(cmd, &c.logFormat, "log-format", "", "`form` of the log: auto, text or json; auto is text on a terminal", "auto", "text", "json")
 	choiceVar(cmd, &c.logLevel, "log-level", "", "least `level` that is logged: debug, info, warn or error", "debug", "info", "warn", "error")
@@ -122,7 +123,7 @@ func (c *config) complete() error {
 		return err
 	}
 	c.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
-	c.cni.NodeRoot = filepath.Join(c.proc, "1/root")
+	c.cni.NodeRoot = proc.Path(c.proc, 1, "root")
 	c.cni.Section = api.PluginConf{AgentSocket: socketIn(c.runDir), AgentTimeout: api.PluginTimeout, AttachmentsDir: attachmentsIn(c.runDir)}
 	return usageError(c.validate())
 }

@@ -48,7 +48,7 @@ these. On a kernel that has the hazard, these programs break then:
 
 func newDoctorCommand() *cobra.Command {
 	f := defaults().kernelFlags
-	var output string
+	var output, procfs string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Test this kernel, and show whether pods would take part on it",
@@ -71,7 +71,7 @@ keeps them on TCP.
 				return errors.New("doctor loads programs into the kernel to try it: run it as root")
 			}
 			e := f.kernelReport()
-			runtime, err := cri.Find("/proc")
+			runtime, err := cri.Find(procfs)
 			if err != nil {
 				runtime.Error = err.Error()
 			}
@@ -90,6 +90,7 @@ keeps them on TCP.
 		},
 	}
 	f.register(cmd)
+	procVar(cmd, &procfs)
 	outputVar(cmd, &output)
 	return cmd
 }

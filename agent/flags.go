@@ -5,8 +5,10 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -21,6 +23,17 @@ import (
 func runDirVar(cmd *cobra.Command, value *string) {
 	*value = api.RunDir
 	dirVar(cmd, value, "run-dir", "`directory` of the agent's socket, lock and attachments")
+}
+
+// hostProc is where the node's procfs is unless a flag says otherwise: a pod without the
+// node's PID namespace has it mounted elsewhere than on /proc, and HOST_PROC tells this to
+// whatever is run in its containers.
+func hostProc() string { return cmp.Or(os.Getenv("HOST_PROC"), "/proc") }
+
+// procVar adds --proc, by which commands see the processes and namespaces of the node.
+func procVar(cmd *cobra.Command, value *string) {
+	*value = hostProc()
+	dirVar(cmd, value, "proc", "`directory` where the procfs of the node is mounted; the environment variable HOST_PROC changes the default")
 }
 
 // outputVar adds --output: a table for people, or JSON for programs.

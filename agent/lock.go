@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshunt/podshunt/agent/proc"
 )
 
 // errLocked says that another agent uses the run directory.
@@ -20,8 +22,8 @@ var errLocked = errors.New("another podshunt-agent is running")
 
 // lockRunDir makes this process the only agent with the run directory, until the
 // returned file is closed or the process ends. It returns errLocked if another one
-// has it.
-func lockRunDir(dir string) (*os.File, error) {
+// has it, by its number in the procfs of the node: in containers, many have the same.
+func lockRunDir(dir, procfs string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -38,9 +40,12 @@ func lockRunDir(dir string) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	err = f.Truncate(0)
+	pid, err := proc.Self(procfs)
 	if err == nil {
-		_, err = fmt.Fprintln(f, os.Getpid())
+		err = f.Truncate(0)
+	}
+	if err == nil {
+		_, err = fmt.Fprintln(f, pid)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

@@ -68,7 +68,7 @@ func TestCommandErrors(t *testing.T) {
 		{"own pod without a cluster", []string{"run", "--pods-file=p", "--own-pod=a/b"}, "--own-pod is for the cluster: give --node-name"},
 		{"own pod", []string{"run", "--node-name=n", "--own-pod=agent"}, `--own-pod: pod "agent": accepted is namespace/name`},
 		{"uninstall timeout of run", []string{"run", "--node-name=n", "--uninstall-timeout=0s"}, "--uninstall-timeout=0s: accepted are durations above 0"},
-		{"no mount namespace", []string{"mount-bpffs", "--mount-namespace=" + nowhere + "/none"}, "open mount namespace"},
+		{"no mount namespace", []string{"mount-bpffs", "--proc=" + nowhere}, "open mount namespace"},
 		{"default namespaces", []string{"run", "--default-namespaces=a in b"}, "accepted is a label selector"},
 		{"hazards", []string{"run", "--accept-hazards=splice,waitall"}, `--accept-hazards="waitall": accepted are fionread-tcp, fionread-redirected, splice, blocking-recv, all`},
 		{"log format", []string{"run", "--log-format=xml"}, `--log-format="xml": accepted are auto, text, json`},
@@ -203,7 +203,7 @@ func TestExitStatus(t *testing.T) {
 // TestUnloadWaitsForStart: an agent that has begun to start, and does not listen yet, is asked when it does.
 func TestUnloadWaitsForStart(t *testing.T) {
 	dir := t.TempDir()
-	lock, err := lockRunDir(dir)
+	lock, err := lockRunDir(dir, "/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,11 +368,11 @@ func TestConfig(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "run")
-	lock, err := lockRunDir(dir)
+	lock, err := lockRunDir(dir, "/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = lockRunDir(dir)
+	_, err = lockRunDir(dir, "/proc")
 	want := fmt.Sprintf("another podshunt-agent is running: process %d holds %s/lock", os.Getpid(), dir)
 	if !errors.Is(err, errLocked) || err.Error() != want {
 		t.Errorf("got error %v, want %s", err, want)
@@ -380,7 +380,7 @@ func TestLock(t *testing.T) {
 	if err := lock.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if lock, err = lockRunDir(dir); err != nil {
+	if lock, err = lockRunDir(dir, "/proc"); err != nil {
 		t.Fatalf("lock again: %v", err)
 	}
 	if err := lock.Close(); err != nil {

@@ -11,12 +11,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/proc"
 )
 
 // newMountCommand makes a command for an init container, so that the agent itself
 // need not enter the node's mount namespace.
 func newMountCommand() *cobra.Command {
-	pinDir, namespace := defaults().datapath.PinDir, "/proc/1/ns/mnt"
+	pinDir, procfs := defaults().datapath.PinDir, ""
 	cmd := &cobra.Command{
 		Use:   "mount-bpffs",
 		Short: "Mount the file system for the kernel objects, if there is none",
@@ -29,7 +30,7 @@ agent, whose own mounts would end with its container.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			dir := filepath.Dir(pinDir)
-			mounted, err := datapath.MountBPFFS(namespace, dir)
+			mounted, err := datapath.MountBPFFS(proc.Path(procfs, 1, "ns", "mnt"), dir)
 			if err != nil {
 				return err
 			}
@@ -42,6 +43,6 @@ agent, whose own mounts would end with its container.`,
 		},
 	}
 	dirVar(cmd, &pinDir, "pin-dir", "`directory` of the kernel objects; the mount is made on its parent")
-	fileVar(cmd, &namespace, "mount-namespace", "`file` of the node's mount namespace")
+	procVar(cmd, &procfs)
 	return cmd
 }

@@ -71,7 +71,7 @@ there.
 
 // runAgent runs the agent until ctx ends.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
-	lock, err := lockRunDir(cfg.runDir)
+	lock, err := lockRunDir(cfg.runDir, cfg.proc)
 	if err != nil {
 		return err
 	}

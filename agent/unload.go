@@ -61,16 +61,17 @@ again. If none runs, this command takes out what the last agent has left.`,
 
 // unloadFlags has the flags that unload and uninstall have in common.
 type unloadFlags struct {
-	runDir, pinDir string
-	timeout        time.Duration
-	force          bool
-	log            *slog.Logger
+	runDir, pinDir, proc string
+	timeout              time.Duration
+	force                bool
+	log                  *slog.Logger
 }
 
 func (f *unloadFlags) register(cmd *cobra.Command) {
 	runDirVar(cmd, &f.runDir)
 	f.pinDir = defaults().datapath.PinDir
 	dirVar(cmd, &f.pinDir, "pin-dir", "`directory` of the kernel objects, if no agent runs")
+	procVar(cmd, &f.proc)
 	cmd.Flags().DurationVar(&f.timeout, "timeout", defaultUnloadTimeout, "how long to wait until connections have read what was sent by the shortcut")
 	cmd.Flags().BoolVar(&f.force, "force", false, "reset the connections that take longer, and only these")
 }
@@ -173,5 +174,5 @@ func (f *unloadFlags) unloadPins(ctx context.Context) (api.UnloadResult, error) 
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
 	v := explain.NewView(nil, policy.Cluster{}, nil, 0, time.Now())
-	return unloader{d, v, f.force, attachmentsIn(f.runDir), defaults().proc}.run(ctx)
+	return unloader{d, v, f.force, attachmentsIn(f.runDir), f.proc}.run(ctx)
 }

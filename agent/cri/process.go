@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/podshunt/podshunt/agent/proc"
@@ -58,11 +57,7 @@ func (p process) program() string {
 
 // self returns this process as a procfs shows it.
 func self(root string) (process, error) {
-	target, err := os.Readlink(filepath.Join(root, "self"))
-	if err != nil {
-		return process{}, err
-	}
-	pid, err := strconv.Atoi(target)
+	pid, err := proc.Self(root)
 	if err != nil {
 		return process{}, err
 	}

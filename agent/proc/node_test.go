@@ -5,6 +5,7 @@
 package proc
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -24,7 +25,62 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
-func TestMain(m *testing.M) { os.Exit(sandbox.Main(m.Run)) }
+// containerEnv makes a process stand in for an agent in a container: it has the paths of
+// two procfs of the node, one to look through, and one to find itself in.
+const containerEnv = "PODSHUNT_TEST_PROC"
+
+func TestMain(m *testing.M) {
+	if paths := os.Getenv(containerEnv); paths != "" {
+		os.Exit(inContainer(filepath.SplitList(paths)))
+	}
+	os.Exit(sandbox.Main(m.Run))
+}
+
+// result is what a Finder returns.
+type result struct {
+	Found   map[string]Netns
+	Refused map[string]string
+	// Self and There are the numbers that the process has in its own and in the node's procfs.
+	Self, There int
+}
+
+func find(procfs string) (result, error) {
+	found, refused, err := Finder{Root: procfs, NetnsCookie: netnsInode}.Find(map[string]bool{uid1: true, uid2: true})
+	r := result{Found: found, Refused: map[string]string{}}
+	for uid, err := range refused {
+		r.Refused[uid] = err.Error()
+	}
+	return r, err
+}
+
+func inContainer(procfs []string) (status int) {
+	r, err := find(procfs[0])
+	there, selfErr := Self(procfs[1])
+	r.Self, r.There = os.Getpid(), there
+	if err := errors.Join(err, selfErr, json.NewEncoder(os.Stdout).Encode(r)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// findInContainer finds with the namespaces that a container has and the capabilities that
+// the chart gives to the agent for this.
+func findInContainer(procfs ...string) (r result, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return r, err
+	}
+	cmd := exec.Command("unshare", "--pid", "--fork", "--kill-child", "--cgroup", "--mount-proc",
+		"setpriv", "--bounding-set=-all,+sys_admin,+sys_ptrace", "--no-new-privs", self)
+	cmd.Env = append(os.Environ(), containerEnv+"="+strings.Join(procfs, string(filepath.ListSeparator)))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return r, err
+	}
+	return r, json.Unmarshal(out, &r)
+}
 
 // mustRun starts a command in a cgroup and in a network namespace of its own, and
 // returns its pid.
@@ -85,30 +141,30 @@ func TestFindInCgroups(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	check := func(procfs string) {
+	check := func(r result, err error, procfs string) {
 		t.Helper()
-		f := Finder{Root: procfs, NetnsCookie: netnsInode}
-		found, refused, err := f.Find(map[string]bool{uid1: true, uid2: true})
 		if err != nil {
 			t.Fatal(err)
 		}
 		want := Netns{Path: filepath.Join(procfs, strconv.Itoa(pod), "ns/net"), Cookie: cookie}
-		if diff := cmp.Diff(map[string]Netns{uid2: want}, found); diff != "" {
+		if diff := cmp.Diff(map[string]Netns{uid2: want}, r.Found); diff != "" {
 			t.Errorf("found (-want +got)\n%s", diff)
 		}
-		refusal := fmt.Sprint(refused[uid1])
-		if len(refused) != 1 || !strings.HasPrefix(refusal, "others than root may make cgroups in ") ||
+		refusal := r.Refused[uid1]
+		if len(r.Refused) != 1 || !strings.HasPrefix(refusal, "others than root may make cgroups in ") ||
 			!strings.HasSuffix(refusal, users+": its owner is 12345, its mode 0755") {
-			t.Errorf("refused: got %v, want %s for what %d made in %s", refused, uid1, user, users)
+			t.Errorf("refused: got %v, want %s for what %d made in %s", r.Refused, uid1, user, users)
 		}
 	}
-	check("/proc")
+	r, err := find("/proc")
+	check(r, err, "/proc")
 
-	// A procfs of these processes, with a first one that may be looked at.
-	procfs := t.TempDir()
+	// The node's procfs as the chart mounts it, and of these processes one with a first
+	// process that may be looked at.
+	mounted, procfs := mustMountProc(t), t.TempDir()
 	mustLink := func(target int, name string) {
 		t.Helper()
-		if err := os.Symlink(fmt.Sprint("/proc/", target), filepath.Join(procfs, name)); err != nil {
+		if err := os.Symlink(filepath.Join(mounted, strconv.Itoa(target)), filepath.Join(procfs, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -155,24 +211,50 @@ func TestFindInCgroups(t *testing.T) {
 	}
 
 	// The names are not told, so that nothing is found.
-	f := Finder{Root: procfs, NetnsCookie: netnsInode}
-	found, refused, err := f.Find(map[string]bool{uid1: true, uid2: true})
-	if err != nil || len(found) != 0 || len(refused) != 2 {
-		t.Errorf("got %v, refused %v and error %v, want both refused", found, refused, err)
+	r, err = find(procfs)
+	if err != nil || len(r.Found) != 0 || len(r.Refused) != 2 {
+		t.Errorf("got %+v and error %v, want both refused", r, err)
 	}
-	for uid, refusal := range refused {
-		if want := `no mount shows who made cgroup "/../..`; !strings.HasPrefix(refusal.Error(), want) {
+	for uid, refusal := range r.Refused {
+		if want := `no mount shows who made cgroup "/../..`; !strings.HasPrefix(refusal, want) {
 			t.Errorf("%s: got refusal %v, want %s", uid, refusal, want)
 		}
 	}
 
 	// The node's first process has them.
 	mustLink(node, "1")
-	check(procfs)
+	r, err = find(procfs)
+	check(r, err, procfs)
 	if want := "0::/../../pod" + uid2 + "/c1\n"; !strings.HasSuffix(seen(), want) {
 		t.Errorf("after a search: got cgroups %q, want %q last", seen(), want)
 	}
 	if err := unix.Setns(int(own.Fd()), unix.CLONE_NEWCGROUP); err != nil {
 		t.Fatal(err)
 	}
+
+	// In a PID namespace of its own, the agent has another number than on the node.
+	r, err = findInContainer(procfs, mounted)
+	check(r, err, procfs)
+	if r.Self != 1 || r.There <= 1 {
+		t.Errorf("in a container: got process %d, %d on the node, want 1 and another one", r.Self, r.There)
+	}
+}
+
+// mustMountProc mounts this process's procfs elsewhere, only to be read.
+func mustMountProc(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	err := unix.Mount("/proc", dir, "", unix.MS_BIND, "")
+	if err == nil {
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+		err = unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }

@@ -111,6 +111,16 @@ func Path(root string, pid int, file ...string) string {
 	return filepath.Join(append([]string{root, strconv.Itoa(pid)}, file...)...)
 }
 
+// Self returns the number that this process has in the procfs at root, which may be that
+// of a PID namespace above its own.
+func Self(root string) (int, error) {
+	target, err := os.Readlink(filepath.Join(root, "self"))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(target)
+}
+
 // PIDs returns the numbers of all processes in the procfs at root, in no order.
 func PIDs(root string) ([]int, error) {
 	dir, err := os.Open(root)

@@ -105,10 +105,16 @@ func TestInstall(t *testing.T) {
 	young := p.mustTalk(optIn(client("young", n, p.address("server")+":8080")))[0]
 	p.figure("a pod made after the install: %.1f %% of bytes by the shortcut, all counted", 100*young.mustBeShortcut())
 	agent := p.mustKubectl("get", "pods", "--namespace="+release, "--field-selector=spec.nodeName="+n.name, "-o=jsonpath={.items[0].metadata.name}")
-	for _, command := range []string{"flows", "status"} {
-		out := p.mustKubectl("exec", "--namespace="+release, agent, "--", "podshunt-agent", command)
-		if !strings.Contains(out, p.namespace+"/young") {
-			t.Errorf("podshunt-agent %s does not have the pod:\n%s", command, out)
+	// The agent's pod is in a PID namespace of its own, and sees the node's runtime all the same.
+	const runtime = "containerd, networks in /etc/cni/net.d, plugins in /opt/cni/bin"
+	for command, wants := range map[string][]string{
+		"flows": {p.namespace + "/young"}, "status": {p.namespace + "/young", runtime}, "doctor --accept-hazards=all": {runtime},
+	} {
+		out := p.mustKubectl(append([]string{"exec", "--namespace=" + release, agent, "--", "podshunt-agent"}, strings.Fields(command)...)...)
+		for _, want := range wants {
+			if !strings.Contains(out, want) {
+				t.Errorf("podshunt-agent %s has no %q:\n%s", command, want, out)
+			}
 		}
 	}
 	young.mustFinish()
