@@ -132,6 +132,7 @@ func (ins *Installer) look() error {
 		return nil
 	}
 	path, err := ins.install()
+	err = adviseReadOnly(err)
 	ins.setState(path, err)
 	return err
 }

@@ -72,6 +72,15 @@ func (ins *Installer) checkBinDir(f file) error {
 		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
 }
 
+// adviseReadOnly adds what to do to an error with a directory that is read-only.
+func adviseReadOnly(err error) error {
+	if !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	return fmt.Errorf("%w: the runtime may have another directory, which can be written to: give --cni-bin-dir and --cni-conf-dir (in the chart: agent.cniBinDir and agent.cniConfDir), "+
+		"or leave both out, and pods take part from shortly after their start on", err)
+}
+
 // source says where the runtime's settings are from.
 func (r nodeRuntime) source() string {
 	if len(r.Sources) == 0 {
