@@ -15,7 +15,6 @@ package cniconf
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -182,9 +181,15 @@ func (ins *Installer) setState(path string, err error) {
 	}
 }
 
-// install installs everything. It returns the list with our entry that the runtime
+// install installs everything. It returns the file with our entry that the runtime
 // uses, or "", also with an error.
 func (ins *Installer) install() (string, error) {
+	path, err := ins.installIn()
+	return path, errors.Join(err, removeDropIns(ins.cfg.ConfDir, path, ins.cfg.Log))
+}
+
+// installIn does all of that but to take out our files in the directories of networks.
+func (ins *Installer) installIn() (string, error) {
 	if err := ins.confPlace.check(); err != nil {
 		return "", err
 	}
@@ -261,6 +266,12 @@ func (ins *Installer) join(f file, files []file, rt nodeRuntime) (string, error)
 		}
 		return "", errElsewhere(f)
 	}
+	if path := dropInPath(f); path != "" {
+		if err := ins.putDropIn(f, path); err != nil {
+			return present(f, files), fmt.Errorf("put entry into %s: %w", filepath.Dir(path), err)
+		}
+		return path, nil
+	}
 	list, change := f, Insert
 	if !f.isList() {
 		if rt.Name != "" && rt.Networks != 1 {
@@ -283,6 +294,9 @@ func (ins *Installer) join(f file, files []file, rt nodeRuntime) (string, error)
 // present returns the list from which a runtime runs our entry in the network in f
 // at present, or "".
 func present(f file, files []file) string {
+	if path := dropInPath(f); path != "" {
+		return presentDropIn(path)
+	}
 	if f.isList() {
 		if inPlace(f.data) {
 			return f.path
@@ -315,9 +329,14 @@ func (ins *Installer) put(list, as file, change func(list, section []byte) ([]by
 	if err != nil {
 		return err
 	}
-	ins.writes[as.path] = append(ins.writes[as.path], time.Now())
-	ins.cfg.Log.Info("entry put into cni configuration", "path", list.path)
+	ins.wrote(as.path, list.path)
 	return nil
+}
+
+// wrote counts a change of the file at as.
+func (ins *Installer) wrote(as, path string) {
+	ins.writes[as] = append(ins.writes[as], time.Now())
+	ins.cfg.Log.Info("entry put into cni configuration", "path", path)
 }
 
 // beside returns the list that goes beside a lone configuration, with nil data if it
@@ -348,27 +367,6 @@ func (ins *Installer) beside(lone file, files []file) (file, error) {
 			"which would be our list: use its thick form, or install nothing (in the chart: agent.cniConfDir and agent.cniBinDir empty)")
 	}
 	return list, nil
-}
-
-// checkVersions returns an error if a runtime could call the plugin with a CNI
-// version that it does not support: then no pod would start. Of several versions in
-// a configuration, each runtime may choose another.
-func (ins *Installer) checkVersions(f file) error {
-	var keys map[string]any
-	if err := json.Unmarshal(f.data, &keys); err != nil {
-		return fmt.Errorf("read versions of %s: %w", f.path, err)
-	}
-	versions, _ := keys["cniVersions"].([]any)
-	if version, ok := keys["cniVersion"]; ok || len(versions) == 0 {
-		versions = append(versions, version)
-	}
-	for _, version := range versions {
-		if text, _ := version.(string); !slices.Contains(ins.binary.versions, text) {
-			return fmt.Errorf("%s has the CNI version %q; accepted are %s: raise it there if the network's plugins support one of them",
-				f.path, text, strings.Join(ins.binary.versions, ", "))
-		}
-	}
-	return nil
 }
 
 // admit returns an error if a file has been changed too often within writeWindow.

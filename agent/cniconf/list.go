@@ -205,6 +205,10 @@ func firstPlugin(f file) string {
 			return p.Network.Type
 		}
 	}
+	if path := dropInPath(f); path != "" {
+		_, plugin := firstOfDirectory(path)
+		return plugin
+	}
 	return ""
 }
 
