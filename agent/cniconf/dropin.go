@@ -35,7 +35,7 @@ func dropInPath(f file) string {
 
 // putDropIn puts our entry at path, a file among those with the plugins of the list in f.
 func (ins *Installer) putDropIn(f file, path string) error {
-	first, _ := firstOfDirectory(path)
+	first := firstOfDirectory(path)
 	switch {
 	case first == "":
 		return fmt.Errorf("%w, which are files in %s", errAlone, filepath.Dir(path))
@@ -61,7 +61,7 @@ func (ins *Installer) putDropIn(f file, path string) error {
 // presentDropIn returns the path of our file if it is there, behind the plugin that makes the
 // interface, or "".
 func presentDropIn(path string) string {
-	first, _ := firstOfDirectory(path)
+	first := firstOfDirectory(path)
 	if data, err := os.ReadFile(path); err != nil || !isOurs(data) || first == "" || filepath.Base(first) > dropInName {
 		return ""
 	}
@@ -72,23 +72,20 @@ func presentDropIn(path string) string {
 // it is in that of the network.
 func dropInTemp(confDir string) string { return filepath.Join(confDir, dropInName+tempExtension) }
 
-// firstOfDirectory returns the path and the type of the first plugin that is not ours among
-// the files beside the one at path, or "".
-func firstOfDirectory(path string) (first, plugin string) {
+// firstOfDirectory returns the first plugin that is not ours among the files beside the one at
+// path, or "".
+func firstOfDirectory(path string) string {
 	files, err := libcni.ConfFiles(filepath.Dir(path), []string{".conf"})
 	if err != nil {
-		return "", ""
+		return ""
 	}
-	for _, first := range files {
-		data, err := os.ReadFile(first)
-		if err != nil || isOurs(data) {
-			continue
-		}
-		if conf, err := libcni.NetworkPluginConfFromBytes(data); err == nil {
-			return first, conf.Network.Type
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if _, invalid := libcni.NetworkPluginConfFromBytes(data); err == nil && invalid == nil && !isOurs(data) {
+			return file
 		}
 	}
-	return "", ""
+	return ""
 }
 
 // removeDropIns deletes our files in the directories of networks, but for the one at except.

@@ -218,10 +218,11 @@ func (ins *Installer) installIn() (string, error) {
 	// CRI-O passes over files that are not valid; containerd takes no network at
 	// all if one comes before the valid ones.
 	var errs []error
+	rt.passOver(theirs)
 	first := rt.network(theirs)
 	for i, f := range theirs {
 		if f.err != nil && (first < 0 || i < first) {
-			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
+			errs = append(errs, refusedError(f))
 		}
 	}
 	// A list of ours goes if its lone configuration is gone: the owner has taken the

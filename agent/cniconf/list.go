@@ -196,18 +196,8 @@ func firstPlugin(f file) string {
 		}
 		return conf.Network.Type
 	}
-	list, err := libcni.ConfListFromBytes(f.data)
-	if err != nil {
-		return ""
-	}
-	for _, p := range list.Plugins {
-		if !isOurs(p.Bytes) {
-			return p.Network.Type
-		}
-	}
-	if path := dropInPath(f); path != "" {
-		_, plugin := firstOfDirectory(path)
-		return plugin
+	if plugins := pluginsOf(f); len(plugins) > 0 {
+		return plugins[0]
 	}
 	return ""
 }

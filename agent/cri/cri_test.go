@@ -141,11 +141,12 @@ plugin_dirs = [
 			files: map[string]string{
 				"/etc/crio/crio.conf.d/10-microshift_base.conf": "[crio.network]\nplugin_dirs = ['/run/cni/bin', '/usr/libexec/cni']\n",
 				"/etc/crio/crio.conf.d/11-microshift-ovn.conf":  "[crio.network]\ncni_default_network = 'ovn-kubernetes'\n",
-				"/etc/crio/crio.conf.d/old/backup.conf":         "[crio.network]\ncni_default_network = 'backup'\n",
+				// CRI-O reads what is below, too.
+				"/etc/crio/crio.conf.d/old/backup.conf": "[crio.network]\ncni_default_network = 'backup'\n",
 			},
 			want: api.Runtime{
-				Name: api.CRIO, Sources: []string{"/etc/crio/crio.conf.d/10-microshift_base.conf", "/etc/crio/crio.conf.d/11-microshift-ovn.conf"},
-				ConfDir: "/etc/cni/net.d", BinDirs: []string{"/run/cni/bin", "/usr/libexec/cni"}, Network: "ovn-kubernetes", Networks: 1,
+				Name: api.CRIO, Sources: []string{"/etc/crio/crio.conf.d/10-microshift_base.conf", "/etc/crio/crio.conf.d/11-microshift-ovn.conf", "/etc/crio/crio.conf.d/old/backup.conf"},
+				ConfDir: "/etc/cni/net.d", BinDirs: []string{"/run/cni/bin", "/usr/libexec/cni"}, Network: "backup", Networks: 1,
 			},
 		},
 		{
