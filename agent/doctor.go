@@ -76,6 +76,7 @@ keeps them on TCP.
 				runtime.Error = err.Error()
 			}
 			e.Runtime = &runtime.Runtime
+			e = withNode(e, nodeReport(procfs, runtime.Runtime))
 			write := writeKernelReport
 			if output == "json" {
 				write = func(w io.Writer, e api.KernelReport) error { return writeJSON(w, e) }
@@ -263,7 +264,7 @@ func refuseHazards(hazards []api.Hazard, accepted []string) string {
 // refusal returns the error of doctor if no pod would take part.
 func refusal(e api.KernelReport) error {
 	verb := "would"
-	if e.Reason == api.KernelLacksFeatures {
+	if e.Reason != api.KernelFatalHazards {
 		verb = "can"
 	}
 	return statusError{fmt.Errorf("no pod %s take part: %s", verb, e.Message), exitRefused}
@@ -276,6 +277,7 @@ func writeKernelReport(w io.Writer, e api.KernelReport) error {
 	if e.Runtime != nil {
 		t.row("runtime", runtimeText(*e.Runtime))
 	}
+	writeNodeReport(t, e.Node)
 	if e.Reason != api.KernelLacksFeatures {
 		t.row("new connections", newConnectionsText(e.NewConnections))
 		t.row("open connections", openConnectionsText(e.OpenConnections))

@@ -57,6 +57,7 @@ func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelR
 		PinDir:          cfg.datapath.PinDir,
 		Hazards:         e.Hazards,
 		AcceptedHazards: e.AcceptedHazards,
+		Node:            e.Node,
 	}}
 }
 

@@ -76,7 +76,12 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
-	kernelReport := cfg.kernelReport()
+	nodeRuntime := cri.NewNode(cfg.proc, log)
+	var dirs api.Runtime // to be written to
+	if cfg.cni.ConfDir != "" {
+		dirs, _ = nodeRuntime.Runtime()
+	}
+	kernelReport := withNode(cfg.kernelReport(), nodeReport(cfg.proc, dirs))
 	if kernelReport.Reason == api.KernelLacksFeatures {
 		return errors.New(kernelReport.Message)
 	}
@@ -92,7 +97,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	d, err := datapath.Open(cfg.datapath, log)
 	if err != nil {
-		return err
+		return withCgroupAdvice(err, kernelReport.Node)
 	}
 	defer d.Close()
 	reconciler, err := pods.New(pods.Config{
@@ -119,7 +124,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		// An agent that hangs must not vouch for the policy.
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
-	n.runtime = cri.NewNode(cfg.proc, log)
+	n.runtime = nodeRuntime
 	if cfg.cni.ConfDir != "" {
 		cfg.cni.Log, cfg.cni.Runtime = log, n.runtime.Runtime
 		n.installer = cniconf.New(cfg.cni)
@@ -140,6 +145,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	if kernelReport.Message != "" {
 		log.Error("no pod takes part", "reason", kernelReport.Message)
+	}
+	for _, w := range kernelReport.Node.Warnings {
+		log.Warn("the node keeps podshunt from working as wanted", "code", w.Code, "reason", w.Message)
 	}
 	for _, h := range acceptedHazards(kernelReport.Hazards, kernelReport.AcceptedHazards) {
 		log.Warn("a hazard of this kernel is accepted, and programs break", "hazard", h.Name, "programs", h.Consequence)

@@ -58,6 +58,7 @@ func writeStatus(w io.Writer, s api.Status) error {
 	if s.Runtime != nil {
 		t.row("runtime", runtimeText(*s.Runtime))
 	}
+	writeNodeReport(t, s.Node)
 	if s.CNI != nil {
 		t.row("cni plugin", cniText(*s.CNI))
 	}

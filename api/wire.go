@@ -144,6 +144,7 @@ type Status struct {
 	CNI *CNIStatus `json:"cni,omitempty"`
 	// Runtime is the node's container runtime.
 	Runtime *Runtime   `json:"runtime,omitempty"`
+	Node    NodeReport `json:"node"`
 	Maps    []MapUsage `json:"maps"`
 	// Outcomes counts every decision the kernel programs have taken since they were loaded.
 	Outcomes []Outcome `json:"outcomes"`
@@ -218,21 +219,25 @@ type KernelReport struct {
 	TakesPart bool `json:"takesPart"`
 	// Runtime is the node's container runtime.
 	Runtime *Runtime     `json:"runtime,omitempty"`
+	Node    NodeReport   `json:"node"`
 	Reason  KernelReason `json:"reason,omitempty"`
 	Message string       `json:"message,omitempty"`
 }
 
-// KernelReason says why no pod takes part on a kernel.
+// KernelReason says why no pod takes part on a node.
 type KernelReason string
 
-// The reasons. With the first the agent does not run.
+// The reasons. With the first and the last the agent does not run.
 const (
 	KernelLacksFeatures KernelReason = "lacks_features"
 	KernelFatalHazards  KernelReason = "fatal_hazards"
+	NodeNoCgroup2       KernelReason = "no_cgroup2"
 )
 
 // KernelReasons lists all reasons.
-func KernelReasons() []KernelReason { return []KernelReason{KernelLacksFeatures, KernelFatalHazards} }
+func KernelReasons() []KernelReason {
+	return []KernelReason{KernelLacksFeatures, KernelFatalHazards, NodeNoCgroup2}
+}
 
 // EarlyPort is a server port of a pod whose connections join at their handshake.
 type EarlyPort struct {

@@ -9,3 +9,8 @@ import _ "embed"
 //
 //go:embed limits.md
 var Limits string
+
+// Platforms is platforms.md.
+//
+//go:embed platforms.md
+var Platforms string

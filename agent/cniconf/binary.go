@@ -7,10 +7,13 @@ package cniconf
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -104,6 +107,27 @@ func versions(path string) ([]string, error) {
 		return nil, fmt.Errorf("run %s: %w", path, err)
 	}
 	return info.SupportedVersions(), nil
+}
+
+// checkVersions returns an error if a runtime could call the plugin with a CNI
+// version that it does not support: then no pod would start. Of several versions in
+// a configuration, each runtime may choose another.
+func (ins *Installer) checkVersions(f file) error {
+	var keys map[string]any
+	if err := json.Unmarshal(f.data, &keys); err != nil {
+		return fmt.Errorf("read versions of %s: %w", f.path, err)
+	}
+	versions, _ := keys["cniVersions"].([]any)
+	if version, ok := keys["cniVersion"]; ok || len(versions) == 0 {
+		versions = append(versions, version)
+	}
+	for _, version := range versions {
+		if text, _ := version.(string); !slices.Contains(ins.binary.versions, text) {
+			return fmt.Errorf("%s has the CNI version %q; accepted are %s: raise it there if the network's plugins support one of them",
+				f.path, text, strings.Join(ins.binary.versions, ", "))
+		}
+	}
+	return nil
 }
 
 func newBinary(source, dir string) binary {

@@ -119,7 +119,7 @@ func uninstall(confDir, binDir string, log *slog.Logger) error {
 		}
 		return err
 	}
-	var errs []error
+	errs := []error{removeDropIns(confDir, "", log)}
 	for _, f := range files {
 		switch {
 		case f.isMade() && f.err == nil && len(chained(f.data)) > 0 && madeOfSomething(f):
@@ -326,11 +326,14 @@ func unchanged(f file) error {
 // not only for the rename: containerd (1.7) reads its configuration again when a
 // name goes away from the directory, not when one appears in it.
 func write(path string, data []byte, like string) error {
+	return writeBy(path+tempExtension, path, data, like)
+}
+
+func writeBy(temp, path string, data []byte, like string) error {
 	info, err := os.Stat(like)
 	if err != nil {
 		return err
 	}
-	temp := path + tempExtension
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err

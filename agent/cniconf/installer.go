@@ -15,7 +15,6 @@ package cniconf
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -132,6 +131,7 @@ func (ins *Installer) look() error {
 		return nil
 	}
 	path, err := ins.install()
+	err = adviseReadOnly(err)
 	ins.setState(path, err)
 	return err
 }
@@ -181,9 +181,15 @@ func (ins *Installer) setState(path string, err error) {
 	}
 }
 
-// install installs everything. It returns the list with our entry that the runtime
+// install installs everything. It returns the file with our entry that the runtime
 // uses, or "", also with an error.
 func (ins *Installer) install() (string, error) {
+	path, err := ins.installIn()
+	return path, errors.Join(err, removeDropIns(ins.cfg.ConfDir, path, ins.cfg.Log))
+}
+
+// installIn does all of that but to take out our files in the directories of networks.
+func (ins *Installer) installIn() (string, error) {
 	if err := ins.confPlace.check(); err != nil {
 		return "", err
 	}
@@ -212,10 +218,11 @@ func (ins *Installer) install() (string, error) {
 	// CRI-O passes over files that are not valid; containerd takes no network at
 	// all if one comes before the valid ones.
 	var errs []error
+	rt.passOver(theirs)
 	first := rt.network(theirs)
 	for i, f := range theirs {
 		if f.err != nil && (first < 0 || i < first) {
-			errs = append(errs, fmt.Errorf("%s is not valid: %w", f.path, f.err))
+			errs = append(errs, refusedError(f))
 		}
 	}
 	// A list of ours goes if its lone configuration is gone: the owner has taken the
@@ -260,6 +267,12 @@ func (ins *Installer) join(f file, files []file, rt nodeRuntime) (string, error)
 		}
 		return "", errElsewhere(f)
 	}
+	if path := dropInPath(f); path != "" {
+		if err := ins.putDropIn(f, path); err != nil {
+			return present(f, files), fmt.Errorf("put entry into %s: %w", filepath.Dir(path), err)
+		}
+		return path, nil
+	}
 	list, change := f, Insert
 	if !f.isList() {
 		if rt.Name != "" && rt.Networks != 1 {
@@ -282,6 +295,9 @@ func (ins *Installer) join(f file, files []file, rt nodeRuntime) (string, error)
 // present returns the list from which a runtime runs our entry in the network in f
 // at present, or "".
 func present(f file, files []file) string {
+	if path := dropInPath(f); path != "" {
+		return presentDropIn(path)
+	}
 	if f.isList() {
 		if inPlace(f.data) {
 			return f.path
@@ -314,9 +330,14 @@ func (ins *Installer) put(list, as file, change func(list, section []byte) ([]by
 	if err != nil {
 		return err
 	}
-	ins.writes[as.path] = append(ins.writes[as.path], time.Now())
-	ins.cfg.Log.Info("entry put into cni configuration", "path", list.path)
+	ins.wrote(as.path, list.path)
 	return nil
+}
+
+// wrote counts a change of the file at as.
+func (ins *Installer) wrote(as, path string) {
+	ins.writes[as] = append(ins.writes[as], time.Now())
+	ins.cfg.Log.Info("entry put into cni configuration", "path", path)
 }
 
 // beside returns the list that goes beside a lone configuration, with nil data if it
@@ -347,27 +368,6 @@ func (ins *Installer) beside(lone file, files []file) (file, error) {
 			"which would be our list: use its thick form, or install nothing (in the chart: agent.cniConfDir and agent.cniBinDir empty)")
 	}
 	return list, nil
-}
-
-// checkVersions returns an error if a runtime could call the plugin with a CNI
-// version that it does not support: then no pod would start. Of several versions in
-// a configuration, each runtime may choose another.
-func (ins *Installer) checkVersions(f file) error {
-	var keys map[string]any
-	if err := json.Unmarshal(f.data, &keys); err != nil {
-		return fmt.Errorf("read versions of %s: %w", f.path, err)
-	}
-	versions, _ := keys["cniVersions"].([]any)
-	if version, ok := keys["cniVersion"]; ok || len(versions) == 0 {
-		versions = append(versions, version)
-	}
-	for _, version := range versions {
-		if text, _ := version.(string); !slices.Contains(ins.binary.versions, text) {
-			return fmt.Errorf("%s has the CNI version %q; accepted are %s: raise it there if the network's plugins support one of them",
-				f.path, text, strings.Join(ins.binary.versions, ", "))
-		}
-	}
-	return nil
 }
 
 // admit returns an error if a file has been changed too often within writeWindow.

@@ -196,14 +196,8 @@ func firstPlugin(f file) string {
 		}
 		return conf.Network.Type
 	}
-	list, err := libcni.ConfListFromBytes(f.data)
-	if err != nil {
-		return ""
-	}
-	for _, p := range list.Plugins {
-		if !isOurs(p.Bytes) {
-			return p.Network.Type
-		}
+	if plugins := pluginsOf(f); len(plugins) > 0 {
+		return plugins[0]
 	}
 	return ""
 }

@@ -19,6 +19,9 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+// errPassedOver says that a runtime ignores a file that is valid.
+var errPassedOver = errors.New("passes over it")
+
 // nodeRuntime is the node's container runtime.
 type nodeRuntime struct {
 	api.Runtime
@@ -72,6 +75,15 @@ func (ins *Installer) checkBinDir(f file) error {
 		"give --cni-bin-dir (in the chart: agent.cniBinDir) the directory that has %[2]q", ins.cfg.BinDir, plugin, f.path)
 }
 
+// adviseReadOnly adds what to do to an error with a directory that is read-only.
+func adviseReadOnly(err error) error {
+	if !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	return fmt.Errorf("%w: the runtime may have another directory, which can be written to: give --cni-bin-dir and --cni-conf-dir (in the chart: agent.cniBinDir and agent.cniConfDir), "+
+		"or leave both out, and pods take part from shortly after their start on", err)
+}
+
 // source says where the runtime's settings are from.
 func (r nodeRuntime) source() string {
 	if len(r.Sources) == 0 {
@@ -88,6 +100,62 @@ func (r nodeRuntime) same(a, b string) bool {
 	first, err1 := r.root.Stat(a)
 	second, err2 := r.root.Stat(b)
 	return err1 == nil && err2 == nil && first.Dev == second.Dev && first.Ino == second.Ino
+}
+
+// passOver gives an error to files whose network the runtime ignores, because one of its
+// plugins is in none of its directories: CRI-O and cri-dockerd look at that, containerd does
+// not. Our own plugin is not counted, since it comes with the entry. They also ask each
+// plugin for its CNI versions, which a container cannot do with programs of the node.
+func (r nodeRuntime) passOver(files []file) {
+	if r.Name != api.CRIO && r.Name != api.CRIDockerd {
+		return
+	}
+	for i, f := range files {
+		if f.err != nil {
+			continue
+		}
+		for _, plugin := range pluginsOf(f) {
+			if !slices.ContainsFunc(r.BinDirs, func(dir string) bool { return r.hasProgram(filepath.Join(dir, plugin)) }) {
+				files[i].err = fmt.Errorf("%s %w, since there is no %q in %s", r.Name, errPassedOver, plugin, strings.Join(r.BinDirs, " or "))
+				break
+			}
+		}
+	}
+}
+
+func (r nodeRuntime) hasProgram(path string) bool {
+	st, err := r.root.Stat(path)
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
+}
+
+// refusedError says why the runtime does not use a file.
+func refusedError(f file) error {
+	if errors.Is(f.err, errPassedOver) {
+		return fmt.Errorf("%s: %w", f.path, f.err)
+	}
+	return fmt.Errorf("%s is not valid: %w", f.path, f.err)
+}
+
+// pluginsOf returns the types of the plugins in a valid file that are not ours.
+func pluginsOf(f file) (types []string) {
+	if !f.isList() {
+		return []string{firstPlugin(f)}
+	}
+	list, err := libcni.ConfListFromBytes(f.data)
+	if err != nil {
+		return nil
+	}
+	plugins := list.Plugins
+	if !list.LoadOnlyInlinedPlugins {
+		more, _ := libcni.NetworkPluginConfsFromFiles(filepath.Dir(f.path), list.Name)
+		plugins = append(plugins, more...)
+	}
+	for _, p := range plugins {
+		if !isOurs(p.Bytes) {
+			types = append(types, p.Network.Type)
+		}
+	}
+	return types
 }
 
 // network returns the index of the file that the runtime takes its network from, or -1:

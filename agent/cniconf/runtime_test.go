@@ -51,6 +51,67 @@ func TestNetworkByName(t *testing.T) {
 	}
 }
 
+// TestPassedOver: CRI-O and cri-dockerd ignore a network if one of its plugins is missing, and
+// take the next one; containerd does not look.
+func TestPassedOver(t *testing.T) {
+	const lacking = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"a"},{"type":"tuning"}]}`
+	elsewhere := t.TempDir()
+	writeFile(t, filepath.Join(elsewhere, "tuning"), "")
+	for _, tc := range []struct {
+		name, runtime, network string
+		binDirs                []string // beside that of the Installer
+		files                  map[string]string
+		conflist, err          string
+	}{
+		{
+			name: "CRI-O", runtime: api.CRIO, files: map[string]string{"10-a.conflist": lacking, "20-b.conflist": otherList},
+			conflist: "20-b.conflist", err: `10-a.conflist: cri-o passes over it, since there is no "tuning" in `,
+		},
+		{
+			name: "cri-dockerd", runtime: api.CRIDockerd, files: map[string]string{"10-a.conf": `{"cniVersion":"1.0.0","name":"a","type":"tuning"}`, "20-b.conflist": otherList},
+			conflist: "20-b.conflist", err: "10-a.conf: cri-dockerd passes over it",
+		},
+		{
+			name: "the plugin is in another directory", runtime: api.CRIO, binDirs: []string{elsewhere},
+			files: map[string]string{"10-a.conflist": lacking, "20-b.conflist": otherList}, conflist: "10-a.conflist",
+		},
+		{
+			name: "by name", runtime: api.CRIO, network: "a", files: map[string]string{"10-a.conflist": lacking, "20-a.conflist": testList},
+			conflist: "20-a.conflist", err: "10-a.conflist: cri-o passes over it",
+		},
+		{
+			name: "none is left", runtime: api.CRIO, files: map[string]string{"10-a.conflist": lacking},
+			err: "10-a.conflist: cri-o passes over it",
+		},
+		{
+			name: "our entry does not count", runtime: api.CRIO, files: map[string]string{"10-a.conflist": testBoth, "20-b.conflist": otherList},
+			conflist: "10-a.conflist",
+		},
+		{
+			name: "containerd", runtime: api.Containerd, files: map[string]string{"10-a.conflist": lacking, "20-b.conflist": otherList},
+			conflist: "10-a.conflist",
+		},
+		{name: "not known", files: map[string]string{"10-a.conflist": lacking, "20-b.conflist": otherList}, conflist: "10-a.conflist"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			ins := runtimeIs(newTestInstaller(t), tc.runtime, func(r *api.Runtime) {
+				r.Network, r.BinDirs = tc.network, append(tc.binDirs, r.BinDirs...)
+			})
+			for name, content := range tc.files {
+				writeFile(t, ins.conf(name), content)
+			}
+			ins.Reconcile()
+			wantState(t, ins, tc.conflist, tc.err)
+			if _, err := ins.Uninstall(); err != nil {
+				t.Fatal(err)
+			}
+			if tc.name != "our entry does not count" {
+				wantFiles(t, ins, "uninstalled", tc.files)
+			}
+		})
+	}
+}
+
 // TestNetworkByNameMoves follows CRI-O, which was started again with another network.
 func TestNetworkByNameMoves(t *testing.T) {
 	ins := newTestInstaller(t)

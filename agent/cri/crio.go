@@ -14,6 +14,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/nodefs"
 	"github.com/podshunt/podshunt/api"
 )
 
@@ -35,7 +36,7 @@ type crioFile struct {
 	} `toml:"crio"`
 }
 
-// readCRIO reads the file, then those of the directory, the environment and the command
+// readCRIO reads the file, then those in and below the directory, the environment and the command
 // line, of which later ones win.
 func readCRIO(f *Found) error {
 	f.Name, f.ConfDir, f.BinDirs, f.Networks = api.CRIO, defaultConfDir, []string{defaultBinDir}, 1
@@ -48,14 +49,11 @@ func readCRIO(f *Found) error {
 	if given := values(args, "config-dir", "d"); len(given) > 0 {
 		dir = last(given)
 	}
-	names, err := f.Root.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	added, err := filesBelow(f.Root, dir)
+	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		files = append(files, path.Join(dir, name))
-	}
-	for _, file := range files {
+	for _, file := range append(files, added...) {
 		if err := f.readCRIOFile(file); err != nil {
 			return fmt.Errorf("%s: %w", file, err)
 		}
@@ -73,9 +71,32 @@ func readCRIO(f *Found) error {
 	return nil
 }
 
+// filesBelow returns the files in and below a directory, in the order in which CRI-O reads
+// them.
+func filesBelow(root nodefs.Root, dir string) (files []string, err error) {
+	names, err := root.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, name := range names {
+		at := path.Join(dir, name)
+		st, err := root.Stat(at)
+		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			files = append(files, at)
+			continue
+		}
+		below, err := filesBelow(root, at)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, below...)
+	}
+	return files, nil
+}
+
 func (f *Found) readCRIOFile(file string) error {
 	data, err := f.Root.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EISDIR) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {

@@ -19,6 +19,9 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+// ErrNoCgroup2 says that a directory is in no cgroup2, or that there is none.
+var ErrNoCgroup2 = errors.New("no cgroup2 file system")
+
 // findCgroup returns dir if it is in a cgroup2, and the first cgroup2 mount of
 // /proc/mounts where dir is empty.
 func findCgroup(dir string) (string, error) {
@@ -33,12 +36,12 @@ func findCgroup(dir string) (string, error) {
 				return fields[1], nil
 			}
 		}
-		return "", errors.New("no cgroup2 in /proc/mounts: mount one or name a directory of it")
+		return "", fmt.Errorf("look for cgroup2 in /proc/mounts: %w: mount one or name a directory of it", ErrNoCgroup2)
 	}
 	if magic, err := filesystem(dir); err != nil {
 		return "", fmt.Errorf("look at cgroup %s: %w", dir, err)
 	} else if magic != unix.CGROUP2_SUPER_MAGIC {
-		return "", fmt.Errorf("cgroup %s: not in a cgroup2 file system; /proc/mounts says where one is", dir)
+		return "", fmt.Errorf("cgroup %s: %w; /proc/mounts says where one is", dir, ErrNoCgroup2)
 	}
 	return dir, nil
 }

@@ -76,3 +76,18 @@ func (r Root) Stat(path string) (unix.Stat_t, error) {
 	defer f.Close()
 	return st, unix.Fstat(int(f.Fd()), &st)
 }
+
+// ReadOnly reports whether a path of the node is on a file system that is mounted
+// read-only there.
+func (r Root) ReadOnly(path string) (bool, error) {
+	f, err := r.Open(path, unix.O_PATH)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return false, err
+	}
+	return st.Flags&unix.ST_RDONLY != 0, nil
+}
