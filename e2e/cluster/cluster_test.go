@@ -44,6 +44,7 @@ type cluster struct {
 	debs, bin string
 	// image, agent and chart are podshunt's.
 	image, agent, chart string
+	helmProgram         string
 	nodes               []*node
 	// figures are what the tests have measured, in their order.
 	mu      sync.Mutex
@@ -79,7 +80,7 @@ func newCluster(r run) (*cluster, error) {
 	}
 	c := &cluster{
 		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: made[0],
-		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: made[1],
+		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: made[1], helmProgram: helm3,
 	}
 	for i, mode := range []string{"iptables", "nftables"} {
 		c.nodes = append(c.nodes, &node{

@@ -19,9 +19,12 @@ const (
 	daemonSet = "daemonset/podshunt"
 )
 
+// The programs that helm may be.
+const helm3, helm4 = "helm", "helm4"
+
 // helm runs helm as a user does who reads README.
 func (c *cluster) helm(args ...string) (string, error) {
-	return c.control().output(longTimeout, nil, "helm", append(args, "--namespace="+release)...)
+	return c.control().output(longTimeout, nil, c.helmProgram, append(args, "--namespace="+release)...)
 }
 
 // chartValues are those that README has not: the kernel of this machine may be

@@ -92,7 +92,10 @@ func TestRollingUpdate(t *testing.T) {
 }
 
 // TestUpgrade is helm upgrade under load.
-func TestUpgrade(t *testing.T) {
+func TestUpgrade(t *testing.T) { testUpgrade(t) }
+
+func testUpgrade(t *testing.T) {
+	t.Helper()
 	p := newProof(t)
 	p.mustReplace("helm upgrade", func() {
 		args := append([]string{"upgrade", release, p.chart, "--wait", "--set=agent.logLevel=debug"}, chartValues()...)
@@ -167,7 +170,26 @@ func TestServerDown(t *testing.T) {
 }
 
 // TestUninstall takes everything out under load.
-func TestUninstall(t *testing.T) {
+func TestUninstall(t *testing.T) { testUninstall(t) }
+
+// TestHelm4 does with Helm 4, which lets the API server merge the fields of an object, and
+// waits by other rules, what the tests above do with Helm 3: it upgrades Helm 3's release,
+// uninstalls it, installs and uninstalls.
+func TestHelm4(t *testing.T) {
+	if testing.Short() {
+		t.Skip("other tests use Helm 3")
+	}
+	p := newProof(t)
+	p.mustInstall()
+	p.helmProgram = helm4
+	defer func() { p.helmProgram = helm3 }()
+	t.Run("Upgrade", testUpgrade)
+	p.mustUninstall()
+	t.Run("Uninstall", testUninstall)
+}
+
+func testUninstall(t *testing.T) {
+	t.Helper()
 	p := newProof(t)
 	p.mustInstall()
 	var all []*traffic

@@ -198,8 +198,16 @@ func TestDeleteBinary(t *testing.T) {
 		_, err := n.output(stepTimeout, nil, "stat", plugin)
 		return err == nil
 	}
-	if out := del(n); !strings.Contains(out, "pods were started with it") || !there(n) {
-		t.Errorf("got %q while a pod may need the binary, and there %v, want it to stay", out, there(n))
+	del(n)
+	// What a container prints before kubectl is attached is in its log only.
+	if err := p.await("the reason why the binary stays", func() error {
+		out, err := p.kubectl("--namespace="+p.namespace, "logs", "--selector=app.kubernetes.io/managed-by=kubectl-debug")
+		if err == nil && !strings.Contains(out, "pods were started with it") {
+			err = fmt.Errorf("got %q", out)
+		}
+		return err
+	}); err != nil || !there(n) {
+		t.Errorf("a pod may need the binary: got %v, and there %v, want it to stay", err, there(n))
 	}
 	p.mustKubectl("--namespace="+p.namespace, "delete", "pod", "last")
 	for _, n := range p.nodes {
