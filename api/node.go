@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// What matters of a node beside its kernel's version.
+
 package api
 
 // NodeReport has what matters of a node beside its kernel's version.
