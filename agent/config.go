@@ -111,8 +111,8 @@ func (c *config) register(cmd *cobra.Command) {
 		"`times` as many messages that are no faster by the shortcut as those that are: then the connection goes back to TCP for a while; 0 lets none go back")
 	flags.Uint32Var(&d.MaxPolicies, "max-policies", d.MaxPolicies, "`entries` of the kernel map of policies; the sizes of the maps of pods follow from it")
 	flags.Uint32Var(&d.MaxFlows, "max-flows", d.MaxFlows, "`entries` of the kernel map of paired connections; the sizes of the maps of sockets and of unfinished handshakes follow from it")
-	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, which the plugin's entry is kept in (default none)")
-	dirVar(cmd, &c.cni.BinDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, to install the plugin in (default none)")
+	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, which the plugin's entry is kept in; auto: as the runtime is configured (default none)")
+	dirVar(cmd, &c.cni.BinDir, "cni-bin-dir", "`directory` of the runtime's CNI plugins, to install the plugin in; auto: as the runtime is configured (default none)")
 }
 
 // complete derives the remaining settings from the flags, and checks all of them. It
@@ -125,8 +125,20 @@ func (c *config) complete() error {
 	c.cni.Plugin = filepath.Join(filepath.Dir(self), api.PluginType)
 	c.cni.NodeRoot = proc.Path(c.proc, 1, "root")
 	c.cni.Section = api.PluginConf{AgentSocket: socketIn(c.runDir), AgentTimeout: api.PluginTimeout, AttachmentsDir: attachmentsIn(c.runDir)}
-	return usageError(c.validate())
+	if err := usageError(c.validate()); err != nil {
+		return err
+	}
+	if c.cni.ConfDir == autoDir {
+		c.cni.ConfDir, c.cni.BinDir, c.cni.Auto = "", "", true
+	}
+	return nil
 }
+
+// autoDir stands for the directories that the runtime is configured with.
+const autoDir = "auto"
+
+// installs reports whether the agent installs the plugin.
+func (c config) installs() bool { return c.cni.Auto || c.cni.ConfDir != "" }
 
 func (c config) validate() error {
 	var errs []error
@@ -160,6 +172,9 @@ func (c config) validate() error {
 	}
 	if (c.cni.ConfDir == "") != (c.cni.BinDir == "") {
 		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to install nothing"))
+	}
+	if (c.cni.ConfDir == autoDir) != (c.cni.BinDir == autoDir) {
+		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted is auto for both, or for none"))
 	}
 	if c.cni.ConfDir != "" {
 		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {

@@ -75,6 +75,8 @@ func TestCommandErrors(t *testing.T) {
 		{"log level", []string{"run", "--log-level=all"}, `--log-level="all": accepted are debug, info, warn, error`},
 		{"size", []string{"run", "--max-flows=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
+		{"auto for one directory of CNI", []string{"run", "--cni-conf-dir=auto", "--cni-bin-dir=/b"}, "--cni-conf-dir and --cni-bin-dir: accepted is auto for both, or for none"},
+		{"uninstall without an agent from auto", []string{"uninstall", "--cni-conf-dir=auto", "--cni-bin-dir=auto"}, "--cni-conf-dir and --cni-bin-dir: accepted are directories"},
 		{"relative run directory", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--run-dir=r"}, `"agentSocket": "r/agent.sock": accepted is an absolute path`},
 		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},
 		{"guard", []string{"run", "--disable-guards=ulp,oob"}, `--disable-guards="oob": accepted are fionread, flags, splice, ulp`},
@@ -363,6 +365,13 @@ func TestConfig(t *testing.T) {
 	got.sandboxed, want.sandboxed = nil, nil
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
+	}
+	auto := mustConfig(t, "--pods-file=p", "--cni-conf-dir=auto", "--cni-bin-dir=auto")
+	if !auto.installs() || !auto.cni.Auto || auto.cni.ConfDir != "" || auto.cni.BinDir != "" {
+		t.Errorf("got %+v, want the directories to be found", auto.cni)
+	}
+	if mustConfig(t, "--pods-file=p").installs() {
+		t.Error("installs the plugin without directories")
 	}
 }
 

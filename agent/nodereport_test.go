@@ -111,8 +111,8 @@ func TestNodeRefuses(t *testing.T) {
 	if want := "give --cgroup (in the chart: agent.cgroup) the directory of cgroup2, /sys/fs/cgroup/unified"; !strings.HasSuffix(err.Error(), want) {
 		t.Errorf("got %v, want %q at its end", err, want)
 	}
-	if other := errors.New("other"); withCgroupAdvice(other, hybrid) != other {
-		t.Error("another error was changed")
+	if other := errors.New("other"); !errors.Is(withCgroupAdvice(other, hybrid), other) {
+		t.Error("another error is gone")
 	}
 }
 

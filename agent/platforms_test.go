@@ -33,11 +33,13 @@ import (
 // TestPlatforms installs on the nodes of distributions, with the values that
 // docs/platforms.md names for them: in the runtime's own directories, again after the
 // distribution has started again and written its network's file, and takes all of it out
-// again. The agent sees its directories by mounts, as in a container.
+// again. The agent sees its directories by mounts, as in a container. The same with auto, where it finds
+// the directories by itself, and has no mounts of them.
 func TestPlatforms(t *testing.T) {
 	for _, p := range critest.Platforms() {
-		t.Run(p.Name, func(t *testing.T) {
+		life := func(t *testing.T, auto bool) {
 			n := newPlatformNode(t, p)
+			n.auto = auto
 			before := n.files()
 			n.inContainer(func(ins *cniconf.Installer) {
 				n.wantInstalled(ins, "installed")
@@ -59,6 +61,10 @@ func TestPlatforms(t *testing.T) {
 			if diff := cmp.Diff(before, n.files()); diff != "" {
 				t.Errorf("uninstalled (-want +got):\n%s", diff)
 			}
+		}
+		t.Run(p.Name, func(t *testing.T) {
+			t.Run("values", func(t *testing.T) { life(t, false) })
+			t.Run("auto", func(t *testing.T) { life(t, true) })
 		})
 	}
 }
@@ -137,12 +143,14 @@ type platformNode struct {
 	base            string
 	container       string
 	confDir, binDir string // as the chart has them
+	auto            bool   // the agent finds them by itself
 	conflist        string // name of the network's file
 	content         string // what the distribution writes into it
 }
 
 const (
 	nodeInContainer   = "/node"
+	procInContainer   = "/host/proc"
 	pluginInContainer = "/" + api.PluginType
 )
 
@@ -228,7 +236,7 @@ func chartDirs(t testing.TB, file string) (confDir, binDir string) {
 // no path of the test's.
 func (n *platformNode) inContainer(f func(*cniconf.Installer)) {
 	n.Helper()
-	for _, dir := range []string{n.confDir, n.binDir, nodeInContainer, "/proc"} {
+	for _, dir := range []string{n.confDir, n.binDir, nodeInContainer, "/proc", procInContainer} {
 		n.MustMkdir(filepath.Join(n.container, dir))
 	}
 	log := slog.New(slog.NewTextHandler(n.Output(), nil))
@@ -243,10 +251,14 @@ func (n *platformNode) inContainer(f func(*cniconf.Installer)) {
 		}
 		n.base = nodeInContainer
 		defer func() { n.base = n.Root }()
-		ins := cniconf.New(cniconf.Config{
-			ConfDir: n.confDir, BinDir: n.binDir, NodeRoot: "/proc/1/root", Runtime: cri.NewNode("/proc", log).Runtime, Plugin: pluginInContainer,
+		cfg := cniconf.Config{
+			ConfDir: n.confDir, BinDir: n.binDir, NodeRoot: procInContainer + "/1/root", Runtime: cri.NewNode(procInContainer, log).Runtime, Plugin: pluginInContainer,
 			Section: api.PluginConf{AgentSocket: socketIn(api.RunDir), AgentTimeout: api.PluginTimeout, AttachmentsDir: attachmentsIn(api.RunDir)}, Log: log,
-		})
+		}
+		if n.auto {
+			cfg.ConfDir, cfg.BinDir, cfg.Auto = "", "", true
+		}
+		ins := cniconf.New(cfg)
 		ins.Reconcile()
 		f(ins)
 	}()
@@ -270,7 +282,11 @@ func (n *platformNode) enter() error {
 		}
 		return nil
 	}
-	for _, dir := range []string{n.confDir, n.binDir} {
+	dirs := []string{n.confDir, n.binDir}
+	if n.auto {
+		dirs = nil
+	}
+	for _, dir := range dirs {
 		// Links are the node's, as for a runtime.
 		f, err := nodefs.Root(n.Root).Open(dir, unix.O_PATH)
 		if err != nil {
@@ -281,7 +297,7 @@ func (n *platformNode) enter() error {
 			return err
 		}
 	}
-	return errors.Join(bind(n.Root, nodeInContainer), bind(n.Proc, "/proc"), unix.Chroot(n.container), unix.Chdir("/"))
+	return errors.Join(bind(n.Root, nodeInContainer), bind("/proc", "/proc"), bind(n.Proc, procInContainer), unix.Chroot(n.container), unix.Chdir("/"))
 }
 
 // path returns the path of the network's file on the node.
@@ -342,8 +358,11 @@ func edited(t testing.TB, list string) string {
 // there.
 func (n *platformNode) wantInstalled(ins *cniconf.Installer, what string) {
 	n.Helper()
-	state := ins.State()
-	if !state.Installed || state.Error != "" || state.Conflist != filepath.Join(n.confDir, n.conflist) {
+	state, confDir := ins.State(), n.confDir
+	if n.auto {
+		confDir = n.platform.Want.ConfDir
+	}
+	if !state.Installed || state.Error != "" || state.Conflist != filepath.Join(confDir, n.conflist) {
 		n.Errorf("%s: got state %+v", what, state)
 	}
 	content, err := os.ReadFile(n.path())

@@ -78,7 +78,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer lock.Close()
 	nodeRuntime := cri.NewNode(cfg.proc, log)
 	var dirs api.Runtime // to be written to
-	if cfg.cni.ConfDir != "" {
+	if cfg.installs() {
 		dirs, _ = nodeRuntime.Runtime()
 	}
 	kernelReport := withNode(cfg.kernelReport(), nodeReport(cfg.proc, dirs))
@@ -125,7 +125,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
 	n.runtime = nodeRuntime
-	if cfg.cni.ConfDir != "" {
+	if cfg.installs() {
 		cfg.cni.Log, cfg.cni.Runtime = log, n.runtime.Runtime
 		n.installer = cniconf.New(cfg.cni)
 	}

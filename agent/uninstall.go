@@ -97,6 +97,9 @@ func (f *uninstallFlags) check() error {
 	if (f.confDir == "") != (f.binDir == "") {
 		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are both, or none to leave the CNI configuration as it is")
 	}
+	if f.confDir == autoDir || f.binDir == autoDir {
+		return errors.New("--cni-conf-dir and --cni-bin-dir: accepted are directories; auto is for the agent, which uninstalls from the directories that it has found")
+	}
 	if f.deleteBinary && (f.binDir == "" || f.allNodes) {
 		return errors.New("--delete-binary: accepted with --cni-conf-dir and --cni-bin-dir, and without --all-nodes, whose agents keep the binary for running pods")
 	}

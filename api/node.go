@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// What a node is like, beside its kernel.
+// What matters of a node beside its kernel's version.
 
 package api
 

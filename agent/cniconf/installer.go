@@ -56,6 +56,9 @@ var errNoNetwork = errors.New("no network configuration yet: waiting for the net
 type Config struct {
 	// ConfDir and BinDir are the runtime's directories of network configurations and of plugins.
 	ConfDir, BinDir string
+	// Auto takes them from the runtime's own configuration, and reaches them through NodeRoot;
+	// then they are not required, but NodeRoot and Runtime are.
+	Auto bool
 	// NodeRoot is a path that leads to the node's root directory, such as /proc/1/root.
 	// If it is empty, the Installer does not notice that the node has replaced a
 	// directory which is mounted here.
@@ -109,7 +112,7 @@ func (ins *Installer) State() api.CNIStatus { return *ins.state.Load() }
 // container mounts the directory that the node has now.
 func (ins *Installer) Run(ctx context.Context) error {
 	cfg := watch.Config{
-		Dirs:     func() []string { return []string{ins.cfg.ConfDir, ins.cfg.BinDir} },
+		Dirs:     ins.dirs,
 		Interval: pollInterval, Unwatched: pollInterval, Log: ins.cfg.Log,
 	}
 	return watch.Run(ctx, cfg, func() error {
@@ -130,6 +133,10 @@ func (ins *Installer) look() error {
 	if ins.stopped {
 		return nil
 	}
+	if err := ins.locate(); err != nil {
+		ins.setState("", err)
+		return nil // it tries again
+	}
 	path, err := ins.install()
 	err = adviseReadOnly(err)
 	ins.setState(path, err)
@@ -143,6 +150,11 @@ func (ins *Installer) Uninstall() (remarks []string, err error) {
 	ins.mu.Lock()
 	defer ins.mu.Unlock()
 	ins.stopped = true
+	if err := ins.locate(); err != nil {
+		err = fmt.Errorf("nothing was uninstalled: %w", err)
+		ins.setState("", err)
+		return []string{err.Error()}, nil
+	}
 	if err := errors.Join(ins.confPlace.check(), ins.binPlace.check()); err != nil {
 		// No runtime looks at the directory that this process sees.
 		err = fmt.Errorf("uninstall: %w", err)
@@ -150,6 +162,9 @@ func (ins *Installer) Uninstall() (remarks []string, err error) {
 		return nil, err
 	}
 	remarks, err = Uninstall(ins.cfg.ConfDir, ins.cfg.BinDir, ins.cfg.Log)
+	for i := range remarks {
+		remarks[i] = ins.seen(remarks[i])
+	}
 	if err != nil {
 		ins.setState("", fmt.Errorf("uninstall: %w", err))
 		return remarks, err
@@ -160,9 +175,9 @@ func (ins *Installer) Uninstall() (remarks []string, err error) {
 
 // setState publishes the state, and logs it if it has changed.
 func (ins *Installer) setState(path string, err error) {
-	now := api.CNIStatus{Conflist: path, Installed: path != ""}
+	now := api.CNIStatus{Conflist: ins.seen(path), Installed: path != ""}
 	if err != nil {
-		now.Error = strings.ReplaceAll(err.Error(), "\n", "; ")
+		now.Error = ins.seen(strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	last := ins.State()
 	now.Since = last.Since
@@ -201,12 +216,12 @@ func (ins *Installer) installIn() (string, error) {
 		return "", err
 	}
 	rt := ins.runtime()
-	if err := errors.Join(ins.binPlace.check(), rt.checkDirs(ins.cfg.ConfDir, ins.cfg.BinDir)); err != nil {
+	if err := errors.Join(ins.binPlace.check(), ins.checkDirs(rt)); err != nil {
 		// The directory that the runtime searches lacks the binary: with the entry, no pod
 		// would start.
 		return "", errors.Join(err, takeOut(files, "", ins.cfg.Log))
 	}
-	readElsewhere(files, ins.cfg.NodeRoot)
+	ins.readElsewhere(files)
 	var made, theirs []file
 	for _, f := range files {
 		if f.isMade() {

@@ -63,8 +63,8 @@ func (r nodeRuntime) checkDirs(confDir, binDir string) error {
 // their runtime does not search.
 func (ins *Installer) checkBinDir(f file) error {
 	plugin := firstPlugin(f)
-	if plugin == "" {
-		return nil // put says what is wrong with the list
+	if plugin == "" || ins.cfg.Auto {
+		return nil // put says what is wrong with the list, and the runtime has said where it searches
 	}
 	// Lstat, as a link may lead to a path that only the node has.
 	info, err := os.Lstat(filepath.Join(ins.cfg.BinDir, plugin))
@@ -194,7 +194,8 @@ func (r nodeRuntime) noNetwork() error {
 // readElsewhere reads files that are links to paths which only the node has, since a
 // container sees no more of the node than what is mounted. A runtime reads them all the
 // same, and may use one of them.
-func readElsewhere(files []file, root string) {
+func (ins *Installer) readElsewhere(files []file) {
+	root := ins.cfg.NodeRoot
 	if root == "" {
 		return
 	}
@@ -203,7 +204,7 @@ func readElsewhere(files []file, root string) {
 		if err != nil || !errors.Is(f.err, unix.ENOENT) {
 			continue
 		}
-		data, err := nodefs.Root(root).ReadFile(f.path)
+		data, err := nodefs.Root(root).ReadFile(ins.seen(f.path))
 		if err != nil {
 			continue // for the runtime, too, it is not there
 		}

@@ -6,9 +6,13 @@
 package nodefs
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -90,4 +94,25 @@ func (r Root) ReadOnly(path string) (bool, error) {
 		return false, err
 	}
 	return st.Flags&unix.ST_RDONLY != 0, nil
+}
+
+// Resolve returns the path without links that leads to what is at a path of the node, for
+// whoever sees the node at r.
+func (r Root) Resolve(path string) (string, error) {
+	root, err := os.Open(string(r))
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	f, err := r.Open(path, unix.O_PATH)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	top, err1 := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", root.Fd()))
+	at, err2 := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err := errors.Join(err1, err2); err != nil {
+		return "", err
+	}
+	return filepath.Join(string(r), strings.TrimPrefix(at, top)), nil
 }

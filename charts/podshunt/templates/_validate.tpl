@@ -17,8 +17,8 @@ anything is installed. An agent that refused it would end again and again, on ev
   (list "image.tag" .Values.image.tag "^([0-9A-Za-z_][0-9A-Za-z_.-]{0,127})?$" "a tag, of at most 128 letters, digits and \"._-\", or nothing for the chart's appVersion")
   (list "image.digest" .Values.image.digest "^(sha256:[0-9a-f]{64})?$" "\"sha256:\" and 64 hexadecimal digits, or nothing")
   (list "the name of the DaemonSet" (include "podshunt.fullname" .) "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$" "lower-case letters, digits and \"-\": see fullnameOverride and nameOverride")
-  (list "agent.cniConfDir" $agent.cniConfDir (printf "%s|^$" $dir) (printf "%s, or nothing, as for agent.cniBinDir, to install no plugin" $dirs))
-  (list "agent.cniBinDir" $agent.cniBinDir (printf "%s|^$" $dir) (printf "%s, or nothing, as for agent.cniConfDir, to install no plugin" $dirs))
+  (list "agent.cniConfDir" $agent.cniConfDir (printf "%s|^(auto)?$" $dir) (printf "%s, or auto, or nothing to install no plugin, each as for agent.cniBinDir" $dirs))
+  (list "agent.cniBinDir" $agent.cniBinDir (printf "%s|^(auto)?$" $dir) (printf "%s, or auto, or nothing to install no plugin, each as for agent.cniConfDir" $dirs))
   (list "agent.cgroup" $agent.cgroup $dir $dirs)
   (list "agent.pinDir" $agent.pinDir "^/sys/fs/bpf/[^:/]+$" "a directory directly in /sys/fs/bpf, such as /sys/fs/bpf/podshunt")
   (list "agent.runDir" $agent.runDir $dir $dirs)
@@ -70,6 +70,9 @@ anything is installed. An agent that refused it would end again and again, on ev
 {{- end }}
 {{- if ne (empty $agent.cniConfDir) (empty $agent.cniBinDir) }}
 {{- fail "agent.cniConfDir and agent.cniBinDir: accepted are both, or none to install no plugin" }}
+{{- end }}
+{{- if ne (eq $agent.cniConfDir "auto") (eq $agent.cniBinDir "auto") }}
+{{- fail "agent.cniConfDir and agent.cniBinDir: accepted is auto for both, or for none" }}
 {{- end }}
 {{- if and $agent.healthAddress $agent.metricsAddress (eq (include "podshunt.port" $agent.healthAddress) (include "podshunt.port" $agent.metricsAddress)) }}
 {{- fail (printf "agent.healthAddress and agent.metricsAddress: accepted are two different ports, not %s for both" (include "podshunt.port" $agent.healthAddress)) }}
