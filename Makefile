@@ -60,7 +60,7 @@ FUZZTIME ?= 20s
 
 export CGO_ENABLED = 0
 .DEFAULT_GOAL := help
-.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-chart test-release build cni unit race fuzz generate lint verify vuln bench bench-apps bench-apps-quick bin/bench-apps image chart dist release publish clean help
+.PHONY: demo test test-kernels test-apps test-apps-kernels test-apps-kernels-small test-apps-table test-cluster test-upgrade test-chart test-release build cni unit race fuzz generate lint verify vuln bench bench-apps bench-apps-quick bin/bench-apps image chart dist release publish clean help
 
 demo: build cni ## two pods on this machine, plain TCP and shortcut side by side (root)
 	$(BUILD) -o bin/demo ./hack/demo
@@ -94,6 +94,13 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
 	e2e/cluster/build.sh $(CLUSTER)
 	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
+
+test-upgrade: build ## upgrade and downgrade between versions on such a cluster (root)
+	mkdir -p $(CLUSTER)
+	e2e/cluster/versions.sh $(CLUSTER)/versions
+	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
+	e2e/cluster/build.sh $(CLUSTER)
+	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -tags upgrade -exec "$(SUDO)" -count=1 -timeout 20m -v -run '^(TestVersions|TestFirstLayout)$$' $(TESTFLAGS) .
 
 test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
 	$(HELM_UNITTEST) charts/podshunt

@@ -109,6 +109,9 @@ func (c *config) register(cmd *cobra.Command) {
 		"`segments` of data that a connection must have sent and received before it joins, so that short ones cost nothing; 0 lets all join at their handshake")
 	flags.Uint32Var(&d.LeaveRatio, "leave-ratio", d.LeaveRatio,
 		"`times` as many messages that are no faster by the shortcut as those that are: then the connection goes back to TCP for a while; 0 lets none go back")
+	choiceVar(cmd, &d.OnIncompatible, "on-incompatible", "",
+		"`what` to do if the kernel objects of before have another layout, or maps of another size: drain takes them out once connections have read what was sent by the shortcut, and makes new ones; fail leaves them, and ends for another layout",
+		datapath.OnIncompatibleDrain, datapath.OnIncompatibleFail)
 	flags.Uint32Var(&d.MaxPolicies, "max-policies", d.MaxPolicies, "`entries` of the kernel map of policies; the sizes of the maps of pods follow from it")
 	flags.Uint32Var(&d.MaxFlows, "max-flows", d.MaxFlows, "`entries` of the kernel map of paired connections; the sizes of the maps of sockets and of unfinished handshakes follow from it")
 	dirVar(cmd, &c.cni.ConfDir, "cni-conf-dir", "`directory` of the runtime's network configurations, which the plugin's entry is kept in; auto: as the runtime is configured (default none)")

@@ -40,7 +40,9 @@ type node struct {
 	runtime  *cri.Node
 	lease    *lease
 	unloaded atomic.Bool
-	listing  sync.Mutex // held by Flows: its requests wait for each other
+	drained  atomic.Bool // the agent is about to load, and cannot unload before
+	claiming sync.Mutex  // held to set one of the two, unless the other one is set
+	listing  sync.Mutex  // held by Flows: its requests wait for each other
 }
 
 var _ server.Node = (*node)(nil)
@@ -65,6 +67,9 @@ func newNode(r *pods.Reconciler, d *datapath.Datapath, cfg config, e api.KernelR
 func (n *node) Status() (api.Status, error) {
 	status := n.fixed
 	status.Unloaded = n.unloaded.Load()
+	if err := n.replacing(); err != nil {
+		status.Replacing = err.Error()
+	}
 	snapshot := n.reconciler.Snapshot()
 	for _, p := range snapshot.Pods {
 		status.Pods = append(status.Pods, p.PodStatus)
@@ -169,11 +174,24 @@ func (n *node) sockets(ctx context.Context, all []pods.Pod) ([]explain.Socket, e
 // even if it fails. With force, connections that have not read before ctx ends are
 // reset.
 func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error) {
-	n.unloaded.Store(true)
+	if !n.claim(&n.unloaded, &n.drained) {
+		return api.UnloadResult{}, errors.New("the agent has just taken out what another build had loaded, and is about to load: try again")
+	}
 	n.reconciler.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.reconciler.Snapshot()
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, n.datapath.JoinAfter(), time.Now())
 	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
+}
+
+// claim sets one of unloaded and drained, unless the other one is set.
+func (n *node) claim(one, other *atomic.Bool) bool {
+	n.claiming.Lock()
+	defer n.claiming.Unlock()
+	if other.Load() {
+		return false
+	}
+	one.Store(true)
+	return true
 }
 
 // Uninstall takes the plugin out of the CNI configuration, and then unloads. In this
@@ -197,5 +215,5 @@ func (n *node) ready() error {
 	if n.unloaded.Load() {
 		return errors.New("unloaded: nothing is shortcut until the agent is started again")
 	}
-	return nil
+	return n.replacing()
 }

@@ -76,10 +76,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
-	nodeRuntime := cri.NewNode(cfg.proc, log)
 	var dirs api.Runtime // to be written to
 	if cfg.installs() {
-		dirs, _ = nodeRuntime.Runtime()
+		dirs, _ = cri.NewNode(cfg.proc, log).Runtime()
 	}
 	kernelReport := withNode(cfg.kernelReport(), nodeReport(cfg.proc, dirs))
 	if kernelReport.Reason == api.KernelLacksFeatures {
@@ -91,6 +90,17 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	cfg.datapath.AllowBlocking = slices.Contains(kernelReport.AcceptedHazards, hazards.BlockingRecv) || !present(kernelReport.Hazards, hazards.BlockingRecv)
 	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
+	for {
+		err := runOnce(ctx, cfg, kernelReport, host, log)
+		if !errors.Is(err, errDrained) {
+			return err
+		}
+	}
+}
+
+// runOnce is runAgent until the kernel objects of before are drained, if they have to be: then
+// it returns errDrained, and has to be called again.
+func runOnce(ctx context.Context, cfg config, kernelReport api.KernelReport, host []uint64, log *slog.Logger) error {
 	src, err := openSource(cfg, kernelReport.Message, log)
 	if err != nil {
 		return err
@@ -118,13 +128,16 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	reconciler.Sync()
 	n := newNode(reconciler, d, cfg, kernelReport, log)
+	if d.Replacing() {
+		reconciler.Stop(replacingMessage)
+	}
+	reconciler.Sync()
 	n.lease = &lease{datapath: d, length: cfg.policyLease, log: log, vouch: func(now time.Time) error {
 		// An agent that hangs must not vouch for the policy.
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
-	n.runtime = nodeRuntime
+	n.runtime = cri.NewNode(cfg.proc, log)
 	if cfg.installs() {
 		cfg.cni.Log, cfg.cni.Runtime = log, n.runtime.Runtime
 		n.installer = cniconf.New(cfg.cni)
@@ -183,6 +196,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	group.Go(func() error { return joinOpen(ctx, d, reconciler.Snapshot, log) })
 	group.Go(func() error { return joinWatched(ctx, d, log) })
 	group.Go(func() error { return n.lease.run(ctx) })
+	if d.Replacing() {
+		group.Go(func() error { return n.drain(ctx) })
+	}
 	if n.installer != nil {
 		group.Go(func() error { return n.installer.Run(ctx) })
 	}

@@ -47,6 +47,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 	if s.Unloaded {
 		state = "unloaded: nothing is shortcut until the agent is started again"
 	}
+	if s.Replacing != "" {
+		state = "replacing: " + s.Replacing
+	}
 	t.row("agent", s.Version+", "+state)
 	t.row("kernel", s.Kernel)
 	t.row("observer", s.Observer)

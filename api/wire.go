@@ -111,6 +111,9 @@ type Status struct {
 	Kernel string `json:"kernel"`
 	// Unloaded is set after an unload: nothing is shortcut until the agent starts again.
 	Unloaded bool `json:"unloaded,omitempty"`
+	// Replacing says what the agent waits for before it loads: that connections read what was
+	// sent by the shortcut of kernel objects with another layout or size. Empty: nothing.
+	Replacing string `json:"replacing,omitempty"`
 	// Observer is the program that counts what applications read: "fexit" or
 	// "tracepoint".
 	Observer string   `json:"observer"`

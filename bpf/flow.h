@@ -15,6 +15,14 @@
 #include "outcome.h"
 
 /*
+ * The number of the layout of all maps. Raise it whenever a map, or what a value in one
+ * means, changes: agents of another number do not take the maps over, they drain them.
+ * For that, builds of any number read what is marked FROZEN, by these names: see
+ * agent/datapath/contract.go.
+ */
+enum layout { LAYOUT = 1 };
+
+/*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a
  * loopback one, which means something else in each pod.
  */
@@ -136,7 +144,7 @@ struct sending {
 	__u8 evict; /* the sending socket is to be evicted */
 	__u8 evict_peer; /* the receiving socket is to be evicted */
 	__u8 flags; /* enum sending_flag */
-	__u64 redirect_end; /* position after the last redirected byte */
+	__u64 redirect_end; /* FROZEN: position after the last redirected byte */
 
 	__u64 last_tcp_ns; /* CLOCK_MONOTONIC, when TCP last took a message */
 	__u64 mark; /* position up to which queued_before counts messages */
@@ -144,7 +152,7 @@ struct sending {
 	__u32 queued_before; /* redirected messages up to mark; 0 once all up to mark is read */
 	__u32 queued_since; /* redirected messages after mark */
 	__u32 limit; /* bytes that may be unread, each message counting MESSAGE_COST more */
-	__s32 missed; /* bytes that were read and not counted, see recount; below 0: counted twice */
+	__s32 missed; /* FROZEN: bytes that were read and not counted, see recount; below 0: counted twice */
 	__u32 burst; /* bytes sent since the sender last read something */
 	__u32 proved; /* the largest burst that the receiver has taken by recv */
 	__u32 bulk; /* bytes of bursts above BURST_SMALL that the receiver has taken by recv */
@@ -180,7 +188,7 @@ enum unsupported {
 
 /* One receiver. observe and the guards write it. */
 struct receiving {
-	__u64 read_bytes;
+	__u64 read_bytes; /* FROZEN */
 	enum read_state state;
 	__u32 unsupported_flags; /* of recv */
 	__u32 blocking_reader; /* the last thread that read without MSG_DONTWAIT, or 0 */
@@ -198,19 +206,23 @@ struct receiving {
 };
 
 struct side {
-	struct sending sending;
-	struct receiving receiving;
+	struct sending sending; /* FROZEN */
+	struct receiving receiving; /* FROZEN */
 };
 
 /*
  * A flow. The record starts with 8 bytes and goes on in blocks of 64. The
  * kernel puts an element header of 48 bytes and the key of 8 bytes before it,
  * so what the two sockets write lies on cache lines of its own.
+ *
+ * FROZEN are the name of the struct, cookie and side, and that the socket of a side has
+ * read all that was redirected to it once side[1 - side].sending.redirect_end is not above
+ * side[side].receiving.read_bytes + side[1 - side].sending.missed.
  */
 struct flow {
 	__u64 state; /* id << FLOW_STATE_BITS | enum flow_state */
 
-	__u64 cookie[SIDE_MAX];
+	__u64 cookie[SIDE_MAX]; /* FROZEN */
 	__u64 sock[SIDE_MAX]; /* kernel address of the tcp_sock */
 	__u64 netns[SIDE_MAX];
 	__u64 since_ns; /* CLOCK_MONOTONIC */
@@ -228,7 +240,7 @@ struct flow {
 	__u32 client_seq;
 	__u32 server_seq;
 
-	struct side side[SIDE_MAX];
+	struct side side[SIDE_MAX]; /* FROZEN */
 };
 
 _Static_assert(sizeof(struct client_key) == 32, "no padding in keys");
@@ -293,9 +305,10 @@ struct share {
 	__u32 learned;
 };
 
+/* FROZEN are the name of the struct, redirect and layout. */
 struct settings {
 	__u32 generation; /* raised after every change of the policy */
-	__u32 redirect; /* 0 sends every message by TCP */
+	__u32 redirect; /* FROZEN: 0 sends every message by TCP */
 	__u32 budget; /* bytes: the highest limit of a direction */
 	__u32 allow_blocking; /* of all pods: see allows_blocking */
 	__u64 pod_budget; /* bytes that all receivers of a pod may leave unread, counted as for limit */
@@ -311,6 +324,8 @@ struct settings {
 	__u32 no_callbacks; /* sockets that join late get none: see end_late */
 	__u32 join_after; /* segments of data before a connection joins; 0: all join at the handshake */
 	__u32 leave_ratio; /* see weigh; 0: no flow leaves */
+	__u32 layout; /* FROZEN: enum layout */
+	__u32 reserved;
 };
 
 /* A socket of an open connection, for the agent: see find_sockets. */

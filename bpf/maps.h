@@ -19,7 +19,7 @@
 #define PODS_MAX 1024
 #define LEARNED_MAX 16384
 
-/* One entry, read for every message. Agent: writes. */
+/* FROZEN. One entry, read for every message. Agent: writes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -35,7 +35,7 @@ static __always_inline struct settings *get_settings(void)
 }
 
 /*
- * Flows by the client's socket cookie. track: creates, and deletes once both sockets
+ * FROZEN. Flows by the client's socket cookie. track: creates, and deletes once both sockets
  * are closed. deliver, observe, guards: write. Full: the connection stays on TCP.
  */
 struct {

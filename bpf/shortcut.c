@@ -71,7 +71,7 @@ struct {
 	__type(value, struct pending);
 } pending SEC(".maps");
 
-/* Sockets of flows, by cookie. track: adds, evicts. The kernel deletes on close. Full: TCP. */
+/* FROZEN. Sockets of flows, by cookie. track: adds, evicts. The kernel deletes on close. Full: TCP. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, 2 * FLOWS_MAX);
@@ -101,6 +101,7 @@ const enum join_step *join_step_type __attribute__((unused));
 const enum flow_state *flow_state_type __attribute__((unused));
 const enum policy_prefix *policy_prefix_type __attribute__((unused));
 const enum side_index *side_index_type __attribute__((unused));
+const enum layout *layout_type __attribute__((unused));
 const enum unsupported *unsupported_type __attribute__((unused));
 
 static __always_inline void count(enum outcome outcome, __u64 bytes)

@@ -113,6 +113,12 @@ const (
 	ShortcutJoinStepJOIN_EVICT    ShortcutJoinStep = 5
 )
 
+type ShortcutLayout uint32
+
+const (
+	ShortcutLayoutLAYOUT ShortcutLayout = 1
+)
+
 type ShortcutLearnedKey struct {
 	_        structs.HostLayout
 	Server   uint64
@@ -329,6 +335,8 @@ type ShortcutSettings struct {
 	NoCallbacks      uint32
 	JoinAfter        uint32
 	LeaveRatio       uint32
+	Layout           uint32
+	Reserved         uint32
 }
 
 type ShortcutShare struct {
@@ -417,6 +425,7 @@ const (
 	ShortcutProgTrack             = "track"
 	ShortcutVarFlowStateType      = "flow_state_type"
 	ShortcutVarJoinStepType       = "join_step_type"
+	ShortcutVarLayoutType         = "layout_type"
 	ShortcutVarOpenSocketType     = "open_socket_type"
 	ShortcutVarPolicyPrefixType   = "policy_prefix_type"
 	ShortcutVarSideIndexType      = "side_index_type"
@@ -505,6 +514,7 @@ type ShortcutMapSpecs struct {
 type ShortcutVariableSpecs struct {
 	FlowStateType    *ebpf.VariableSpec `ebpf:"flow_state_type"`
 	JoinStepType     *ebpf.VariableSpec `ebpf:"join_step_type"`
+	LayoutType       *ebpf.VariableSpec `ebpf:"layout_type"`
 	OpenSocketType   *ebpf.VariableSpec `ebpf:"open_socket_type"`
 	PolicyPrefixType *ebpf.VariableSpec `ebpf:"policy_prefix_type"`
 	SideIndexType    *ebpf.VariableSpec `ebpf:"side_index_type"`
@@ -576,6 +586,7 @@ func (m *ShortcutMaps) Close() error {
 type ShortcutVariables struct {
 	FlowStateType    *ebpf.Variable `ebpf:"flow_state_type"`
 	JoinStepType     *ebpf.Variable `ebpf:"join_step_type"`
+	LayoutType       *ebpf.Variable `ebpf:"layout_type"`
 	OpenSocketType   *ebpf.Variable `ebpf:"open_socket_type"`
 	PolicyPrefixType *ebpf.Variable `ebpf:"policy_prefix_type"`
 	SideIndexType    *ebpf.Variable `ebpf:"side_index_type"`

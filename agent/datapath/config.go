@@ -24,9 +24,17 @@ const (
 	ObserverTracepoint = "tracepoint"
 )
 
+// What Open does with pins of another layout.
+const (
+	// OnIncompatibleDrain turns redirecting off, waits until all redirected bytes are
+	// read, takes the pins down and makes new ones. It does so for maps of another size, too.
+	OnIncompatibleDrain = "drain"
+	// OnIncompatibleFail returns ErrOtherBuild. Maps keep their size.
+	OnIncompatibleFail = "fail"
+)
+
 // Config says where the kernel objects live, how large they are and how they behave.
-// Sizes (the fields whose names begin with Max) take effect when the objects are
-// created: pins that are taken over keep theirs. DefaultConfig has the defaults; a
+// Sizes are the fields whose names begin with Max: see OnIncompatible. DefaultConfig has the defaults; a
 // zero value means something only where its field says so.
 type Config struct {
 	// Cgroup is a directory of a cgroup2: the programs see connections of the
@@ -79,6 +87,8 @@ type Config struct {
 	// then return EAGAIN, such as after a signal or a reset (hazard "blocking-recv").
 	// Without it, only sockets in non-blocking mode take part.
 	AllowBlocking bool
+	// OnIncompatible is OnIncompatibleDrain or OnIncompatibleFail.
+	OnIncompatible string
 	// Observer is ObserverAuto, ObserverFexit or ObserverTracepoint.
 	Observer string
 	// Guards names the guards to attach while a pod takes part or a flow is
@@ -110,6 +120,8 @@ func DefaultConfig() Config {
 		MaxPolicies: 131072,
 		MaxFlows:    32768,
 		Observer:    ObserverAuto,
+
+		OnIncompatible: OnIncompatibleDrain,
 	}
 }
 
@@ -119,6 +131,9 @@ func (c Config) Validate() error {
 	case ObserverAuto, ObserverFexit, ObserverTracepoint:
 	default:
 		return fmt.Errorf("observer %q: accepted are %q, %q and %q", c.Observer, ObserverAuto, ObserverFexit, ObserverTracepoint)
+	}
+	if c.OnIncompatible != OnIncompatibleDrain && c.OnIncompatible != OnIncompatibleFail {
+		return fmt.Errorf("on incompatible %q: accepted are %q and %q", c.OnIncompatible, OnIncompatibleDrain, OnIncompatibleFail)
 	}
 	for _, name := range c.Guards {
 		if names := GuardNames(); !slices.Contains(names, name) {

@@ -52,29 +52,33 @@ type Datapath struct {
 	guards        map[string]*guard            // attached, by name
 	givenUp       map[uint64]bool              // ids of flows that Unload does not wait for
 	renamed       bool                         // the pins have suffixOld
-	unloaded      bool                         // the removal has begun: nothing can be changed or asked
+	other         bool                         // objects has only what openAny finds
+	unloaded      bool                         // nothing can be changed or asked: the removal has begun, or has to come first
+	removing      bool                         // the removal has begun: it is completed without waiting
 	gone          bool                         // and it is complete
 	left          int                          // sockets that the removal has left in the SOCKHASH
 }
 
 var (
 	// ErrOtherBuild is returned by Open if another build has pinned maps with
-	// another layout.
-	ErrOtherBuild = errors.New("the pins are of another build: run that build's `podshunt-agent unload` first")
+	// another layout, and Config.OnIncompatible is OnIncompatibleFail.
+	ErrOtherBuild = errors.New("the pins are of a build with another layout: `podshunt-agent unload` of any build takes them out, " +
+		"and so does `podshunt-agent run --on-incompatible=drain`")
 	// ErrInUse is returned by Open and OpenPins while another process owns the pins.
 	ErrInUse = errors.New("another process owns the pins: is an agent running?")
-	// ErrUnloaded is returned, once an unload has begun to delete, by Enrol,
-	// SetPolicy, UpdatePolicy, Forget, SetLease and Lease. Release and Sweep
-	// then have nothing to do and succeed, and what lists something returns
-	// nothing.
-	ErrUnloaded = errors.New("unloaded: restart the agent to load again")
+	// ErrUnloaded is returned, once an unload has begun to delete and while
+	// Replacing, by Enrol, SetPolicy, UpdatePolicy, Forget, SetLease and Lease.
+	// Release and Sweep then have nothing to do and succeed, and what lists
+	// something returns nothing.
+	ErrUnloaded = errors.New("not loaded into the kernel: `podshunt-agent status` says why")
 )
 
 // Open loads and attaches the programs, or takes over what an earlier process has
-// pinned; programs of another build are then replaced. It returns ErrInUse while
-// another process owns the pins, and ErrOtherBuild if the pinned maps have another
-// layout: in both cases the pins stay as they are. The caller has to Close what Open
-// returns.
+// pinned; programs of another build are then replaced. Maps of another layout or size
+// are drained and made anew, as Config.OnIncompatible says; if that takes long, what Open
+// returns is Replacing. It returns ErrInUse while another process owns the pins, and
+// ErrOtherBuild for another layout that is not to be drained: in both cases the pins stay
+// as they are. The caller has to Close what Open returns.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -106,6 +110,9 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
+	if d.other {
+		return d, nil
+	}
 	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
 	if d.cfg.JoinAfter == 0 || d.cfg.WatchOnly {
 		return d, nil
@@ -129,15 +136,8 @@ func (d *Datapath) open() error {
 		return err
 	}
 	if there {
-		err := d.takeOver()
-		if !errors.Is(err, errNoMap) {
-			if err != nil {
-				err = fmt.Errorf("take over the pins in %s: %w", d.cfg.PinDir, err)
-			}
+		if replaced, err := d.inherit(); err != nil || !replaced {
 			return err
-		}
-		if err := d.abandon(err); err != nil {
-			return fmt.Errorf("replace the pins in %s: %w", d.cfg.PinDir, err)
 		}
 	}
 	fresh := d.cfg.PinDir + suffixNew
@@ -213,15 +213,20 @@ func (d *Datapath) takeOver() error {
 	if err != nil {
 		return err
 	}
-	pinned, err := openMaps(d.cfg.PinDir, sharedMaps(spec))
+	pinned, err := openOwn(d.cfg.PinDir, spec)
 	defer closeMaps(pinned)
 	if err != nil {
 		return err
 	}
 	for name, size := range d.cfg.sizes() {
-		if have := pinned[name].MaxEntries(); have != size {
-			d.log.Warn("a map keeps its size until the next unload", "map", name, "size", have, "wanted", size)
+		have := pinned[name].MaxEntries()
+		if have == size {
+			continue
 		}
+		if d.cfg.OnIncompatible == OnIncompatibleDrain {
+			return fmt.Errorf("map %s has %d entries, and %d are wanted: %w", name, have, size, errSize)
+		}
+		d.log.Warn("a map keeps its size until the next unload", "map", name, "size", have, "wanted", size)
 	}
 	if err := d.load(spec, pinned, d.cfg.PinDir); err != nil {
 		return err
@@ -258,7 +263,6 @@ func (d *Datapath) openPins() error {
 	if err := d.own(); err != nil {
 		return err
 	}
-	// Unload needs no other maps than these; if one is missing it does what it can.
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return err
@@ -271,10 +275,13 @@ func (d *Datapath) openPins() error {
 	if err := d.ownPins(d.cfg.PinDir); err != nil {
 		return err
 	}
-	d.objects.Maps, err = openMaps(d.cfg.PinDir, sharedMaps(spec))
-	if errors.Is(err, errNoMap) {
+	d.objects.Maps, err = openOwn(d.cfg.PinDir, spec)
+	switch {
+	case errors.Is(err, errNoMap): // Unload does what it can with the others
 		d.log.Warn("a map is not pinned any more", "err", err)
-		err = nil
+		return nil
+	case errors.Is(err, ErrOtherBuild):
+		return d.openOther()
 	}
 	return err
 }
@@ -332,6 +339,7 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 // and the observer to count.
 func (d *Datapath) attach(dir string) error {
 	if err := d.setControl(func(s *bpf.ShortcutSettings) {
+		s.Layout = layout
 		s.Redirect = 1
 		s.Budget = d.cfg.Budget
 		s.PodBudget = d.cfg.PodBudget

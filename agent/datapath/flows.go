@@ -25,8 +25,11 @@ func (d *Datapath) Flows() ([]Flow, error) {
 }
 
 func (d *Datapath) flows() ([]Flow, error) {
-	if d.unloaded || d.objects.Maps[bpf.ShortcutMapFlows] == nil {
+	if d.removing || d.objects.Maps[bpf.ShortcutMapFlows] == nil {
 		return nil, nil
+	}
+	if d.other {
+		return flowsOf(d.objects.Maps[bpf.ShortcutMapFlows])
 	}
 	var flows []Flow
 	boot := time.Now().Add(-monotonic())

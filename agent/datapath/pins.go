@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/pin"
 
 	"github.com/podshunt/podshunt/bpf"
 )
@@ -68,21 +68,11 @@ func (d *Datapath) finish() error {
 		return err
 	}
 	d.log.Warn("an unload was interrupted: finishing it")
-	spec, err := bpf.LoadShortcut()
+	held, err := d.openAny(d.cfg.PinDir + suffixOld)
 	if err != nil {
 		return err
 	}
-	// If one of these is missing, or of another build, the sockets stay where they are.
-	held := map[string]*ebpf.Map{}
 	defer closeMaps(held)
-	for _, name := range []string{bpf.ShortcutMapSockets, bpf.ShortcutMapFlows} {
-		m, err := openMap(d.cfg.PinDir+suffixOld, name, spec.Maps[name])
-		if err == nil {
-			held[name] = m
-		} else if !errors.Is(err, errNoMap) && !errors.Is(err, ErrOtherBuild) {
-			return err
-		}
-	}
 	if err := d.takeDown(held); err != nil {
 		return fmt.Errorf("finish an interrupted unload: %w", err)
 	}
@@ -94,7 +84,7 @@ func (d *Datapath) finish() error {
 func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
 	dir := d.cfg.PinDir + suffixOld
 	// Pairing ends first, so that no socket joins meanwhile.
-	if err := d.detachTrack(filepath.Join(dir, pinTrack)); err != nil {
+	if err := d.endPairing(dir); err != nil {
 		return err
 	}
 	if err := d.at("track detached"); err != nil {
@@ -108,22 +98,37 @@ func (d *Datapath) takeDown(maps map[string]*ebpf.Map) error {
 	return d.removePins(dir)
 }
 
-// detachTrack detaches track, by its pin and by this process's own handle, since
-// somebody may have deleted the pin.
-func (d *Datapath) detachTrack(pin string) error {
+// endPairing detaches what is attached to a cgroup, by its pin, whatever that is called,
+// and by this process's own handle, since somebody may have deleted the pin.
+func (d *Datapath) endPairing(dir string) error {
 	var errs []error
-	for _, l := range d.links {
+	detach := func(l link.Link) {
 		info, err := l.Info()
 		if err == nil && info.Type == link.CgroupType {
 			err = l.Detach()
 		}
 		errs = append(errs, err)
 	}
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err == nil {
-		errs = append(errs, l.Detach(), l.Close())
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	for _, l := range d.links {
+		detach(l)
+	}
+	pins, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
+	}
+	for _, p := range pins {
+		if p.IsDir() {
+			continue
+		}
+		object, err := pin.Load(filepath.Join(dir, p.Name()), nil)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if l, ok := object.(link.Link); ok {
+			detach(l)
+		}
+		errs = append(errs, object.Close())
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("end pairing: %w", err)
@@ -177,16 +182,17 @@ func (d *Datapath) evictAll(sockets, flows *ebpf.Map) (left int, err error) {
 
 // drainedSockets returns the sockets of flows that have read all that was redirected to them.
 func drainedSockets(flows *ebpf.Map) (map[uint64]bool, error) {
-	all, err := entries[uint64, bpf.ShortcutFlow](flows)
+	all, err := flowsOf(flows)
 	if err != nil {
-		return nil, fmt.Errorf("read the flows map: %w", err)
+		return nil, err
 	}
 	drained := map[uint64]bool{}
-	for _, p := range all {
-		for side, cookie := range p.Cookie {
-			if !unread(&p, bpf.ShortcutSideIndex(side)) {
-				drained[cookie] = true
-			}
+	for _, f := range all {
+		if !f.ToClient.Redirected {
+			drained[f.ID] = true
+		}
+		if !f.ToServer.Redirected {
+			drained[f.ServerID] = true
 		}
 	}
 	return drained, nil
@@ -250,128 +256,11 @@ func removalRank(name string) int {
 		return 0
 	case name == bpf.ShortcutMapSockets:
 		return 2
-	case name == bpf.ShortcutMapFlows, name == bpf.ShortcutMapControl:
+	case name == bpf.ShortcutMapFlows, name == formerFlows, name == bpf.ShortcutMapControl:
 		return 3
 	default:
 		return 1
 	}
-}
-
-// openMaps opens the pinned maps, and gives the specs their sizes. If it returns
-// errNoMap, it also returns the maps that are there.
-func openMaps(dir string, specs map[string]*ebpf.MapSpec) (map[string]*ebpf.Map, error) {
-	pinned := map[string]*ebpf.Map{}
-	var missing error
-	for name, want := range specs {
-		m, err := openMap(dir, name, want)
-		switch {
-		case err == nil:
-			pinned[name] = m
-		case errors.Is(err, errNoMap):
-			missing = errors.Join(missing, err)
-		default:
-			closeMaps(pinned)
-			return nil, err
-		}
-	}
-	return pinned, missing
-}
-
-func closeMaps(all map[string]*ebpf.Map) {
-	for _, m := range all {
-		m.Close()
-	}
-}
-
-// sharedMaps returns the maps that all processes and programs must share: all but the
-// constants (.rodata), and the one of the joiner.
-func sharedMaps(spec *ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
-	shared := maps.Clone(spec.Maps)
-	maps.DeleteFunc(shared, func(name string, _ *ebpf.MapSpec) bool {
-		return strings.HasPrefix(name, ".") || name == bpf.ShortcutMapJoining
-	})
-	return shared
-}
-
-// errNoMap says that somebody has deleted the pin of a map, and that no program
-// of the other pins has the map.
-var errNoMap = errors.New("its pin is gone, and no pinned program has it")
-
-// openMap opens a pinned map, and sets the size of its spec to the map's. If the pin
-// was deleted, it finds the map by the programs that use it and pins it again; it
-// returns errNoMap if no program does.
-func openMap(dir, name string, want *ebpf.MapSpec) (*ebpf.Map, error) {
-	path := filepath.Join(dir, name)
-	m, err := ebpf.LoadPinnedMap(path, nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		if m, err = findMap(dir, name); err == nil {
-			if err = m.Pin(path); err != nil {
-				m.Close()
-			}
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open map %s: %w", name, err)
-	}
-	want.MaxEntries = m.MaxEntries()
-	if err := want.Compatible(m); err != nil {
-		m.Close()
-		return nil, fmt.Errorf("open map %s: %w: %w", name, err, ErrOtherBuild)
-	}
-	return m, nil
-}
-
-// findMap looks for a map by the programs of the links that are pinned in dir.
-func findMap(dir, name string) (*ebpf.Map, error) {
-	pins, err := filepath.Glob(filepath.Join(dir, "link_*"))
-	if err != nil {
-		return nil, err
-	}
-	for _, pin := range pins {
-		m, err := mapOfLink(pin, name)
-		if m != nil || err != nil {
-			return m, err
-		}
-	}
-	return nil, errNoMap
-}
-
-// mapOfLink returns the map with a name that the program of a pinned link uses, or
-// nil.
-func mapOfLink(pin, name string) (*ebpf.Map, error) {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return nil, fmt.Errorf("open link %s: %w", pin, err)
-	}
-	defer l.Close()
-	info, err := l.Info()
-	if err != nil {
-		return nil, fmt.Errorf("inspect link %s: %w", pin, err)
-	}
-	program, err := ebpf.NewProgramFromID(info.Program)
-	if err != nil {
-		return nil, fmt.Errorf("open the program of link %s: %w", pin, err)
-	}
-	defer program.Close()
-	of, err := program.Info()
-	if err != nil {
-		return nil, fmt.Errorf("inspect the program of link %s: %w", pin, err)
-	}
-	ids, _ := of.MapIDs()
-	for _, id := range ids {
-		m, err := ebpf.NewMapFromID(id)
-		if err != nil {
-			return nil, fmt.Errorf("open a map of link %s: %w", pin, err)
-		}
-		have, err := m.Info()
-		if err == nil && have.Name == name {
-			return m, nil
-		}
-		if err := errors.Join(err, m.Close()); err != nil {
-			return nil, fmt.Errorf("inspect a map of link %s: %w", pin, err)
-		}
-	}
-	return nil, nil
 }
 
 // at runs between the steps of a bring-up and a removal, so that tests can interrupt

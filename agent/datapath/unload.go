@@ -30,7 +30,7 @@ func (d *Datapath) Unload(ctx context.Context) ([]Flow, error) {
 		return nil, err
 	}
 	for {
-		pause := sleep(ctx, 20*time.Millisecond)
+		pause := sleep(ctx, drainPause)
 		waiting, err := d.detachIfDrained()
 		switch {
 		case err != nil || len(waiting) == 0:
@@ -69,7 +69,7 @@ func (d *Datapath) beginUnload() error {
 	d.getWatcher().end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.unloaded {
+	if d.removing {
 		return nil
 	}
 	if err := d.finish(); err != nil { // nothing to do after Open
@@ -78,17 +78,18 @@ func (d *Datapath) beginUnload() error {
 	if there, err := exists(d.cfg.PinDir); err != nil {
 		return err
 	} else if !there && d.objects.Maps == nil {
-		d.unloaded, d.gone = true, true
+		d.unloaded, d.removing, d.gone = true, true, true
 		return d.Close()
 	}
 	return d.stopRedirecting()
 }
 
 func (d *Datapath) stopRedirecting() error {
-	if d.objects.Maps[bpf.ShortcutMapControl] == nil {
+	control := d.objects.Maps[bpf.ShortcutMapControl]
+	if control == nil {
 		return d.nothingRedirects()
 	}
-	if err := d.setControl(func(s *bpf.ShortcutSettings) { s.Redirect = 0 }); err != nil {
+	if err := switchOff(control); err != nil {
 		return err
 	}
 	waitForPrograms()
@@ -109,7 +110,13 @@ func (d *Datapath) nothingRedirects() error {
 			return err
 		}
 	}
-	return fmt.Errorf("the pin of map %s is gone, by which redirecting is turned off, and connections may use the shortcut: "+
+	what := "the pin of map %s is gone"
+	if there, err := exists(filepath.Join(d.cfg.PinDir, bpf.ShortcutMapControl)); err != nil {
+		return err
+	} else if there {
+		what = "map %s is of a build that this one knows nothing of"
+	}
+	return fmt.Errorf(what+", by which redirecting is turned off, and connections may use the shortcut: "+
 		"restart the pods that take part, or reboot the node, then delete %s", bpf.ShortcutMapControl, d.cfg.PinDir)
 }
 
@@ -177,7 +184,7 @@ func (d *Datapath) inSockets(cookie uint64) (bool, error) {
 // that no redirected data has to be waited for. After an error it may be called
 // again.
 func (d *Datapath) detach() error {
-	d.unloaded = true
+	d.unloaded, d.removing = true, true
 	if err := d.at("drained"); err != nil {
 		return err
 	}
@@ -196,36 +203,6 @@ func (d *Datapath) detach() error {
 	}
 	d.gone = true
 	return d.Close()
-}
-
-// abandon takes down published pins that cannot be taken over, since maps are
-// missing. It does not wait for readers: a socket with redirected data to read stays
-// as it is.
-func (d *Datapath) abandon(missing error) (err error) {
-	d.log.Warn("pins are missing: open connections go on by TCP, new ones are paired by new programs", "err", missing)
-	d.objects = &ebpf.Collection{}
-	spec, err := bpf.LoadShortcut()
-	if err != nil {
-		return err
-	}
-	if d.objects.Maps, err = openMaps(d.cfg.PinDir, sharedMaps(spec)); err != nil && !errors.Is(err, errNoMap) {
-		return err
-	}
-	if err := d.stopRedirecting(); err != nil {
-		return err
-	}
-	if err := os.Rename(d.cfg.PinDir, d.cfg.PinDir+suffixOld); err != nil {
-		return fmt.Errorf("rename the pins: %w", err)
-	}
-	if err := d.takeDown(d.objects.Maps); err != nil {
-		return err
-	}
-	d.objects.Close()
-	d.objects = nil
-	d.left = 0
-	err = d.pins.Close()
-	d.pins = nil
-	return err
 }
 
 // waitForPrograms returns once all runs of programs have ended that may have read

@@ -250,7 +250,7 @@ func TestConfigChanges(t *testing.T) {
 	}{
 		{"smaller budget", func(c *datapath.Config) { c.Budget = 4096 }, "message_budget", ""},
 		{"larger budget", func(c *datapath.Config) { c.Budget = 8192 }, "message_shortcut", ""},
-		{"size", func(c *datapath.Config) { c.MaxFlows = 9 }, "message_shortcut", "map=flows size=7 wanted=9"},
+		{"size that stays", func(c *datapath.Config) { c.MaxFlows, c.OnIncompatible = 9, datapath.OnIncompatibleFail }, "message_shortcut", "map=flows size=7 wanted=9"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n.mustClose(t)

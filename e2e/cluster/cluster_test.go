@@ -69,18 +69,13 @@ func newCluster(r run) (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What `make dist` has made, as for a release.
-	var made [2]string
-	for i, pattern := range []string{"podshunt-image-*.tar", "podshunt-[0-9]*.tgz"} {
-		found, err := filepath.Glob(filepath.Join(cache, "release", pattern))
-		if err != nil || len(found) != 1 {
-			return nil, fmt.Errorf("%d files %s of a release in %s, want one: run `make test-cluster`", len(found), pattern, cache)
-		}
-		made[i] = found[0]
+	image, chart, err := madeRelease(filepath.Join(cache, "release"))
+	if err != nil {
+		return nil, err
 	}
 	c := &cluster{
-		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: made[0],
-		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: made[1], helmProgram: helm3,
+		run: r, debs: filepath.Join(cache, "usr"), bin: filepath.Join(cache, "bin"), image: image,
+		agent: filepath.Join(repository, "bin", "podshunt-agent"), chart: chart, helmProgram: helm3,
 	}
 	for i, mode := range []string{"iptables", "nftables"} {
 		c.nodes = append(c.nodes, &node{
@@ -88,6 +83,19 @@ func newCluster(r run) (*cluster, error) {
 		})
 	}
 	return c, nil
+}
+
+// madeRelease returns the image and the chart that `make dist` has made, as for a release.
+func madeRelease(dir string) (image, chart string, err error) {
+	var made [2]string
+	for i, pattern := range []string{"podshunt-image-*.tar", "podshunt-[0-9]*.tgz"} {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil || len(found) != 1 {
+			return "", "", fmt.Errorf("%d files %s of a release in %s, want one: run `make test-cluster`", len(found), pattern, dir)
+		}
+		made[i] = found[0]
+	}
+	return made[0], made[1], nil
 }
 
 func (c *cluster) control() *node { return c.nodes[0] }
