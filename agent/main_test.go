@@ -552,13 +552,16 @@ func TestWriteStatus(t *testing.T) {
 			{Pod: api.PodRef{Namespace: "a", Name: "d"}, Enrolled: true, AcceptBlocking: true},
 			{Pod: api.PodRef{Namespace: "a", Name: "e"}, AcceptBlocking: true, Message: "waiting"},
 		},
-		CNI:              &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
-		Guards:           []string{"flags", "splice"},
-		NewConnections:   api.NewConnections{Message: "refused"},
-		OpenConnections:  api.OpenConnections{Message: "too old"},
-		EarlyPorts:       []api.EarlyPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 443}},
-		UnsupportedPorts: []api.UnsupportedPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()}},
-		SourceError:      "no file", PolicyError: "map full",
+		CNI:             &api.CNIStatus{Conflist: "/c/10-x.conflist", Installed: true, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local), Error: "another is not valid"},
+		Guards:          []string{"flags", "splice"},
+		NewConnections:  api.NewConnections{Message: "refused"},
+		OpenConnections: api.OpenConnections{Message: "too old"},
+		EarlyPorts:      []api.EarlyPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 443}},
+		UnsupportedPorts: []api.UnsupportedPort{
+			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()},
+			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Port: 81, Reasons: []string{"blocking"}, Since: time.Unix(0, 0).UTC()},
+		},
+		SourceError: "no file", PolicyError: "map full",
 		Maps: []api.MapUsage{{Name: "pods", Entries: 1, Max: 1024}},
 		Outcomes: []api.Outcome{
 			{Kind: "message", Code: "shortcut", Count: 2, Bytes: 2048}, {Kind: "connection", Code: "paired", Count: 1}, {Kind: "message", Code: "ulp"},
@@ -594,8 +597,9 @@ a/c  -                 tcp                               first; second
 a/d  -                 takes part, blocking sockets too
 a/e  -                 tcp                               waiting
 
-NOT PAIRED  SERVER PORT  FROM        USED             SINCE
-a/b         80           everywhere  splice, MSG_OOB  1970-01-01 00:00:00
+NOT PAIRED  SERVER PORT  FROM                                              USED                       SINCE
+a/b         80           everywhere                                        splice, MSG_OOB            1970-01-01 00:00:00
+a/c         81           pods without podshunt.io/blocking-sockets=accept  a socket in blocking mode  1970-01-01 00:00:00
 
 JOIN AT HANDSHAKE  SERVER PORT
 a/b                443

@@ -100,8 +100,11 @@ func writeStatus(w io.Writer, s api.Status) error {
 	}
 	for _, m := range s.UnsupportedPorts {
 		from := "everywhere"
-		if m.Client != nil {
+		switch {
+		case m.Client != nil:
 			from = podText(*m.Client)
+		case slices.Equal(m.Reasons, []string{"blocking"}):
+			from = "pods without " + api.AnnotationBlockingSockets + "=accept"
 		}
 		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, explain.Calls(m.Reasons), m.Since.Format(time.DateTime))
 	}
