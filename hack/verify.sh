@@ -36,6 +36,7 @@ make test-chart
 committed charts/podshunt/tests
 go vet ./...
 go -C hack/release vet .
+go -C hack/helm vet ./manifests
 go -C e2e/apps vet ./...
 go -C e2e/cluster vet . ./peer
 # Last, so that it is seen when the database cannot be reached.

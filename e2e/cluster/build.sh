@@ -24,5 +24,5 @@ for name in etcd kube-apiserver kube-controller-manager kube-scheduler kubelet k
 done
 go list -f '{{.ImportPath}}' tool | xargs go build -trimpath -ldflags "-s -w" -o "$cache/bin/"
 go build -trimpath -ldflags "-s -w" -o "$cache/bin/" ./peer
-# Beside helm, which is Helm 3.
-go -C ../../hack/helm4 build -trimpath -ldflags "-s -w" -o "$cache/bin/helm4" helm.sh/helm/v4/cmd/helm
+# Beside helm, which is Helm 3. Without -trimpath its packages are those that go tool compiles.
+go -C ../../hack/helm4 build -ldflags "-s -w" -o "$cache/bin/helm4" helm.sh/helm/v4/cmd/helm
