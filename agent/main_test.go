@@ -536,6 +536,16 @@ func TestTableRow(t *testing.T) {
 	wantText(t, "first; second  b\na b  [2J\ufffd      c\n", out.String())
 }
 
+func TestWriteReplacing(t *testing.T) {
+	var out bytes.Buffer
+	if err := writeStatus(&out, api.Status{Version: "v1", Replacing: "2 connections have to read"}); err != nil {
+		t.Fatal(err)
+	}
+	if line, _, _ := strings.Cut(out.String(), "\n"); !strings.HasSuffix(line, "v1, replacing: 2 connections have to read") {
+		t.Errorf("got %q, want what is waited for", line)
+	}
+}
+
 func TestWriteStatus(t *testing.T) {
 	status := api.Status{
 		Version: "v1", Kernel: "6.18", Observer: "tracepoint", Cgroup: "/cg", PinDir: "/pins", AcceptedHazards: []string{"two", "four", "five"},

@@ -62,8 +62,7 @@ type Datapath struct {
 var (
 	// ErrOtherBuild is returned by Open if another build has pinned maps with
 	// another layout, and Config.OnIncompatible is OnIncompatibleFail.
-	ErrOtherBuild = errors.New("the pins are of a build with another layout: `podshunt-agent unload` of any build takes them out, " +
-		"and so does `podshunt-agent run --on-incompatible=drain`")
+	ErrOtherBuild = errors.New("the pins are of a build with another layout")
 	// ErrInUse is returned by Open and OpenPins while another process owns the pins.
 	ErrInUse = errors.New("another process owns the pins: is an agent running?")
 	// ErrUnloaded is returned, once an unload has begun to delete and while

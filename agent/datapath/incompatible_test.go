@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -222,12 +223,50 @@ func TestIncompatibleFails(t *testing.T) {
 	n.mustClose(t)
 	cfg := n.Config
 	cfg.OnIncompatible = datapath.OnIncompatibleFail
-	if d, err := datapath.Open(cfg, n.Log); !errors.Is(err, datapath.ErrOtherBuild) {
-		t.Fatalf("got %v %v, want %v", d, err, datapath.ErrOtherBuild)
+	if d, err := datapath.Open(cfg, n.Log); !errors.Is(err, datapath.ErrOtherBuild) ||
+		!strings.HasSuffix(err.Error(), "by `podshunt-agent unload`, or run with --on-incompatible=drain") {
+		t.Fatalf("got %v %v, want %v, and what to do", d, err, datapath.ErrOtherBuild)
 	}
 	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustMarkLayout(t, uint32(bpf.ShortcutLayoutLAYOUT))
 	n.MustOpen(t)
+	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
+}
+
+// TestUnreadablePins: pins whose controls nobody can read stay, and the error says what to do.
+func TestUnreadablePins(t *testing.T) {
+	n := mustTwoPods(t, nil)
+	c, s := n.connect(t)
+	sandboxtest.MustPing(t, c, s, 10, 100)
+	before := n.counts(t)
+	n.mustClose(t)
+	path := filepath.Join(n.Config.PinDir, "control")
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(path), m.Pin(path), m.Close()); err != nil {
+		t.Fatal(err)
+	}
+	want := "map control is of a build that this one knows nothing of, by which redirecting is turned off, and connections may use the shortcut: " +
+		"restart the pods that take part, or reboot the node, then delete " + n.Config.PinDir
+	if d, err := datapath.Open(n.Config, n.Log); err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Fatalf("got %v %v, want %s", d, err, want)
+	}
+	d, err := datapath.OpenPins(n.Config.PinDir, n.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = d.Unload(t.Context())
+	if err := errors.Join(err, d.Close()); err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Fatalf("unload: got %v, want %s", err, want)
+	}
+	n.wantPinned(t, "podshunt", "podshunt_lock")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	n.MustOpen(t) // the programs have the map
+	sandboxtest.MustPing(t, c, s, 10, 100)
 	n.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
 }
 

@@ -4,6 +4,7 @@ package datapath
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -170,6 +171,84 @@ func TestContract(t *testing.T) {
 		if !equalFlows(got, want) || unread(&f, client) != tc.toClient || unread(&f, server) != tc.toServer {
 			t.Errorf("%s: got %+v, want %+v", tc.name, got, want)
 		}
+	}
+}
+
+// TestMovedFields: fields are read where another layout has them.
+func TestMovedFields(t *testing.T) {
+	spec, err := bpf.LoadShortcut()
+	if err != nil {
+		t.Fatal(err)
+	}
+	flow := move(spec.Maps["flows"].Value).(*btf.Struct)
+	offsets := map[string]int{}
+	listOffsets(offsets, flow, "", 0)
+	value := make([]byte, flow.Size)
+	for path, number := range map[string]uint64{
+		"cookie.1": 12, "netns.0": 13, "netns.1": 14, "client_port": 15, "server_port": 16,
+		"side.0.sending.redirect_end": 100, "side.1.receiving.read_bytes": 90, "side.0.sending.missed": 9,
+		"side.1.sending.redirect_end": 200, "side.0.receiving.read_bytes": 200,
+	} {
+		at, ok := offsets[path]
+		if !ok {
+			t.Fatalf("no field %s", path)
+		}
+		value[at] = byte(number) // the rest stays 0
+	}
+	fields, err := locateFlow(flow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fields.flow(11, value)
+	want := Flow{
+		ID: 11, ServerID: 12, ClientNetns: 13, ServerNetns: 14, Joined: true,
+		Client: address([4]uint32{}, 15), OrigDst: address([4]uint32{}, 16), Server: address([4]uint32{}, 16),
+		ToServer: Direction{Redirected: true},
+	}
+	if !equalFlows(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	for _, missing := range []string{"cookie", "side"} {
+		less := *flow
+		less.Members = slices.DeleteFunc(slices.Clone(flow.Members), func(m btf.Member) bool { return m.Name == missing })
+		if _, err := locateFlow(&less); !errors.Is(err, errUnreadable) {
+			t.Errorf("without %s: got %v, want %v", missing, err, errUnreadable)
+		}
+	}
+}
+
+// move turns the fields of structs round, with a gap before each.
+func move(t btf.Type) btf.Type {
+	switch of := btf.UnderlyingType(t).(type) {
+	case *btf.Struct:
+		moved := &btf.Struct{Name: of.Name}
+		for _, m := range slices.Backward(of.Members) {
+			m.Type = move(m.Type)
+			size, _ := btf.Sizeof(m.Type)
+			m.Offset = btf.Bits(8 * (moved.Size + 8))
+			moved.Members = append(moved.Members, m)
+			moved.Size += 8 + uint32(size+7)/8*8
+		}
+		return moved
+	case *btf.Array:
+		return &btf.Array{Index: of.Index, Type: move(of.Type), Nelems: of.Nelems}
+	}
+	return t
+}
+
+func listOffsets(to map[string]int, t btf.Type, path string, at int) {
+	switch of := btf.UnderlyingType(t).(type) {
+	case *btf.Struct:
+		for _, m := range of.Members {
+			listOffsets(to, m.Type, path+m.Name+".", at+int(m.Offset.Bytes()))
+		}
+	case *btf.Array:
+		size, _ := btf.Sizeof(of.Type)
+		for i := range int(of.Nelems) {
+			listOffsets(to, of.Type, fmt.Sprintf("%s%d.", path, i), at+i*size)
+		}
+	default:
+		to[strings.TrimSuffix(path, ".")] = at
 	}
 }
 

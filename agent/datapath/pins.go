@@ -117,7 +117,7 @@ func (d *Datapath) endPairing(dir string) error {
 		errs = append(errs, err)
 	}
 	for _, p := range pins {
-		if p.IsDir() {
+		if !p.Type().IsRegular() {
 			continue
 		}
 		object, err := pin.Load(filepath.Join(dir, p.Name()), nil)

@@ -43,6 +43,9 @@ func (d *Datapath) inherit() (replaced bool, err error) {
 	case d.cfg.OnIncompatible == OnIncompatibleDrain && (errors.Is(err, ErrOtherBuild) || errors.Is(err, errSize)):
 		d.log.Warn("the pins are replaced: open connections go on by TCP, new ones are paired by new programs", "reason", err)
 		err = d.drain()
+	case errors.Is(err, ErrOtherBuild):
+		return false, fmt.Errorf("take over the pins in %s: %w: take them out by `podshunt-agent unload`, or run with --on-incompatible=%s",
+			d.cfg.PinDir, err, OnIncompatibleDrain)
 	default:
 		return false, fmt.Errorf("take over the pins in %s: %w", d.cfg.PinDir, err)
 	}
