@@ -20,6 +20,8 @@ import (
 	"github.com/podshunt/podshunt/api"
 )
 
+const lockdownAdvice = "the kernel is locked down (confidentiality), which forbids BPF programs to read its memory: boot the node with lockdown=integrity or none"
+
 // nodeReport looks at the node whose procfs is at procfs. What it may not look at it leaves
 // out. Without a runtime's directories, or with an error of the runtime's, it does not look
 // at them.
@@ -34,7 +36,7 @@ func nodeReport(procfs string, runtime api.Runtime) api.NodeReport {
 		}
 	}
 	if r.Lockdown == api.LockdownConfidentiality {
-		warn(api.WarningLockdown, "the kernel is locked down (confidentiality), which forbids BPF programs to read its memory: boot the node with lockdown=integrity or none")
+		warn(api.WarningLockdown, lockdownAdvice)
 	}
 	if r.Cgroups == api.CgroupsV1 {
 		warn(api.WarningNoCgroup2, cgroupAdvice(r))
@@ -131,7 +133,7 @@ func withNode(e api.KernelReport, node api.NodeReport) api.KernelReport {
 	e.Node = node
 	switch {
 	case e.Reason == api.KernelLacksFeatures && node.Lockdown == api.LockdownConfidentiality:
-		e.Message = node.Warnings[0].Message + "; " + e.Message
+		e.Message = lockdownAdvice + "; " + e.Message
 	case e.Reason != api.KernelLacksFeatures && node.Cgroups == api.CgroupsV1:
 		e.TakesPart, e.Reason, e.Message = false, api.NodeNoCgroup2, cgroupAdvice(node)
 	}

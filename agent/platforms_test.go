@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -240,14 +239,9 @@ func (n *platformNode) inContainer(f func(*cniconf.Installer)) {
 		n.MustMkdir(filepath.Join(n.container, dir))
 	}
 	log := slog.New(slog.NewTextHandler(n.Output(), nil))
-	done := make(chan error, 1)
-	go func() {
-		defer close(done)
-		// Never unlocked: the thread ends with its mounts.
-		runtime.LockOSThread()
+	n.Check(onLostThread(func() error {
 		if err := n.enter(); err != nil {
-			done <- err
-			return
+			return err
 		}
 		n.base = nodeInContainer
 		defer func() { n.base = n.Root }()
@@ -261,8 +255,8 @@ func (n *platformNode) inContainer(f func(*cniconf.Installer)) {
 		ins := cniconf.New(cfg)
 		ins.Reconcile()
 		f(ins)
-	}()
-	n.Check(<-done)
+		return nil
+	}))
 	if n.Failed() {
 		n.FailNow()
 	}

@@ -11,7 +11,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -830,13 +829,9 @@ func TestFight(t *testing.T) {
 func TestReadOnly(t *testing.T) {
 	ins := newTestInstaller(t)
 	writeFile(t, ins.conf("10-a.conflist"), testList)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		// Never unlocked: the thread ends with its mount namespace.
-		runtime.LockOSThread()
+	err := onLostThread(func() error {
 		if !readOnly(t, ins.cfg.ConfDir) {
-			return
+			return nil
 		}
 		ins.Reconcile()
 		wantState(t, ins, "", "put entry into "+ins.conf("10-a.conflist"))
@@ -851,8 +846,11 @@ func TestReadOnly(t *testing.T) {
 		if _, err := ins.Uninstall(); err != nil {
 			t.Errorf("uninstall of nothing: %v", err)
 		}
-	}()
-	<-done
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	wantFiles(t, ins, "untouched", map[string]string{"10-a.conflist": testList})
 }
 

@@ -147,17 +147,13 @@ func withCapabilities(t testing.TB, names []string, f func()) {
 		}
 		set |= 1 << number
 	}
-	done := make(chan error, 1)
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked
+	err := onLostThread(func() error {
 		for number := uintptr(0); number <= unix.CAP_LAST_CAP; number++ {
 			if set&(1<<number) != 0 {
 				continue
 			}
 			if err := unix.Prctl(unix.PR_CAPBSET_DROP, number, 0, 0, 0); err != nil {
-				done <- fmt.Errorf("drop capability %d: %w", number, err)
-				return
+				return fmt.Errorf("drop capability %d: %w", number, err)
 			}
 		}
 		data := [2]unix.CapUserData{
@@ -165,12 +161,29 @@ func withCapabilities(t testing.TB, names []string, f func()) {
 			{Effective: uint32(set >> 32), Permitted: uint32(set >> 32)},
 		}
 		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &data[0]); err != nil {
-			done <- fmt.Errorf("set capabilities: %w", err)
-			return
+			return fmt.Errorf("set capabilities: %w", err)
 		}
 		f()
-	}()
-	if err := <-done; err != nil {
+		return nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// onLostThread runs f on a thread that ends with f, so that f may change what its thread has.
+// It is never the main thread: Go does not end that one, and /proc/self shows what it has.
+func onLostThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		defer close(done)      // also if f ends the test
+		runtime.LockOSThread() // and never unlocked, unless on the main thread
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onLostThread(f)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
 }

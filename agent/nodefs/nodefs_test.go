@@ -53,3 +53,31 @@ func TestRoot(t *testing.T) {
 		t.Errorf("got error %v, and names (-want +got):\n%s", err, diff)
 	}
 }
+
+// TestResolve follows links as the node does, and gives the path for whoever is not on it.
+func TestResolve(t *testing.T) {
+	root := Root(t.TempDir())
+	at := func(path string) string { return filepath.Join(string(root), path) }
+	if err := errors.Join(
+		os.MkdirAll(at("var/opt/cni"), 0o755), os.Symlink("/var/opt", at("opt")), os.Symlink("8136", at("var/current")), os.Mkdir(at("var/8136"), 0o755),
+		os.Symlink("../../../../etc", at("var/out")), os.Mkdir(at("etc"), 0o755),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		"/": "", "/var": "var", "/opt/cni/": "var/opt/cni", "/var/current": "var/8136", "/var/out": "etc", "/var/../opt": "var/opt",
+	} {
+		if got, err := root.Resolve(path); err != nil || got != filepath.Clean(at(want)) {
+			t.Errorf("%s: got %s and error %v, want %s", path, got, err, at(want))
+		}
+	}
+	if _, err := root.Resolve("/opt/none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got error %v for what is not there", err)
+	}
+	if got, err := root.ReadOnly("/opt/cni"); got || err != nil {
+		t.Errorf("got %v and error %v for a directory that can be written to", got, err)
+	}
+	if _, err := root.ReadOnly("/opt/none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got error %v for what is not there", err)
+	}
+}
