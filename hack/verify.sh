@@ -38,6 +38,6 @@ go vet ./...
 go -C hack/release vet .
 go -C hack/helm vet ./manifests
 go -C e2e/apps vet ./...
-go -C e2e/cluster vet . ./peer
+go -C e2e/cluster vet -tags upgrade . ./peer
 # Last, so that it is seen when the database cannot be reached.
 make vuln
