@@ -59,7 +59,8 @@ END`, k3sConfDir, k3sBinDir, conflist))
 			}
 			return nil
 		}); err != nil {
-			t.Fatal(err)
+			log, _ := p.kubectl("--namespace="+release, "logs", "--selector=app.kubernetes.io/component=agent", "--prefix", "--tail=40")
+			t.Fatalf("%v\nagents:\n%s", err, log)
 		}
 	}
 	mustHave(usual, conflist)
