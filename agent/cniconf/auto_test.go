@@ -3,10 +3,15 @@
 package cniconf
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/nodefs"
 	"github.com/podshunt/podshunt/api"
@@ -26,10 +31,43 @@ func newAutoInstaller(t testing.TB, r *api.Runtime) *Installer {
 	if err := os.Symlink("/var/opt", filepath.Join(root, "opt")); err != nil {
 		t.Fatal(err)
 	}
+	root = mustBeRoot(t, root)
 	cfg := ins.cfg
 	cfg.Auto, cfg.NodeRoot, cfg.ConfDir, cfg.BinDir = true, root, "", ""
 	cfg.Runtime = func() (api.Runtime, nodefs.Root) { return *r, nodefs.Root(root) }
 	return New(cfg)
+}
+
+// mustBeRoot returns a path that leads to dir as /proc/1/root does to the node's root: by a
+// link that only the kernel can follow. Without root it returns dir.
+func mustBeRoot(t testing.TB, dir string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return dir
+	}
+	done := make(chan struct{})
+	t.Cleanup(func() { close(done) })
+	ready := make(chan error, 1)
+	var tid int
+	run := func() {
+		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		tid = unix.Gettid()
+		// Of a mount namespace of its own, so that the link says "/".
+		ready <- errors.Join(
+			unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS),
+			unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""),
+			unix.Chdir(dir),
+			unix.Mount(dir, "/", "", unix.MS_MOVE, ""),
+			unix.Chroot("."),
+		)
+		<-done
+	}
+	go run()
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("/proc/%d/task/%d/root", os.Getpid(), tid)
 }
 
 // TestAuto installs where the runtime's configuration says, by the node's links, and moves

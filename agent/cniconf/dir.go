@@ -18,6 +18,7 @@ import (
 	"syscall"
 
 	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/api"
 )
@@ -299,12 +300,32 @@ func replace(f file, data []byte) error {
 	if err := unchanged(f); err != nil {
 		return err
 	}
-	// f.path may be a symbolic link, which stays.
-	path, err := filepath.EvalSymlinks(f.path)
+	path, err := linkTarget(f.path)
 	if err != nil {
 		return err
 	}
 	return write(path, data, path)
+}
+
+// linkTarget returns the path of the file that path leads to: path itself may be a symbolic
+// link, which stays. The directories are left as they are: /proc/PID/root among them is a
+// link to "/" for who reads it, and only the kernel follows it to another root.
+func linkTarget(path string) (string, error) {
+	const most = 40 // as the kernel (path_resolution(7))
+	for range most {
+		to, err := os.Readlink(path)
+		switch {
+		case errors.Is(err, unix.EINVAL):
+			return path, nil
+		case err != nil:
+			return "", err
+		case filepath.IsAbs(to):
+			path = to
+		default:
+			path = filepath.Dir(path) + "/" + to // not cleaned: ".." is above what the directory leads to
+		}
+	}
+	return "", fmt.Errorf("follow links of %s: %w", path, unix.ELOOP)
 }
 
 // unchanged returns an error if the file has changed since it was read. Call it
