@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -49,21 +48,22 @@ func mustBeRoot(t testing.TB, dir string) string {
 	t.Cleanup(func() { close(done) })
 	ready := make(chan error, 1)
 	var tid int
-	run := func() {
-		runtime.LockOSThread() // for ever: the thread ends with the goroutine
-		tid = unix.Gettid()
-		// Of a mount namespace of its own, so that the link says "/".
-		ready <- errors.Join(
-			unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS),
-			unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
-			unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""),
-			unix.Chdir(dir),
-			unix.Mount(dir, "/", "", unix.MS_MOVE, ""),
-			unix.Chroot("."),
-		)
-		<-done
-	}
-	go run()
+	go func() {
+		_ = onLostThread(func() error {
+			tid = unix.Gettid()
+			// Of a mount namespace of its own, so that the link says "/".
+			ready <- errors.Join(
+				unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS),
+				unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+				unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""),
+				unix.Chdir(dir),
+				unix.Mount(dir, "/", "", unix.MS_MOVE, ""),
+				unix.Chroot("."),
+			)
+			<-done
+			return nil
+		})
+	}()
 	if err := <-ready; err != nil {
 		t.Fatal(err)
 	}
