@@ -93,14 +93,14 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	mkdir -p $(CLUSTER)
 	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
 	e2e/cluster/build.sh $(CLUSTER)
-	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 20m -v $(TESTFLAGS) .
+	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 30m -v $(TESTFLAGS) .
 
 test-upgrade: build ## upgrade and downgrade between versions on such a cluster (root)
 	mkdir -p $(CLUSTER)
 	e2e/cluster/versions.sh $(CLUSTER)/versions
 	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
 	e2e/cluster/build.sh $(CLUSTER)
-	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -tags upgrade -exec "$(SUDO)" -count=1 -timeout 20m -v -run '^(TestVersions|TestFirstLayout)$$' $(TESTFLAGS) .
+	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -tags upgrade -exec "$(SUDO)" -count=1 -timeout 30m -v -run '^(TestVersions|TestFirstLayout)$$' $(TESTFLAGS) .
 
 test-chart: ## what the chart makes of its values, and which it refuses (charts/podshunt/tests)
 	$(HELM_UNITTEST) charts/podshunt
