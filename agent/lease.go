@@ -35,6 +35,11 @@ type leased interface {
 	Lease() (time.Time, error)
 }
 
+// leaseRetry is the time after which a lease that could not be renewed is tried again. An agent
+// that starts, for example, hears of the pods a moment later, and may have found a lease that
+// has run out.
+const leaseRetry = time.Second
+
 // run renews the lease until ctx ends.
 func (l *lease) run(ctx context.Context) error {
 	if err := l.begin(); err != nil && !errors.Is(err, datapath.ErrUnloaded) {
@@ -43,14 +48,15 @@ func (l *lease) run(ctx context.Context) error {
 	if l.length == 0 {
 		return nil
 	}
-	ticker := time.NewTicker(max(l.length/10, 10*time.Millisecond))
-	defer ticker.Stop()
 	for {
-		l.renew(time.Now())
+		pause := max(l.length/10, 10*time.Millisecond)
+		if !l.renew(time.Now()) {
+			pause = min(pause, leaseRetry)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-ticker.C:
+		case <-time.After(pause):
 		}
 	}
 }
@@ -65,7 +71,8 @@ func (l *lease) begin() error {
 	return err
 }
 
-func (l *lease) renew(now time.Time) {
+// renew reports whether the lease was renewed, or has nothing to be renewed for.
+func (l *lease) renew(now time.Time) bool {
 	err := l.vouch(now)
 	if err == nil {
 		err = l.datapath.SetLease(l.length)
@@ -82,6 +89,7 @@ func (l *lease) renew(now time.Time) {
 		l.log.Info("the policy's lease is renewed again")
 	}
 	l.err = err
+	return err == nil
 }
 
 // state returns the lease for the status, or nil if the policy is trusted for ever.

@@ -73,7 +73,9 @@ func TestLease(t *testing.T) {
 				return
 			}
 			before := k.sets
-			l.renew(time.Now())
+			if ok := l.renew(time.Now()); ok != (tc.wantErr == nil) {
+				t.Errorf("got %v from renew, want %v", ok, tc.wantErr == nil)
+			}
 			if got := k.sets > before; got != tc.wantRenewed {
 				t.Errorf("renewed: got %v, want %v", got, tc.wantRenewed)
 			}
@@ -84,6 +86,26 @@ func TestLease(t *testing.T) {
 				t.Errorf("got state %+v, want the end %v, and the error if there is one", s, k.until)
 			}
 		})
+	}
+}
+
+// TestLeaseRetry: a lease that cannot be renewed at first is renewed soon after it can.
+func TestLeaseRetry(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	tries := make(chan struct{}, 3)
+	l := &lease{datapath: &kernelLease{}, length: 1000 * time.Hour, log: slog.New(slog.DiscardHandler), vouch: func(time.Time) error {
+		tries <- struct{}{}
+		if len(tries) < cap(tries) {
+			return errors.New("nobody has told of the pods yet")
+		}
+		cancel()
+		return nil
+	}}
+	if err := l.run(ctx); err != nil {
+		t.Error(err)
+	}
+	if l.err != nil {
+		t.Errorf("got %v, want the lease renewed", l.err)
 	}
 }
 
