@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -62,11 +61,4 @@ func namesPlugin(data []byte) bool {
 	_ = json.Unmarshal(data, &cached) // not all are libcni's
 	name := []byte(`"` + api.PluginType + `"`)
 	return bytes.Contains(data, name) || bytes.Contains(cached.Config, name)
-}
-
-func syncDirIfThere(dir string) error {
-	if _, err := os.Stat(dir); err != nil {
-		return ignoreMissing(err)
-	}
-	return syncDir(dir)
 }
