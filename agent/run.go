@@ -76,9 +76,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
+	runtime := cri.NewNode(cfg.proc, log)
 	var dirs api.Runtime // to be written to
 	if cfg.installs() {
-		dirs, _ = cri.NewNode(cfg.proc, log).Runtime()
+		dirs, _ = runtime.Runtime()
 	}
 	kernelReport := withNode(cfg.kernelReport(), nodeReport(cfg.proc, dirs))
 	if kernelReport.Reason == api.KernelLacksFeatures {
@@ -91,7 +92,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	cfg.datapath.AllowBlocking = slices.Contains(kernelReport.AcceptedHazards, hazards.BlockingRecv) || !present(kernelReport.Hazards, hazards.BlockingRecv)
 	cfg.datapath.Guards = guardsIn(kernelReport.Hazards)
 	for {
-		err := runOnce(ctx, cfg, kernelReport, host, log)
+		err := runOnce(ctx, cfg, kernelReport, host, runtime, log)
 		if !errors.Is(err, errDrained) {
 			return err
 		}
@@ -100,7 +101,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 
 // runOnce is runAgent until the kernel objects of before are drained, if they have to be: then
 // it returns errDrained, and has to be called again.
-func runOnce(ctx context.Context, cfg config, kernelReport api.KernelReport, host []uint64, log *slog.Logger) error {
+func runOnce(ctx context.Context, cfg config, kernelReport api.KernelReport, host []uint64, runtime *cri.Node, log *slog.Logger) error {
 	src, err := openSource(cfg, kernelReport.Message, log)
 	if err != nil {
 		return err
@@ -137,7 +138,7 @@ func runOnce(ctx context.Context, cfg config, kernelReport api.KernelReport, hos
 		// An agent that hangs must not vouch for the policy.
 		return cmp.Or(reconciler.Alive(), src.vouch(now))
 	}}
-	n.runtime = cri.NewNode(cfg.proc, log)
+	n.runtime = runtime
 	if cfg.installs() {
 		cfg.cni.Log, cfg.cni.Runtime = log, n.runtime.Runtime
 		n.installer = cniconf.New(cfg.cni)

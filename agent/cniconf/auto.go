@@ -6,7 +6,6 @@
 package cniconf
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,24 +16,21 @@ import (
 	"github.com/podshunt/podshunt/agent/nodefs"
 )
 
+// notAuto says what to do where the directories are not found.
+const notAuto = "give --cni-conf-dir and --cni-bin-dir (in the chart: agent.cniConfDir and agent.cniBinDir) instead of auto"
+
 // locate finds the two directories, if they are not given. When the runtime has others than
 // before, it takes the entry out of the former ones.
 func (ins *Installer) locate() error {
 	if !ins.cfg.Auto {
 		return nil
 	}
-	r := ins.runtime()
-	if r.Name == "" {
+	r, _ := ins.cfg.Runtime()
+	if r.Error != "" {
 		if ins.cfg.ConfDir != "" {
 			return nil // it is about to start again
 		}
-		reason := ""
-		if ins.cfg.Runtime != nil {
-			unknown, _ := ins.cfg.Runtime()
-			reason = unknown.Error
-		}
-		return fmt.Errorf("the directories of the container runtime are not known: give --cni-conf-dir and --cni-bin-dir (in the chart: agent.cniConfDir and agent.cniBinDir) instead of auto: %s",
-			cmp.Or(reason, "no runtime was looked for"))
+		return fmt.Errorf("the directories of the container runtime are not known: %s: %s", notAuto, r.Error)
 	}
 	conf, err := ins.resolve(r.ConfDir)
 	if err != nil {
@@ -63,7 +59,7 @@ func (ins *Installer) resolve(dir string) (string, error) {
 		return filepath.Join(ins.cfg.NodeRoot, dir), nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("look for the directory of the container runtime: %w: give --cni-conf-dir and --cni-bin-dir (in the chart: agent.cniConfDir and agent.cniBinDir) instead of auto", err)
+		return "", fmt.Errorf("look for the directory of the container runtime: %w: %s", err, notAuto)
 	}
 	return path, nil
 }
