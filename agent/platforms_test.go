@@ -26,7 +26,7 @@ import (
 	"github.com/podshunt/podshunt/agent/nodefs"
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/docs"
-	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // TestPlatforms installs on the nodes of distributions, with the values that
@@ -161,12 +161,7 @@ type stampedFile struct {
 
 func newPlatformNode(t *testing.T, p critest.Platform) *platformNode {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("REQUIRE_ROOT") == "1" {
-			t.Fatal(sandbox.ErrNotRoot)
-		}
-		t.Skip(sandbox.ErrNotRoot)
-	}
+	sandboxtest.MustBeRoot(t)
 	root := filepath.Join(t.TempDir(), "root")
 	n := &platformNode{Node: critest.NewSeen(t, p.Files, root, nodeInContainer), platform: p, base: root, container: t.TempDir()}
 	n.AddAll(p.Starter, p.Processes)

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -95,23 +94,13 @@ func TestFirstLayout(t *testing.T) {
 	n.mustUnloadPins(t)
 	n.mustPinFirst(t, cookies)
 	l, address := mustListenOn(t, pods[1])
-	var (
-		stop  atomic.Bool
-		loads []func() error
-	)
-	for range 2 {
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-		sandboxtest.MustPing(t, c, s, 10, 100)
-		loads = append(loads, func() error { return talk(c, s, &stop) })
-	}
+	endTalk := mustTalk(t, pods[0], l, address, 2, 10)
 	c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 	sandboxtest.MustPing(t, c, s, 10, 100)
 	unread := traffic{seed: 1, bytes: 100_000, maxWrite: 10_000, maxRead: 10_000}
 	if err := unread.write(c); err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan error, 1)
-	go func() { done <- together(loads...) }()
 	old := mustObjects(t, n.Config.PinDir)
 
 	n.MustOpen(t)
@@ -138,8 +127,5 @@ func TestFirstLayout(t *testing.T) {
 	n.MustOpen(t)
 	old.waitGone(t)
 	sandboxtest.MustPing(t, c, s, 10, 1000)
-	stop.Store(true)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	endTalk()
 }

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -57,17 +56,7 @@ func TestDrain(t *testing.T) {
 	for name, change := range incompatible() {
 		t.Run(name, func(t *testing.T) {
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			var (
-				stop  atomic.Bool
-				loads []func() error
-			)
-			for range 3 {
-				c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-				sandboxtest.MustPing(t, c, s, 2, 100)
-				loads = append(loads, func() error { return talk(c, s, &stop) })
-			}
-			done := make(chan error, 1)
-			go func() { done <- together(loads...) }()
+			endTalk := mustTalk(t, pods[0], l, address, 3, 2)
 			before := n.counts(t)["message_shortcut"]
 			waitUntil(t, "messages by shortcut", func() bool { return n.counts(t)["message_shortcut"] > before+100 })
 			old := mustObjects(t, n.Config.PinDir)
@@ -91,10 +80,7 @@ func TestDrain(t *testing.T) {
 			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
 			sandboxtest.MustPing(t, c, s, 10, 100)
 			n.mustCount(t, from, paired())
-			stop.Store(true)
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
+			endTalk()
 			for _, m := range n.usage(t) {
 				if m == 0 {
 					t.Error("a map is empty")

@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -59,6 +60,30 @@ func talk(a, b net.Conn, stop *atomic.Bool) error {
 	return nil
 }
 
+// mustTalk makes connections that have exchanged so many messages, and has the ends of each
+// talk until the result is called.
+func mustTalk(t *testing.T, from *sandbox.Pod, l net.Listener, address netip.AddrPort, connections, messages int) (end func()) {
+	t.Helper()
+	var (
+		stop  atomic.Bool
+		loads []func() error
+	)
+	for range connections {
+		c, s := connect(t, from.Netns, l, "tcp4", address)
+		sandboxtest.MustPing(t, c, s, messages, 100)
+		loads = append(loads, func() error { return talk(c, s, &stop) })
+	}
+	done := make(chan error, 1)
+	go func() { done <- together(loads...) }()
+	return func() {
+		t.Helper()
+		stop.Store(true)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestTakeOver: the process goes and comes back under load. Flows keep their
 // shortcut, and connections are paired while there is none, as the policy of
 // the last one says.
@@ -69,18 +94,8 @@ func TestTakeOver(t *testing.T) {
 	l, address := mustListenOn(t, pods[1])
 	refusedL, refusedAddress := mustListenOn(t, pods[2])
 
-	var (
-		stop  atomic.Bool
-		loads []func() error
-	)
 	const streams, restarts = 2, 5
-	for range streams {
-		c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-		sandboxtest.MustPing(t, c, s, 2, 100)
-		loads = append(loads, func() error { return talk(c, s, &stop) })
-	}
-	done := make(chan error, 1)
-	go func() { done <- together(loads...) }()
+	endTalk := mustTalk(t, pods[0], l, address, streams, 2)
 
 	moved, misses := uint64(0), sandboxtest.MustMisses(t)
 	for i := range restarts {
@@ -124,10 +139,7 @@ func TestTakeOver(t *testing.T) {
 		}
 		moved = sum
 	}
-	stop.Store(true)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	endTalk()
 	// The policy of before is what changes are made to.
 	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	before := n.counts(t)
@@ -445,17 +457,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 			}
 		}
 		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-		var (
-			stop  atomic.Bool
-			loads []func() error
-		)
-		for range 2 {
-			c, s := connect(t, pods[0].Netns, l, "tcp4", address)
-			sandboxtest.MustPing(t, c, s, 2, 100)
-			loads = append(loads, func() error { return talk(c, s, &stop) })
-		}
-		done := make(chan error, 1)
-		go func() { done <- together(loads...) }()
+		endTalk := mustTalk(t, pods[0], l, address, 2, 2)
 		before := n.counts(t)["message_shortcut"]
 		waitUntil(t, "messages by shortcut", func() bool { return n.counts(t)["message_shortcut"] > before+100 })
 		ctx, cancel := context.WithTimeout(t.Context(), deadline)
@@ -466,9 +468,6 @@ func TestUnloadUnderLoad(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond) // so that the streams go on without it
 		n.MustOpen(t)
-		stop.Store(true)
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+		endTalk()
 	}
 }

@@ -27,10 +27,8 @@ const Timeout = 2 * time.Minute
 // agent knows a pod that is added.
 func MustNew(tb testing.TB, cfg sandbox.Config) *sandbox.Sandbox {
 	tb.Helper()
+	MustBeRoot(tb)
 	s, err := sandbox.New(cfg)
-	if errors.Is(err, sandbox.ErrNotRoot) && os.Getenv("REQUIRE_ROOT") != "1" {
-		tb.Skip(err)
-	}
 	must(tb, err)
 	s.AgentTimeout = 10 * time.Second
 	tb.Cleanup(func() {
@@ -39,6 +37,18 @@ func MustNew(tb testing.TB, cfg sandbox.Config) *sandbox.Sandbox {
 		}
 	})
 	return s
+}
+
+// MustBeRoot skips a test without root, or has it fail: see above.
+func MustBeRoot(tb testing.TB) {
+	tb.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("REQUIRE_ROOT") == "1" {
+		tb.Fatal(sandbox.ErrNotRoot)
+	}
+	tb.Skip(sandbox.ErrNotRoot)
 }
 
 func must(tb testing.TB, err error) {

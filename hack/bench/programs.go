@@ -26,7 +26,7 @@ func (r *runs) perRun() float64 {
 		each[i] = ns / r.count[i]
 	}
 	slices.Sort(each)
-	return (each[(len(each)-1)/2] + each[len(each)/2]) / 2
+	return middle(each)
 }
 
 // ofPrograms are the runs of a place by the program's name.
@@ -131,7 +131,7 @@ func (r *results) writeRuns(w io.Writer) {
 		programs := r.programs[p]
 		for _, name := range slices.Sorted(maps.Keys(programs)) {
 			counts := slices.Sorted(slices.Values(programs[name].count))
-			perSecond := counts[len(counts)/2] / r.ran.Seconds()
+			perSecond := middle(counts) / r.ran.Seconds()
 			lines = append(lines, []string{p.row.title(), name, fmt.Sprintf("%.0f ns", programs[name].perRun()), fmt.Sprintf("%.0f", perSecond)})
 		}
 	}

@@ -196,7 +196,7 @@ func filesOf(dir fs.FS) ([]file, error) {
 // rootFiles returns the root file system as a tar.
 func rootFiles(binaries string) ([]byte, error) {
 	files := []file{{name: "bin/", mode: 0o755}}
-	for _, name := range []string{"podshunt", "podshunt-agent"} {
+	for _, name := range programs {
 		content, err := os.ReadFile(filepath.Join(binaries, name))
 		if err != nil {
 			return nil, err
