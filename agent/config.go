@@ -179,6 +179,11 @@ func (c config) validate() error {
 	if (c.cni.ConfDir == autoDir) != (c.cni.BinDir == autoDir) {
 		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: accepted is auto for both, or for none"))
 	}
+	for flag, dir := range map[string]string{"cni-conf-dir": c.cni.ConfDir, "cni-bin-dir": c.cni.BinDir} {
+		if dir != "" && dir != autoDir && !filepath.IsAbs(dir) {
+			errs = append(errs, fmt.Errorf("--%s=%q: accepted is an absolute path, or auto", flag, dir))
+		}
+	}
 	if c.cni.ConfDir != "" {
 		if _, err := api.ParseConf(c.cni.Section.Section()); err != nil {
 			errs = append(errs, fmt.Errorf("the plugin would not accept its configuration, see --run-dir: %w", err))

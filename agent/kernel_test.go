@@ -18,10 +18,13 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
@@ -181,18 +184,42 @@ var optIns = flag.Int("opt-ins", 50, "times that TestOptIns opts pods in and out
 // TestOptIns opts pods in and out under load. Connections that were open before follow each
 // time, and lose no byte.
 func TestOptIns(t *testing.T) {
-	a := mustAgent(t)
-	client := sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{})
-	web := sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})
-	l := sandboxtest.MustListen(t, web, "tcp4", ":0")
+	for name, cluster := range map[string]bool{"pods file": false, "API server": true} {
+		t.Run(name, func(t *testing.T) {
+			a := mustAgent(t)
+			pods := []*sandbox.Pod{sandboxtest.MustAddPod(t, a, "client", sandbox.PodOptions{}), sandboxtest.MustAddPod(t, a, "web", sandbox.PodOptions{})}
+			choose := func(client, web string) {
+				a.MustWritePods(t, "client podshunt.io/shortcut: "+client, "web podshunt.io/shortcut: "+web)
+			}
+			if cluster {
+				server, verb := newAPIServer(t), "ADDED"
+				a.Source = []string{"--node-name=node-1", "--kubeconfig=" + server.mustKubeconfig(t)}
+				server.put(verb, "namespaces", &corev1.Namespace{
+					TypeMeta: metav1.TypeMeta{Kind: "Namespace", APIVersion: "v1"}, ObjectMeta: metav1.ObjectMeta{Name: "default"},
+				})
+				choose = func(client, web string) {
+					for i, value := range []string{client, web} {
+						server.put(verb, "pods", clusterPod(pods[i], map[string]string{api.AnnotationShortcut: value}))
+					}
+					verb = "MODIFIED"
+				}
+			}
+			testOptIns(t, a, pods, choose)
+		})
+	}
+}
+
+func testOptIns(t *testing.T, a *agent, pods []*sandbox.Pod, choose func(client, web string)) {
+	l := sandboxtest.MustListen(t, pods[1], "tcp4", ":0")
 	const connections = 8
 	stop := make(chan struct{})
 	errs := make(chan error, connections)
+	var sent, slowest atomic.Int64
 	for range connections {
-		c := mustConnect(t, client, web, l)
-		go func() { errs <- c.talk(stop) }()
+		c := mustConnect(t, pods[0], pods[1], l)
+		go func() { errs <- c.talk(stop, &sent, &slowest) }()
 	}
-	a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: disabled")
+	choose("disabled", "disabled")
 	a.mustStart(t, sandboxtest.AcceptFatal)
 	if !a.MustStatus(t).OpenConnections.Join {
 		close(stop)
@@ -202,20 +229,24 @@ func TestOptIns(t *testing.T) {
 	if testing.Short() {
 		times = min(times, 5)
 	}
+	before := sent.Load()
+	sandboxtest.WaitFor(t, "messages on TCP", sent.Load, func(n int64) bool { return n >= before+100*connections })
+	onTCP := slowest.Swap(0)
 	var longest time.Duration
 	for range times {
-		a.MustWritePods(t, "client podshunt.io/shortcut: enabled", "web podshunt.io/shortcut: enabled")
+		choose("enabled", "enabled")
 		began := time.Now()
 		sandboxtest.WaitFor(t, "all on the shortcut", func() []api.Flow { return a.MustFlows(t) }, func(all []api.Flow) bool {
 			return len(all) == connections && !slices.ContainsFunc(all, func(f api.Flow) bool { return !shortcut(f) })
 		})
 		longest = max(longest, time.Since(began))
-		a.MustWritePods(t, "client podshunt.io/shortcut: disabled", "web podshunt.io/shortcut: enabled")
+		choose("disabled", "enabled")
 		sandboxtest.WaitFor(t, "all on TCP", func() []api.Flow { return a.MustFlows(t) }, func(all []api.Flow) bool {
 			return len(all) == connections && !slices.ContainsFunc(all, func(f api.Flow) bool { return f.ToServer.Shortcut || f.ToClient.Shortcut })
 		})
 	}
-	t.Logf("%d times, at the latest after %v", times, longest)
+	t.Logf("%d times, at the latest after %v; the slowest message took %v, on TCP before %v",
+		times, longest, time.Duration(slowest.Load()), time.Duration(onTCP))
 	close(stop)
 	for range connections {
 		if err := <-errs; err != nil {
@@ -224,8 +255,9 @@ func TestOptIns(t *testing.T) {
 	}
 }
 
-// talk sends numbered messages to and fro until stop is closed.
-func (c connection) talk(stop <-chan struct{}) error {
+// talk sends numbered messages to and fro until stop is closed. It counts them, and notes how
+// many nanoseconds the slowest took.
+func (c connection) talk(stop <-chan struct{}, sent, slowest *atomic.Int64) error {
 	message, got := make([]byte, 1000), make([]byte, 1000)
 	for n := uint64(0); ; n++ {
 		select {
@@ -235,7 +267,8 @@ func (c connection) talk(stop <-chan struct{}) error {
 		}
 		for i, way := range [][2]net.Conn{{c.client, c.server}, {c.server, c.client}} {
 			binary.BigEndian.PutUint64(message[len(message)-8*(i+1):], n)
-			limit := time.Now().Add(sandboxtest.Timeout)
+			began := time.Now()
+			limit := began.Add(sandboxtest.Timeout)
 			if err := errors.Join(way[0].SetDeadline(limit), way[1].SetDeadline(limit)); err != nil {
 				return err
 			}
@@ -244,6 +277,13 @@ func (c connection) talk(stop <-chan struct{}) error {
 			}
 			if _, err := io.ReadFull(way[1], got); err != nil || !bytes.Equal(got, message) {
 				return fmt.Errorf("message %d: %w, or another one came", n, err)
+			}
+			sent.Add(1)
+			for took := int64(time.Since(began)); ; {
+				most := slowest.Load()
+				if took <= most || slowest.CompareAndSwap(most, took) {
+					break
+				}
 			}
 		}
 		time.Sleep(time.Millisecond)

@@ -76,6 +76,8 @@ func TestCommandErrors(t *testing.T) {
 		{"size", []string{"run", "--max-flows=5000000000"}, "accepted are numbers from 0 to 4294967295"},
 		{"one directory of CNI", []string{"run", "--cni-conf-dir=/c"}, "--cni-conf-dir and --cni-bin-dir: accepted are both, or none"},
 		{"auto for one directory of CNI", []string{"run", "--cni-conf-dir=auto", "--cni-bin-dir=/b"}, "--cni-conf-dir and --cni-bin-dir: accepted is auto for both, or for none"},
+		{"relative directory of configurations", []string{"run", "--cni-conf-dir=c", "--cni-bin-dir=/b"}, `--cni-conf-dir="c": accepted is an absolute path, or auto`},
+		{"relative directory of plugins", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=b"}, `--cni-bin-dir="b": accepted is an absolute path, or auto`},
 		{"uninstall without an agent from auto", []string{"uninstall", "--cni-conf-dir=auto", "--cni-bin-dir=auto"}, "--cni-conf-dir and --cni-bin-dir: accepted are directories"},
 		{"relative run directory", []string{"run", "--cni-conf-dir=/c", "--cni-bin-dir=/b", "--run-dir=r"}, `"agentSocket": "r/agent.sock": accepted is an absolute path`},
 		{"one address for two", []string{"run", "--pods-file=p", "--health-address=:1", "--metrics-address=:1"}, `are both ":1": accepted are two different ones`},

@@ -6,6 +6,7 @@ package datapath_test
 
 import (
 	"context"
+	"flag"
 	"io"
 	"math/rand/v2"
 	"net/netip"
@@ -332,11 +333,36 @@ func TestWatchUnloads(t *testing.T) {
 	}
 }
 
-// BenchmarkJoin measures how soon a connection joins that has earned it, on a node without
-// other connections.
+var others = flag.Int("others", 0, "connections that have joined before BenchmarkJoin begins, and stay open")
+
+// BenchmarkJoin measures how soon a connection joins that has earned it, beside the others.
 func BenchmarkJoin(b *testing.B) {
-	n, pods, l, address := mustWatchPods(b)
+	if noWatch(b) {
+		return
+	}
+	files := unix.Rlimit{Cur: 1 << 18, Max: 1 << 18}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		b.Fatal(err)
+	}
+	n := mustNode(b, func(c *datapath.Config) {
+		watched(c)
+		c.MaxFlows = max(c.MaxFlows, 4*uint32(*others)) // as no pod gets more than half
+	})
+	pods, cookies := n.MustEnrol(b, "client", "server")
+	n.MustSetPolicy(b, sandbox.Between(rule.Allow, cookies...))
 	n.joinWatched(b)
+	var l *rawSocket
+	var address netip.AddrPort
+	for i := range *others + 1 {
+		if i%10_000 == 0 { // a client has some 28,000 ports for each listener
+			l, address = mustRawListen(b, pods[1].Netns, pods[1].IPv4)
+		}
+		if i < *others {
+			before := n.counts(b)
+			c, s := rawPair(b, pods[0], l, address)
+			n.mustTalkUntilPaired(b, before, c, s)
+		}
+	}
 	var took []time.Duration
 	for b.Loop() {
 		before := n.counts(b)
@@ -347,7 +373,9 @@ func BenchmarkJoin(b *testing.B) {
 			sandboxtest.MustPing(b, c, s, 1, 100)
 		}
 		took = append(took, time.Since(began))
-		n.mustEnd(b, c, s)
+		c.mustClose(b)
+		s.mustClose(b)
+		waitUntil(b, "the flow to end", func() bool { return n.usage(b)["flows"] == *others })
 	}
 	slices.Sort(took)
 	b.ReportMetric(took[len(took)/2].Seconds()*1000, "ms/median")

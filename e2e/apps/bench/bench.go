@@ -53,6 +53,8 @@ type bench struct {
 	measured []string
 	// missing are programs that cannot run here, with the reason.
 	missing map[string]error
+	// noWatch is why connections can only join at their handshake, or nil.
+	noWatch error
 	// progress is called before each workload.
 	progress func(placement, string)
 }

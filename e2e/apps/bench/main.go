@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/e2e/apps/overlay"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 )
@@ -145,7 +146,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 	b := &bench{
-		node: n, settings: s, instances: map[string][]*instance{}, missing: map[string]error{},
+		node: n, settings: s, instances: map[string][]*instance{}, missing: map[string]error{}, noWatch: datapath.CheckWatch(),
 		progress: func(p placement, what string) {
 			fmt.Fprintf(stderr, "%4.0fs  %s: %s\n", time.Since(began).Seconds(), p.name, what)
 		},

@@ -190,8 +190,7 @@ The variants take turns within a round, each with servers of its own that are st
 median of the rounds' ratios, and above 1 is faster.
 
 - **TCP**: from cgroups that podshunt does not see. **shortcut**: all pods opted in, by an agent that accepts every
-  hazard of the kernel. A connection begins on TCP, and joins once it has exchanged some segments: those of one request
-  never do. **by shortcut** is the part of the bytes that connections sent since they joined which took it.
+  hazard of the kernel. %s **by shortcut** is the part of the bytes that connections sent since they joined which took it.
 - **Unix socket**: the program's own, where both it and its client have one. podshunt is loaded all the time: its
   receive observer is attached to the whole machine, so it also runs for TCP and Unix sockets.
 - **CPU** is the processor time of the cgroups of all sides together for one request (iperf3: for a MiB), by cpu.stat.
@@ -204,7 +203,7 @@ median of the rounds' ratios, and above 1 is faster.
   the whole pipeline. The p99.9 of redis-benchmark is its 99.902 %%.
 `, time.Now().Format("2006-01-02"), unix.ByteSliceToString(uname.Release[:]), cpu,
 		"`"+command(args)+"`", receiveBuffer, congestion,
-		strings.Join(b.measured, ", "), plural(b.settings.rounds, "round"), plural(b.settings.seconds, "second"))
+		strings.Join(b.measured, ", "), plural(b.settings.rounds, "round"), plural(b.settings.seconds, "second"), b.joins())
 	for _, p := range parts {
 		fmt.Fprintf(w, "\n### %s\n\n", p.name)
 		writeRow(w, "", "TCP", "shortcut", "ratio to TCP", "p99 TCP", "p99 shortcut", "CPU", "by shortcut", "Unix socket", "shortcut to Unix")
@@ -232,6 +231,17 @@ median of the rounds' ratios, and above 1 is faster.
 	b.writeFailures(w, parts)
 	_, err = fmt.Fprintf(w, "\nThe run took %.0f s.\n", took.Seconds())
 	return err
+}
+
+// joins says when connections join.
+func (b *bench) joins() string {
+	if b.noWatch != nil {
+		return fmt.Sprintf(`This kernel lets no connection join later than at
+  its handshake (%v), so that all do, those of one request included, which gain nothing from
+  it; elsewhere they stay on TCP.`, b.noWatch)
+	}
+	return `A connection begins on TCP, and joins once it has exchanged some segments: those of one request
+  never do.`
 }
 
 // command is how a run with these arguments is made, for a cell of a table.

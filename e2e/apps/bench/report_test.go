@@ -34,7 +34,7 @@ func TestReport(t *testing.T) {
 	iperf3 := &line{workload: workload{name: "iperf3", gbits: true}, variants: []variant{tcp, shortcut}, samples: map[variant][]sample{
 		tcp: {{reading: reading{rate: 12.14}, cpu: map[side]float64{server: 1200, client: 300, proxy: 40}}},
 	}, failures: []string{"shortcut: no request:\n | 0.00"}}
-	b := &bench{settings: settings{rounds: 3, seconds: 2, programs: regexp.MustCompile("redis|iperf3")}, measured: []string{"redis 7.0.15", "iperf3 3.12"}, missing: map[string]error{"sockperf": errors.New("not found")}}
+	b := &bench{settings: settings{rounds: 3, seconds: 2, programs: regexp.MustCompile("redis|iperf3")}, measured: []string{"redis 7.0.15", "iperf3 3.12"}, missing: map[string]error{"sockperf": errors.New("not found")}, noWatch: errors.New("refused")}
 	var out bytes.Buffer
 	parts := []part{{placement{name: "Not pinned"}, []*line{redis, iperf3}}}
 	if err := b.report(&out, []string{"-programs", "redis|iperf3"}, parts, 61*time.Second); err != nil {
@@ -45,7 +45,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("got no mark of a run of some lines in:\n%s", head)
 	}
 	for _, want := range []string{
-		"\n| command | `make bench-apps BENCH_ARGS=\"-programs 'redis\\|iperf3'\"` |\n", "| kernel | ", "| CPU | ", "| date | ", "3 rounds of 2 seconds", "\n| programs | redis 7.0.15, iperf3 3.12 |\n",
+		"\n| command | `make bench-apps BENCH_ARGS=\"-programs 'redis\\|iperf3'\"` |\n", "| kernel | ", "| CPU | ", "| date | ", "3 rounds of 2 seconds", "\n| programs | redis 7.0.15, iperf3 3.12 |\n", "handshake (refused)",
 	} {
 		if !strings.Contains(head, want) {
 			t.Errorf("got no %q in:\n%s", want, head)
