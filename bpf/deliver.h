@@ -11,6 +11,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "blocking.h"
+#include "compare.h"
 #include "flow.h"
 #include "kernel.h"
 #include "leave.h"
@@ -117,6 +118,15 @@ static __always_inline bool recount(const struct flow *flow, __u32 peer, const s
 	       (__u64)cookie == flow->cookie[peer];
 }
 
+/* Returns true if this socket has something to read, as far as is counted. */
+static __always_inline bool has_unread(const struct flow *flow, __u32 own)
+{
+	const struct sending *other = &flow->side[(own ^ 1) & 1].sending;
+
+	return other->shortcut_bytes + other->tcp_bytes >
+	       flow->side[own & 1].receiving.read_bytes + other->missed;
+}
+
 /*
  * The state machine of one direction. Redirected data is read before TCP data,
  * so the order of bytes rests on one condition: every byte that was ever written
@@ -195,6 +205,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_EDGE;
 	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
 		return OUTCOME_REFRESH;
+	if (take_turns(flow, own, set, tp, size, unread > 0 || has_unread(flow, own)))
+		return OUTCOME_COMPARED;
 	if (write_seq != dir->drained_seq) {
 		if (!peer_drained(flow, peer & 1, write_seq))
 			return OUTCOME_DRAINING;
@@ -310,7 +322,7 @@ int deliver(struct sk_msg_md *msg)
 			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 		remember_option(flow, own, outcome, tp);
 	}
-	if (weigh(flow, own, set, size, outcome, held))
+	if (weigh(flow, own, set, tp, size, outcome, held))
 		ask_to_evict(set);
 	if (!(dir->flags & SENDING_LEARNED) &&
 	    flow->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {

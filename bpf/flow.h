@@ -20,7 +20,7 @@
  * For that, builds of any number read what is marked FROZEN, by these names: see
  * agent/datapath/contract.go.
  */
-enum layout { LAYOUT = 1 };
+enum layout { LAYOUT = 2 };
 
 /*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a
@@ -69,7 +69,7 @@ struct pending {
 struct sk_flow {
 	__u64 flow; /* 0: a server's socket that is not paired, and watched for its mode */
 	__u32 side;
-	__u32 reserved;
+	__u32 skip; /* above 0: the socket has left, and skips so many callbacks, and all reads: see may_return */
 };
 
 enum side_index { SIDE_CLIENT, SIDE_SERVER, SIDE_MAX };
@@ -205,9 +205,37 @@ struct receiving {
 	__u32 returns; /* segments of data after which a socket that has left may join again, or 0 */
 };
 
+/* How fast messages went one way. */
+struct pace {
+	__u64 bytes;
+	__u64 ns; /* from one message to the next */
+};
+
+/*
+ * Of a direction: how fast it is each way, as far as it is a stream. deliver writes it, and
+ * cpu is observe's: see compare.h.
+ */
+struct compare {
+	__u64 last_ns; /* CLOCK_MONOTONIC, of the last message */
+	struct pace shortcut;
+	struct pace tcp;
+	__u32 window; /* of the last message */
+	__u32 began; /* the window in which comparing has begun, or ended */
+	__u32 rest; /* windows until it begins again */
+	__u32 kept; /* bytes in 1024 ns by the shortcut, when it was last found faster */
+	__u8 overlaps; /* how many messages lately found something unread: see OVERLAP_STEP */
+	__u8 comparing;
+	__u8 slower; /* the shortcut is: the flow is to leave */
+	__u8 turn; /* enum turn, of the last message */
+	__u8 longer; /* windows are, as a power of 2 */
+	__s8 apart; /* above 0: the ends mostly run on different CPUs */
+	__u16 cpu; /* on which this side has last read */
+};
+
 struct side {
 	struct sending sending; /* FROZEN */
 	struct receiving receiving; /* FROZEN */
+	struct compare compare;
 };
 
 /*
@@ -247,7 +275,8 @@ _Static_assert(sizeof(struct client_key) == 32, "no padding in keys");
 _Static_assert(sizeof(struct pending_key) == 32, "no padding in keys");
 _Static_assert(sizeof(struct sending) == 2 * 64, "two cache lines");
 _Static_assert(sizeof(struct receiving) == 64, "a cache line");
-_Static_assert(sizeof(struct flow) == 8 + 64 + 64 + 6 * 64, "whole cache lines behind the state");
+_Static_assert(sizeof(struct compare) == 64, "a cache line");
+_Static_assert(sizeof(struct flow) == 8 + 64 + 64 + 8 * 64, "whole cache lines behind the state");
 
 /*
  * Key of the policy, a longest-prefix match. The 128 bits of the client's and
@@ -325,7 +354,7 @@ struct settings {
 	__u32 join_after; /* segments of data before a connection joins; 0: all join at the handshake */
 	__u32 leave_ratio; /* see weigh; 0: no flow leaves */
 	__u32 layout; /* FROZEN: enum layout */
-	__u32 reserved;
+	__u32 compare; /* eighths of TCP's speed that the shortcut must reach for a stream; 0: not compared */
 };
 
 /* A socket of an open connection, for the agent: see find_sockets. */

@@ -170,6 +170,7 @@ struct tcp_sock {
 	__u32 window_clamp; /* the limit of what this socket tells its sender */
 	_Bool is_mptcp;
 	__u8 repair : 1;
+	__u8 nonagle : 4;
 	__u8 bpf_sock_ops_cb_flags;
 };
 

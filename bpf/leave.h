@@ -13,6 +13,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "blocking.h"
+#include "compare.h"
 #include "flow.h"
 #include "kernel.h"
 #include "learned.h"
@@ -20,6 +21,18 @@
 
 /* A message up to here counts as small: in a stream of such messages, TCP joins many. */
 #define MESSAGE_SMALL 256
+
+/*
+ * Messages from here on are not faster in a stream when the other end sends meanwhile, where
+ * a redirect often waits for the receiver's lock. A comparison does not show that, as TCP's
+ * window is kept small in the SOCKHASH (window.h).
+ */
+#define MESSAGE_LARGE (32 << 10)
+/* Nor are those from here on with both ends on one CPU, where caches do not hold them. */
+#define MESSAGE_HUGE (256 << 10)
+
+/* A trial with messages up to here takes so many of them that these count. */
+#define TRIAL_SMALL 512
 
 /*
  * With so many pages, sendfile is faster by TCP, which sends the pages of the file, where the
@@ -53,45 +66,54 @@ static __always_inline __u16 sendfile_pages(void)
 }
 
 /*
- * Weighs a message, and returns true if the flow is to leave from now on: when leave_ratio
- * times as many messages do not pay as do. A message pays if
- * it took the shortcut, unless it is a small one behind others that are unread. It does not
- * pay if it had to go by TCP because earlier ones had. What goes by TCP for another reason,
- * such as the policy, says nothing. A large message of sendfile counts as many, by its size.
+ * Weighs a message, and returns true if the flow is to leave from now on: when it was found
+ * to be slower (compare.h), or when leave_ratio times as many messages do not pay as do. A
+ * message pays if it took the shortcut, unless it is a small one that TCP would join with others
+ * that are unread. It does not pay if it had to go by TCP because earlier ones had, or for the
+ * trial. What goes by TCP for another reason, such as the policy, says nothing. A large message
+ * of sendfile counts as many, by its size.
  * The port learns of the first result of a flow, and of its leaving.
  */
 static __always_inline bool weigh(struct flow *flow, __u32 own, const struct settings *set,
-				  __u32 size, enum outcome outcome, __u32 held)
+				  const struct tcp_sock *tp, __u32 size, enum outcome outcome,
+				  __u32 held)
 {
 	struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
 	struct sending *dir = &flow->side[own & 1].sending;
+	bool slower = flow->side[own & 1].compare.slower, leaves;
+	__u32 weight = size > MESSAGE_LARGE ? size / MESSAGE_LARGE : 1;
+	bool joins = tcp_joins(tp, size);
 	__u32 paid, unpaid, heard;
-	bool leaves;
 
 	if (dir->verdict != VERDICT_ALLOW || dir->leaves || !set->leave_ratio)
 		return false;
 	if (size >= PAGE_LEAST && sendfile_pages() >= SENDFILE_PAGES)
 		mine->unpaid += size >> 10;
 	else if (outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED)
-		mine->unpaid++;
+		mine->unpaid += weight;
+	else if (outcome == OUTCOME_TRIAL || outcome == OUTCOME_NOT_SEEN)
+		mine->unpaid += size <= TRIAL_SMALL && (joins || two_way(flow, own));
 	else if (outcome != OUTCOME_SHORTCUT)
 		return false;
-	else if (size <= MESSAGE_SMALL && held > size + MESSAGE_COST)
+	else if (size <= MESSAGE_SMALL && held > size + MESSAGE_COST && joins)
 		mine->unpaid++;
+	else if (in_stream(flow, own) && ((size >= MESSAGE_LARGE && peer_sends(flow, own)) ||
+					  (size >= MESSAGE_HUGE && on_one_cpu(flow, own))))
+		mine->unpaid += weight;
 	else
-		mine->paid++;
+		mine->paid += weight;
 	paid = mine->paid;
 	unpaid = mine->unpaid;
-	if (paid + unpaid < LEAVE_WINDOW)
+	if (paid + unpaid < LEAVE_WINDOW && !slower)
 		return false;
 	heard = other->paid + other->unpaid;
-	/* What a peer has sent once that is silent now does not count. */
-	if (heard != mine->heard) {
+	/* What a peer has sent once that is silent now does not count, nor do its few bytes. */
+	if (heard != mine->heard && two_way(flow, own)) {
 		paid += other->paid;
 		unpaid += other->unpaid;
 	}
-	leaves = unpaid > set->leave_ratio * paid;
+	leaves = slower || unpaid > set->leave_ratio * paid;
 	mine->heard = heard;
 	mine->paid /= 2;
 	mine->unpaid /= 2;

@@ -25,7 +25,7 @@ static __always_inline void observe_nothing(struct sock *sk, __u32 flags)
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE | MSG_OOB))
 		return;
 	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
-	if (!self)
+	if (!self || self->skip)
 		return;
 	flow = flow_of(self, sk);
 	if (!flow)
@@ -67,7 +67,7 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 	__u32 side;
 
 	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
-	if (!self)
+	if (!self || self->skip)
 		return;
 	flow = flow_of(self, sk);
 	if (!flow)
@@ -82,6 +82,7 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 	if (flags & (MSG_PEEK | MSG_ERRQUEUE) || (flags & MSG_OOB && bytes == 1))
 		return;
 	reader->unfilled = unfilled;
+	flow->side[side].compare.cpu = bpf_get_smp_processor_id();
 	/* Atomic: threads may read one socket at once, and a guard may mark it unsupported. */
 	if (reader->state & READ_ANEW)
 		read = count_anew(flow, side, sk);

@@ -28,6 +28,7 @@ enum outcome {
 	OUTCOME_UNSUPPORTED, /* either end was seen to use a call that does not work on the shortcut: see unsupported.h */
 	OUTCOME_TRIAL, /* the receiver has not yet proved by TCP that it takes such messages by recv */
 	OUTCOME_EDGE, /* the receiver waits for an edge of epoll, and may do so after a recv that was not filled */
+	OUTCOME_COMPARED, /* to see how fast TCP is: see compare.h */
 	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */

@@ -167,6 +167,10 @@ int track(struct bpf_sock_ops *ctx)
 		on_passive(ctx);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		/* The kernel also asks before it takes a message, to know how long segments get. */
+		if (ctx->args[0] != BPF_WRITE_HDR_TCP_CURRENT_MSS)
+			on_traffic(ctx);
+		break;
 	case BPF_SOCK_OPS_RTT_CB:
 		on_traffic(ctx);
 		break;

@@ -57,6 +57,31 @@ type ShortcutFlow struct {
 		_         structs.HostLayout
 		Sending   ShortcutSending
 		Receiving ShortcutReceiving
+		Compare   struct {
+			_        structs.HostLayout
+			LastNs   uint64
+			Shortcut struct {
+				_     structs.HostLayout
+				Bytes uint64
+				Ns    uint64
+			}
+			Tcp struct {
+				_     structs.HostLayout
+				Bytes uint64
+				Ns    uint64
+			}
+			Window    uint32
+			Began     uint32
+			Rest      uint32
+			Kept      uint32
+			Overlaps  uint8
+			Comparing uint8
+			Slower    uint8
+			Turn      uint8
+			Longer    uint8
+			Apart     int8
+			Cpu       uint16
+		}
 	}
 }
 
@@ -116,7 +141,7 @@ const (
 type ShortcutLayout uint32
 
 const (
-	ShortcutLayoutLAYOUT ShortcutLayout = 1
+	ShortcutLayoutLAYOUT ShortcutLayout = 2
 )
 
 type ShortcutLearnedKey struct {
@@ -179,42 +204,43 @@ const (
 	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 14
 	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 15
 	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 44
-	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 45
-	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 46
-	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 47
-	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 48
-	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 49
-	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 50
-	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 51
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 52
+	ShortcutOutcomeOUTCOME_COMPARED         ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 46
+	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 47
+	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 51
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 52
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 53
 )
 
 type ShortcutPending struct {
@@ -336,7 +362,7 @@ type ShortcutSettings struct {
 	JoinAfter        uint32
 	LeaveRatio       uint32
 	Layout           uint32
-	Reserved         uint32
+	Compare          uint32
 }
 
 type ShortcutShare struct {
@@ -354,10 +380,10 @@ const (
 )
 
 type ShortcutSkFlow struct {
-	_        structs.HostLayout
-	Flow     uint64
-	Side     uint32
-	Reserved uint32
+	_    structs.HostLayout
+	Flow uint64
+	Side uint32
+	Skip uint32
 }
 
 type ShortcutSyn struct {

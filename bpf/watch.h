@@ -188,8 +188,13 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 	if (over < set->join_after)
 		return;
 	over -= set->join_after;
-	if (over >= WATCH_EAGER && bpf_get_prandom_u32() & 15)
-		return;
+	if (over >= WATCH_EAGER) {
+		/* Who sends bytes is also called back for acknowledgements. */
+		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		if (bpf_get_prandom_u32() & 15)
+			return;
+	}
 	/* Else the callbacks are another program's. */
 	netns = bpf_get_netns_cookie(ctx);
 	if (!enrolled(netns) || !tp->inet_conn.icsk_inet.sk.sk_socket)
@@ -245,26 +250,48 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 		count(again ? OUTCOME_RETURNED : OUTCOME_PAIRED, 0);
 }
 
+#define RETURNS_NOW 1
+
+/*
+ * A socket that has left looks at one callback in so many and one, as long as it may not return,
+ * and its reads are not counted: they are counted anew once it has joined again.
+ */
+#define SKIP 15
+
 /*
  * Lets a flow join again that has left because the shortcut was no faster, after as many
  * segments once more as it has exchanged when it left. For example, one that leaves after
- * 3,000 segments returns at 6,000, and if it leaves again soon, at some 12,000.
+ * 3,000 segments returns at 6,000, and if it leaves again soon, at some 12,000. Both ends
+ * have to agree: one that has no callbacks any more could not join.
  */
-static __always_inline void may_return(const struct tcp_sock *tp, struct flow *flow, __u64 id,
-				       __u32 own)
+static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tcp_sock *tp,
+				       struct flow *flow, struct sk_flow *self)
 {
+	__u32 own = self->side & 1;
 	struct receiving *mine = &flow->side[own].receiving;
 	__u32 segments = data_segments(tp);
-	__u64 low = id << FLOW_STATE_BITS, state = flow->state;
+	__u64 low = self->flow << FLOW_STATE_BITS, state = flow->state;
 	const struct settings *set = get_settings();
 	struct policy policy = {};
 
-	if ((state & ~(__u64)FLOW_READY) != (low | FLOW_LEFT) || !set || !set->join_after ||
-	    !has_left(flow))
+	if ((state & ~(__u64)FLOW_READY) != (low | FLOW_LEFT) || !set || !has_left(flow))
 		return;
+	if (mine->window)
+		return; /* on_transmit restores it */
+	if (!set->join_after) { /* never */
+		stop_callbacks(ctx, WATCHING);
+		self->skip = ~0U;
+		return;
+	}
+	if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+		stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG); /* as in on_watched */
+	self->skip = SKIP;
 	if (!mine->returns)
 		mine->returns = segments < 1U << 30 ? 2 * segments + 1 : ~0U;
 	if (segments < mine->returns || !may_join(tp))
+		return;
+	mine->returns = RETURNS_NOW;
+	if (flow->side[own ^ 1].receiving.returns != RETURNS_NOW)
 		return;
 	ask_policy(flow, &policy);
 	if (policy.verdict != VERDICT_ALLOW)
@@ -272,9 +299,11 @@ static __always_inline void may_return(const struct tcp_sock *tp, struct flow *f
 	flow->watched = true;
 	if (__sync_val_compare_and_swap(&flow->state, state, low) != state)
 		return;
-	flow->side[SIDE_CLIENT].sending.leaves = false;
-	flow->side[SIDE_SERVER].sending.leaves = false;
-	flow->side[own ^ 1].receiving.returns = segments; /* either end may count the return */
+	for (__u32 side = SIDE_CLIENT; side < SIDE_MAX; side++) {
+		flow->side[side].sending.leaves = false;
+		flow->side[side].compare.slower = false;
+		flow->side[side].compare.rest = 0;
+	}
 }
 
 /* The peer has acknowledged bytes (RTT_CB), or the socket is about to send a segment. */
@@ -295,6 +324,10 @@ static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
 		on_watched(ctx, sk, tp);
 		return;
 	}
+	if (self->skip) {
+		self->skip--;
+		return;
+	}
 	if (!self->flow) {
 		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
 			learn_mode(ctx, sk);
@@ -313,7 +346,7 @@ static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
 		on_ack(flow, self->side & 1, tp);
 	else
 		on_transmit(ctx, flow, self->side & 1, tp);
-	may_return(tp, flow, self->flow, self->side & 1);
+	may_return(ctx, tp, flow, self);
 }
 
 /*

@@ -47,6 +47,20 @@ static __always_inline bool redirects(const struct flow *flow, const struct send
 	       toward->shortcut_bytes + toward->tcp_bytes - since < WINDOW_PATIENCE;
 }
 
+static __always_inline bool returns(void)
+{
+	const struct settings *set = get_settings();
+
+	return set && set->join_after;
+}
+
+/* A callback for each segment is dear to those who send many small ones. */
+static __always_inline void stop_callbacks(struct bpf_sock_ops *ctx, __u32 flag)
+{
+	if (ctx->bpf_sock_ops_cb_flags & flag)
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~flag);
+}
+
 /*
  * Runs before a socket of a flow sends a TCP segment, such as an acknowledgement, which
  * tells the peer the window (tcp_established_options). The kernel raises the limit of the
@@ -65,9 +79,8 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 		clamp = WINDOW_SMALL;
 	} else {
 		/* An evicted socket stays on TCP, unless it may return. */
-		if (flow->state & FLOW_ANY_EVICTING && !has_left(flow))
-			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
-							       ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		if (flow->state & FLOW_ANY_EVICTING && !(has_left(flow) && returns()))
+			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		if (!reader->window)
 			return;
 		if (clamp == WINDOW_SMALL) /* else the kernel or the program has raised it */

@@ -75,6 +75,9 @@ type Config struct {
 	// LeaveRatio sets when a connection leaves: when so many times as many of its messages
 	// are no faster by the shortcut as are. With 0 none leaves.
 	LeaveRatio uint32
+	// Tests alone set compare: eighths of TCP's speed that the shortcut must reach for a
+	// stream, or the connection leaves. With 0, or if none leaves, they are not compared.
+	compare uint32
 	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
 	// of flows.
 	MaxPolicies, MaxFlows uint32
@@ -116,6 +119,7 @@ func DefaultConfig() Config {
 		TrialDrains:     4,
 		JoinAfter:       32,
 		LeaveRatio:      3,
+		compare:         9, // as in the SOCKHASH TCP is slower than outside
 
 		MaxPolicies: 131072,
 		MaxFlows:    32768,

@@ -351,6 +351,9 @@ func (d *Datapath) attach(dir string) error {
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 		s.NoCallbacks = number(d.noCallbacks)
 		s.JoinAfter, s.LeaveRatio = d.cfg.JoinAfter, d.cfg.LeaveRatio
+		if s.LeaveRatio > 0 {
+			s.Compare = d.cfg.compare
+		}
 	}); err != nil {
 		return err
 	}

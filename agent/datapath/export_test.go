@@ -31,6 +31,9 @@ func (c *Config) SetNoMPTCPListeners(yes bool) { c.noMPTCPListeners = yes }
 // SetNoLateCallbacks gives sockets that join late no callbacks, whatever the kernel.
 func (c *Config) SetNoLateCallbacks(yes bool) { c.noLateCallbacks = yes }
 
+// SetCompare sets how many eighths of TCP's speed the shortcut must reach for a stream.
+func (c *Config) SetCompare(eighths uint32) { c.compare = eighths }
+
 // MakeControlsReadOnly makes writes of the controls fail until restore.
 func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 	tb.Helper()

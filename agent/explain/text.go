@@ -30,6 +30,7 @@ var messageTexts = map[string]string{
 	"unsupported":      "one end used a call that does not work on the shortcut",
 	"trial":            "the receiver has yet to show, on TCP, that it reads such messages with recv",
 	"edge":             "the receiver uses edge-triggered epoll, and has yet to show that it reads until nothing is left",
+	"compared":         "some messages of a stream go by TCP now and then, to see which way is faster",
 	"refresh":          "one message now and then goes by TCP, so that the network does not forget the connection",
 	"draining":         "the receiver has TCP bytes to read first",
 	"unobserved":       "the receiver is in the middle of a read, or reads by splice or another call that podshunt does not see",

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build !unit
+
+package datapath_test
+
+import (
+	"io"
+	"testing"
+	"time"
+
+	"github.com/podshunt/podshunt/agent/datapath"
+	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
+)
+
+// TestCompare: a stream goes by TCP now and then, and leaves if the shortcut is slower than was
+// asked for; requests and answers are not compared.
+func TestCompare(t *testing.T) {
+	const asked = 1000 // more than the shortcut can be
+	for _, tc := range []struct {
+		name     string
+		eighths  uint32
+		messages int // in a row
+		compared bool
+		leaves   bool
+	}{
+		{name: "slower", eighths: asked, messages: 8, compared: true, leaves: true},
+		{name: "faster", eighths: 1, messages: 8, compared: true},
+		{name: "requests and answers", eighths: asked, messages: 1},
+		{name: "not compared", eighths: 0, messages: 8},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := mustNode(t, func(c *datapath.Config) {
+				atOnce(c)
+				c.LeaveRatio = leaveRatio
+				c.SetCompare(tc.eighths)
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			n.mustBeShortcut(t, c, s)
+			before := n.counts(t)
+			message, got := make([]byte, 2000), make([]byte, 2000*tc.messages)
+			for i := range message {
+				message[i] = byte(i)
+			}
+			talk := func(rounds int) {
+				t.Helper()
+				for range rounds {
+					for range tc.messages {
+						if _, err := c.Write(message); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if _, err := io.ReadFull(s, got); err != nil {
+						t.Fatal(err)
+					}
+					for i, b := range got {
+						if b != message[i%len(message)] {
+							t.Fatalf("byte %d: got %d, want %d", i, b, message[i%len(message)])
+						}
+					}
+					if tc.messages == 1 {
+						sandboxtest.MustPing(t, s, c, 1, 100)
+					}
+				}
+			}
+			switch {
+			case tc.leaves:
+				waitUntil(t, "the flow to leave", func() bool {
+					talk(100)
+					return n.usage(t)["sockets"] == 0
+				})
+				if f := n.mustFlow(t); f.ToServer.Reason != "no_gain" {
+					t.Errorf("got reason %q, want that there is no gain", f.ToServer.Reason)
+				}
+			case tc.compared:
+				compared := func() uint64 { return n.since(t, before)["message_compared"] }
+				waitUntil(t, "the stream to be compared", func() bool { talk(100); return compared() > 0 })
+				last := compared()
+				waitUntil(t, "the comparison to be over", func() bool {
+					talk(1000)
+					over := compared() == last
+					last = compared()
+					return over
+				})
+				n.mustBeShortcut(t, c, s)
+			default:
+				for began := time.Now(); time.Since(began) < 2*time.Second; { // streams are compared after one
+					talk(100)
+				}
+			}
+			got2 := n.since(t, before)
+			if (got2["message_compared"] > 0) != tc.compared || (got2["message_no_gain"] > 0 || n.usage(t)["sockets"] == 0) != tc.leaves {
+				t.Errorf("got %v, want it compared: %v, and left: %v", got2, tc.compared, tc.leaves)
+			}
+			if err := finish(c, s); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
