@@ -147,7 +147,7 @@ func (b *bench) alternate(ctx context.Context, p place, variants []variant) (tab
 func (b *bench) measure(ctx context.Context, r row, p placement, v variant) (sample, error) {
 	spec := measure.Spec{
 		Kind: r.kind, Size: r.size, Requests: r.requests, Duration: b.settings.length, WarmUp: b.settings.warmUp,
-		NonBlocking: r.mode != blocking, NoDelay: r.noDelay,
+		NonBlocking: !r.mode.blocks(), NoDelay: r.noDelay,
 		Listen: netip.AddrPortFrom(b.server.IPv4, port).String(),
 	}
 	if v == unixSocket {

@@ -64,7 +64,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags.SetOutput(stderr)
 	flags.IntVar(&s.rounds, "rounds", 9, "`times` that each variant is measured; below 6 there are no intervals")
 	flags.DurationVar(&s.length, "length", 100*time.Millisecond, "how long one measurement counts")
-	flags.DurationVar(&s.warmUp, "warm-up", 50*time.Millisecond, "how long each runs before, for TCP to open its windows and for the shortcut to see the receivers read")
+	flags.DurationVar(&s.warmUp, "warm-up", 100*time.Millisecond, "how long each runs before, for TCP to open its windows, and for the shortcut to see the receivers read and to compare streams")
 	flags.UintVar(&s.joinAfter, "join-after", uint(datapath.DefaultConfig().JoinAfter), "`segments` of data before a connection joins, as --join-after of the agent")
 	flags.UintVar(&s.budget, "budget", uint(datapath.DefaultConfig().Budget), "`bytes` that a receiver may leave unread, as --budget of the agent")
 	flags.StringVar(&s.svg, "svg", "", "`file` for a picture of the ping-pongs with TCP_NODELAY of the first placement")

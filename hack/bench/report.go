@@ -70,7 +70,8 @@ func (b *bench) writeHeader(w io.Writer, args []string) error {
 	}
 	_, err = fmt.Fprintf(w, `
 Two pods on one bridge, wired by the CNI plugins bridge and host-local. Each value is the median of %d rounds
-of %v after a warm-up of %v; the variants take turns within a round.
+of %v after a warm-up of %v; the variants take turns within a round. Each time is a new connection to a port of
+which nothing is known, and the warm-up has its trial and the comparison of streams, in which it may be slower.
 
 - **ping-pong**: a message there and back; median (99th percentile) of the round trips. **random to 64 KiB**: requests and
   answers of 1 byte to 64 KiB, as many small ones as large ones, the same in each run.

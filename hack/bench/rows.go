@@ -38,9 +38,11 @@ const (
 	watching mode = "watching"
 	// blocking accepts the hazard of sockets in blocking mode, and uses such sockets.
 	blocking mode = "blocking"
+	// watchingBlocking is both.
+	watchingBlocking mode = "watching, blocking"
 )
 
-func modes() []mode { return []mode{usual, watching, blocking} }
+func modes() []mode { return []mode{usual, watching, blocking, watchingBlocking} }
 
 // change makes the datapath's settings those of the mode.
 func (m mode) change(cfg *datapath.Config) {
@@ -50,8 +52,13 @@ func (m mode) change(cfg *datapath.Config) {
 		cfg.WatchOnly = true
 	case blocking:
 		cfg.AllowBlocking = true
+	case watchingBlocking:
+		cfg.AllowBlocking, cfg.WatchOnly = true, true
 	}
 }
+
+// blocks says whether the row's sockets are in blocking mode.
+func (m mode) blocks() bool { return m == blocking || m == watchingBlocking }
 
 const (
 	kib = 1 << 10
@@ -109,7 +116,10 @@ func withoutJoins(rows []row) []row {
 		w := r
 		w.mode = watching
 		switch {
-		case r.kind == measure.Connect && r.requests <= 10 && r.mode == usual: // they end before
+		case r.kind == measure.Connect && r.requests <= 10: // they end before
+			if r.mode.blocks() {
+				w.mode = watchingBlocking
+			}
 			unjoined = append(unjoined, w)
 			continue
 		case r.watched:
@@ -156,6 +166,8 @@ func (r row) table() string {
 	switch {
 	case r.mode == blocking:
 		return "sockets in blocking mode, hazard accepted"
+	case r.mode == watchingBlocking:
+		return "watched connections, sockets in blocking mode"
 	case r.mode == watching:
 		return "watched connections, TCP_NODELAY"
 	case r.noDelay:

@@ -174,12 +174,14 @@ func TestRows(t *testing.T) {
 	}
 	seen, without := names(false), names(true)
 	for title := range seen {
-		if watching, _ := strings.CutSuffix(title, ", nodelay"); !without[title] && !without[watching+", watching"] {
+		watched, _ := strings.CutSuffix(title, ", nodelay")
+		blocked, _ := strings.CutSuffix(title, ", blocking")
+		if !without[title] && !without[watched+", watching"] && !without[blocked+", watching, blocking"] {
 			t.Errorf("%s: is missing where watched connections cannot join", title)
 		}
 	}
 	for _, r := range rows(true) {
-		if joins := r.mode != watching; r.watched && joins || r.kind == measure.Connect && r.requests == 1 && r.mode == usual {
+		if joins := r.mode != watching; r.watched && joins || r.kind == measure.Connect && r.requests == 1 && (r.mode == usual || r.mode == blocking) {
 			t.Errorf("%s: is measured with connections that join at their handshake", r.title())
 		}
 	}
