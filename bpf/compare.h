@@ -42,7 +42,11 @@ enum turn {
 /* A stream that has half its pace, measured for so long, in ns, is compared at once. */
 #define SLOW_LEAST (1ULL << 25)
 
-/* A message counts OVERLAP_STEP if something was unread, less 1 if not: a quarter makes a stream. */
+/*
+ * A message counts OVERLAP_STEP if something was unread, or if it follows ROW others without an
+ * answer, and less 1 if not: a quarter makes a stream.
+ */
+#define ROW 4
 #define OVERLAP_STEP 3
 #define OVERLAP_STREAM 48
 #define OVERLAP_MAX 96
@@ -54,16 +58,28 @@ enum turn {
 
 #define TCP_NAGLE_OFF 1 /* include/net/tcp.h */
 
-/*
- * In the SOCKHASH, TCP itself is slower than outside, to which the flow would leave: by about an
- * eighth, and by half where TCP waits to join small messages. The shortcut must win by as much.
- */
+/* Messages below this size are joined by TCP: a segment has room for them. */
 #define NAGLE_SIZE 1460
+/* From here on messages are long for a window of 64 KiB. */
+#define MESSAGE_LARGE (32 << 10)
 
 /* Returns true if TCP joins messages of this size, as the sender has no TCP_NODELAY. */
 static __always_inline bool tcp_joins(const struct tcp_sock *tp, __u32 size)
 {
 	return size < NAGLE_SIZE && !(BPF_CORE_READ_BITFIELD(tp, nonagle) & TCP_NAGLE_OFF);
+}
+
+/*
+ * Returns how many eighths of TCP's pace the shortcut must reach. In the SOCKHASH, TCP itself is
+ * slower than outside, to which the flow would leave: by about an eighth; by a half where it
+ * waits to join small messages; and for large ones, as its window is kept small (window.h).
+ */
+static __always_inline __u32 needed(const struct settings *set, const struct tcp_sock *tp,
+				    __u32 size)
+{
+	if (size >= MESSAGE_LARGE)
+		return set->compare * 14 / 9;
+	return tcp_joins(tp, size) ? set->compare * 12 / 9 : set->compare;
 }
 
 /* Returns true if what this side sends is a stream, and not requests or answers. */
@@ -104,8 +120,7 @@ static __always_inline __u64 bytes_per_us(const struct pace *p)
 }
 
 /* Decides after a window. Returns true if the comparison is over. */
-static __always_inline bool judge(struct compare *c, const struct settings *set, bool joins,
-				  __u32 window)
+static __always_inline bool judge(struct compare *c, __u32 needed, __u32 window)
 {
 	__u64 shortcut = 8 * c->shortcut.bytes * c->tcp.ns;
 	__u64 tcp = c->tcp.bytes * c->shortcut.ns;
@@ -115,7 +130,7 @@ static __always_inline bool judge(struct compare *c, const struct settings *set,
 		return false;
 	if (c->shortcut.ns < MEASURED_LEAST << c->longer || c->tcp.ns < MEASURED_LEAST << c->longer)
 		return passed > COMPARE_GIVE_UP << c->longer;
-	if (shortcut >= (joins ? set->compare * 4 / 3 : set->compare) * tcp) {
+	if (shortcut >= needed * tcp) {
 		c->kept = bytes_per_us(&c->shortcut);
 		return true;
 	}
@@ -126,18 +141,17 @@ static __always_inline bool judge(struct compare *c, const struct settings *set,
 }
 
 /* Begins to compare, or ends it, at the first message of a window. */
-static __always_inline void next_window(struct compare *c, const struct settings *set, bool joins,
-					bool by_shortcut, __u32 window)
+static __always_inline void next_window(struct compare *c, __u32 needed, bool by_shortcut,
+					__u32 window)
 {
 	__u32 passed = window - c->began;
 
 	if (c->comparing) {
-		if (!judge(c, set, joins, window))
+		if (!judge(c, needed, window))
 			return;
 		c->comparing = false;
-		c->rest = c->rest ? 2 * c->rest : REST_FIRST;
-		if (c->rest > REST_LAST)
-			c->rest = REST_LAST;
+		if (c->rest < REST_LAST)
+			c->rest = c->rest ? 2 * c->rest : REST_FIRST;
 		c->began = window;
 	} else if (!by_shortcut) {
 		return;
@@ -178,7 +192,13 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 
 	if (!set->compare)
 		return false;
-	if (!overlaps)
+	if (c->answered != (__u32)flow->side[own & 1].receiving.read_bytes) {
+		c->answered = flow->side[own & 1].receiving.read_bytes;
+		c->row = 0;
+	} else if (c->row < ROW) {
+		c->row++;
+	}
+	if (!overlaps && c->row < ROW)
 		c->overlaps -= c->overlaps > 0;
 	else if (c->overlaps < OVERLAP_MAX)
 		c->overlaps += OVERLAP_STEP;
@@ -197,10 +217,10 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	if (window - c->window <= WINDOWS_IDLE && c->turn != TURN_SETTLE) {
 		pace = c->turn == TURN_TCP ? &c->tcp : &c->shortcut;
 		pace->bytes += dir->last_size;
-		pace->ns += now - c->last_ns;
+		pace->ns += (__u32)now - c->last_ns;
 	}
 	if (window != c->window)
-		next_window(c, set, tcp_joins(tp, size), dir->shortcut, window);
+		next_window(c, needed(set, tp, size), dir->shortcut, window);
 	if (c->comparing)
 		turn = (window >> c->longer) % TURNS;
 	c->turn = turn;

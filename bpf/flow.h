@@ -216,13 +216,15 @@ struct pace {
  * cpu is observe's: see compare.h.
  */
 struct compare {
-	__u64 last_ns; /* CLOCK_MONOTONIC, of the last message */
 	struct pace shortcut;
 	struct pace tcp;
+	__u32 last_ns; /* CLOCK_MONOTONIC, of the last message, low word */
+	__u32 answered; /* low word of what the sender had read itself at the last message */
 	__u32 window; /* of the last message */
 	__u32 began; /* the window in which comparing has begun, or ended */
-	__u32 rest; /* windows until it begins again */
 	__u32 kept; /* bytes in 1024 ns by the shortcut, when it was last found faster */
+	__u16 rest; /* windows until it begins again */
+	__u16 row; /* messages that were sent without an answer */
 	__u8 overlaps; /* how many messages lately found something unread: see OVERLAP_STEP */
 	__u8 comparing;
 	__u8 slower; /* the shortcut is: the flow is to leave */

@@ -23,12 +23,10 @@
 #define MESSAGE_SMALL 256
 
 /*
- * Messages from here on are not faster in a stream when the other end sends meanwhile, where
- * a redirect often waits for the receiver's lock. A comparison does not show that, as TCP's
- * window is kept small in the SOCKHASH (window.h).
+ * Large messages (MESSAGE_LARGE) are not faster in a stream when the other end sends meanwhile:
+ * a redirect then often waits for the receiver's lock.
  */
-#define MESSAGE_LARGE (32 << 10)
-/* Nor are those from here on with both ends on one CPU, where caches do not hold them. */
+/* Nor are messages from here on with both ends on one CPU, whose cache does not hold them. */
 #define MESSAGE_HUGE (256 << 10)
 
 /* A trial with messages up to here takes so many of them that these count. */

@@ -59,7 +59,6 @@ type ShortcutFlow struct {
 		Receiving ShortcutReceiving
 		Compare   struct {
 			_        structs.HostLayout
-			LastNs   uint64
 			Shortcut struct {
 				_     structs.HostLayout
 				Bytes uint64
@@ -70,10 +69,13 @@ type ShortcutFlow struct {
 				Bytes uint64
 				Ns    uint64
 			}
+			LastNs    uint32
+			Answered  uint32
 			Window    uint32
 			Began     uint32
-			Rest      uint32
 			Kept      uint32
+			Rest      uint16
+			Row       uint16
 			Overlaps  uint8
 			Comparing uint8
 			Slower    uint8
