@@ -71,13 +71,13 @@ static __always_inline bool tcp_joins(const struct tcp_sock *tp, __u32 size)
 
 /*
  * Returns how many eighths of TCP's pace the shortcut must reach. In the SOCKHASH, TCP itself is
- * slower than outside, to which the flow would leave: by about an eighth; by a half where it
- * waits to join small messages; and for large ones, as its window is kept small (window.h).
+ * slower than outside, to which the flow would leave: by about an eighth; by more where it
+ * waits to join small messages, and for large ones in a row, as its window is kept small (window.h).
  */
-static __always_inline __u32 needed(const struct settings *set, const struct tcp_sock *tp,
-				    __u32 size)
+static __always_inline __u32 needed(const struct compare *c, const struct settings *set,
+				    const struct tcp_sock *tp, __u32 size)
 {
-	if (size >= MESSAGE_LARGE)
+	if (size >= MESSAGE_LARGE && c->row >= ROW)
 		return set->compare * 14 / 9;
 	return tcp_joins(tp, size) ? set->compare * 12 / 9 : set->compare;
 }
@@ -94,14 +94,18 @@ static __always_inline bool on_one_cpu(const struct flow *flow, __u32 own)
 	return flow->side[own & 1].compare.apart <= -APART;
 }
 
-/* Returns true if the peer has sent at least a quarter as many messages lately, as these are weighed. */
-static __always_inline bool peer_sends(const struct flow *flow, __u32 own)
+/*
+ * Returns true if both sides send streams at once, the peer at least a quarter as many messages, as
+ * these are weighed (leave.h). A client that waits for a long answer sends no stream.
+ */
+static __always_inline bool both_stream(const struct flow *flow, __u32 own)
 {
 	const struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
 	__u32 heard = other->paid + other->unpaid;
 
-	return heard != mine->heard && 4 * heard >= mine->paid + mine->unpaid;
+	return in_stream(flow, own) && in_stream(flow, own ^ 1) && heard != mine->heard &&
+	       4 * heard >= mine->paid + mine->unpaid;
 }
 
 /* Returns true if the peer has sent at least a quarter as many bytes. */
@@ -140,6 +144,15 @@ static __always_inline bool judge(struct compare *c, __u32 needed, __u32 window)
 	return true;
 }
 
+/* Ends a comparison, and says when the next one begins. */
+static __always_inline void rest(struct compare *c, __u32 window)
+{
+	c->comparing = false;
+	if (c->rest < REST_LAST)
+		c->rest = c->rest ? 2 * c->rest : REST_FIRST;
+	c->began = window;
+}
+
 /* Begins to compare, or ends it, at the first message of a window. */
 static __always_inline void next_window(struct compare *c, __u32 needed, bool by_shortcut,
 					__u32 window)
@@ -149,10 +162,7 @@ static __always_inline void next_window(struct compare *c, __u32 needed, bool by
 	if (c->comparing) {
 		if (!judge(c, needed, window))
 			return;
-		c->comparing = false;
-		if (c->rest < REST_LAST)
-			c->rest = c->rest ? 2 * c->rest : REST_FIRST;
-		c->began = window;
+		rest(c, window);
 	} else if (!by_shortcut) {
 		return;
 	} else if (!c->rest && c->apart < APART) {
@@ -209,7 +219,8 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	/* The direction that sends more decides. */
 	if (!in_stream(flow, own) ||
 	    dir->shortcut_bytes + dir->tcp_bytes < (other->shortcut_bytes + other->tcp_bytes) / 2) {
-		c->comparing = false;
+		if (c->comparing)
+			rest(c, c->window);
 		return false;
 	}
 	now = bpf_ktime_get_ns();
@@ -220,7 +231,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 		pace->ns += (__u32)now - c->last_ns;
 	}
 	if (window != c->window)
-		next_window(c, needed(set, tp, size), dir->shortcut, window);
+		next_window(c, needed(c, set, tp, size), dir->shortcut, window);
 	if (c->comparing)
 		turn = (window >> c->longer) % TURNS;
 	c->turn = turn;

@@ -16,6 +16,7 @@
 
 #include "address.h"
 #include "flow.h"
+#include "joining.h"
 #include "kernel.h"
 #include "lifetime.h"
 #include "maps.h"

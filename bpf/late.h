@@ -21,6 +21,7 @@
 #include "blocking.h"
 #include "find.h"
 #include "flow.h"
+#include "joining.h"
 #include "kernel.h"
 #include "lifetime.h"
 #include "maps.h"

@@ -22,11 +22,7 @@
 /* A message up to here counts as small: in a stream of such messages, TCP joins many. */
 #define MESSAGE_SMALL 256
 
-/*
- * Large messages (MESSAGE_LARGE) are not faster in a stream when the other end sends meanwhile:
- * a redirect then often waits for the receiver's lock.
- */
-/* Nor are messages from here on with both ends on one CPU, whose cache does not hold them. */
+/* In a stream with both ends on one CPU, messages from here on are no faster: its cache is too small. */
 #define MESSAGE_HUGE (256 << 10)
 
 /* A trial with messages up to here takes so many of them that these count. */
@@ -69,7 +65,8 @@ static __always_inline __u16 sendfile_pages(void)
  * message pays if it took the shortcut, unless it is a small one that TCP would join with others
  * that are unread. It does not pay if it had to go by TCP because earlier ones had, or for the
  * trial. What goes by TCP for another reason, such as the policy, says nothing. A large message
- * of sendfile counts as many, by its size.
+ * of sendfile counts as many, by its size. Large ones of two streams at once do not pay, as
+ * their redirects often wait for the receiver's lock.
  * The port learns of the first result of a flow, and of its leaving.
  */
 static __always_inline bool weigh(struct flow *flow, __u32 own, const struct settings *set,
@@ -96,7 +93,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 		return false;
 	else if (size <= MESSAGE_SMALL && held > size + MESSAGE_COST && joins)
 		mine->unpaid++;
-	else if (in_stream(flow, own) && ((size >= MESSAGE_LARGE && peer_sends(flow, own)) ||
+	else if (in_stream(flow, own) && ((size >= MESSAGE_LARGE && both_stream(flow, own)) ||
 					  (size >= MESSAGE_HUGE && on_one_cpu(flow, own))))
 		mine->unpaid += weight;
 	else

@@ -15,6 +15,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
+#include "joining.h"
 #include "kernel.h"
 #include "maps.h"
 

@@ -22,6 +22,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
+#include "joining.h"
 #include "kernel.h"
 #include "late.h"
 #include "lifetime.h"
