@@ -123,8 +123,19 @@ static __always_inline __u64 bytes_per_us(const struct pace *p)
 	return (p->bytes << 10) / p->ns;
 }
 
+/*
+ * Returns true if the program sets the pace, and not the way of its messages: by TCP, more time passes
+ * between messages of this size than they take at 1 Gbit/s. Both ways are as fast then.
+ */
+static __always_inline bool sets_pace(const struct compare *c, const struct settings *set,
+				      __u32 size)
+{
+	return c->tcp.ns * size > c->tcp.bytes * (set->busy_ns + 8ULL * size);
+}
+
 /* Decides after a window. Returns true if the comparison is over. */
-static __always_inline bool judge(struct compare *c, __u32 needed, __u32 window)
+static __always_inline bool judge(struct compare *c, const struct settings *set, __u32 needed,
+				  __u32 size, __u32 window)
 {
 	__u64 shortcut = 8 * c->shortcut.bytes * c->tcp.ns;
 	__u64 tcp = c->tcp.bytes * c->shortcut.ns;
@@ -134,7 +145,7 @@ static __always_inline bool judge(struct compare *c, __u32 needed, __u32 window)
 		return false;
 	if (c->shortcut.ns < MEASURED_LEAST << c->longer || c->tcp.ns < MEASURED_LEAST << c->longer)
 		return passed > COMPARE_GIVE_UP << c->longer;
-	if (shortcut >= needed * tcp) {
+	if (shortcut >= needed * tcp || sets_pace(c, set, size)) {
 		c->kept = bytes_per_us(&c->shortcut);
 		return true;
 	}
@@ -154,13 +165,13 @@ static __always_inline void rest(struct compare *c, __u32 window)
 }
 
 /* Begins to compare, or ends it, at the first message of a window. */
-static __always_inline void next_window(struct compare *c, __u32 needed, bool by_shortcut,
-					__u32 window)
+static __always_inline void next_window(struct compare *c, const struct settings *set,
+					__u32 needed, __u32 size, bool by_shortcut, __u32 window)
 {
 	__u32 passed = window - c->began;
 
 	if (c->comparing) {
-		if (!judge(c, needed, window))
+		if (!judge(c, set, needed, size, window))
 			return;
 		rest(c, window);
 	} else if (!by_shortcut) {
@@ -231,7 +242,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 		pace->ns += (__u32)now - c->last_ns;
 	}
 	if (window != c->window)
-		next_window(c, needed(c, set, tp, size), dir->shortcut, window);
+		next_window(c, set, needed(c, set, tp, size), size, dir->shortcut, window);
 	if (c->comparing)
 		turn = (window >> c->longer) % TURNS;
 	c->turn = turn;

@@ -357,6 +357,8 @@ struct settings {
 	__u32 leave_ratio; /* see weigh; 0: no flow leaves */
 	__u32 layout; /* FROZEN: enum layout */
 	__u32 compare; /* eighths of TCP's speed that the shortcut must reach for a stream; 0: not compared */
+	__u32 busy_ns; /* between messages, of a stream that sends as fast as it can: see sets_pace */
+	__u32 reserved;
 };
 
 /* The argument of end_flow. */

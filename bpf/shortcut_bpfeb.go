@@ -365,6 +365,8 @@ type ShortcutSettings struct {
 	LeaveRatio       uint32
 	Layout           uint32
 	Compare          uint32
+	BusyNs           uint32
+	Reserved         uint32
 }
 
 type ShortcutShare struct {

@@ -22,20 +22,23 @@ func TestCompare(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
 		eighths  uint32
-		messages int // in a row
+		busy     time.Duration
+		messages int           // in a row
+		pause    time.Duration // after these
 		compared bool
 		leaves   bool
 	}{
-		{name: "slower", eighths: asked, messages: 8, compared: true, leaves: true},
-		{name: "faster", eighths: 1, messages: 8, compared: true},
-		{name: "requests and answers", eighths: asked, messages: 1},
+		{name: "slower", eighths: asked, busy: time.Second, messages: 8, compared: true, leaves: true},
+		{name: "faster", eighths: 1, busy: time.Second, messages: 8, compared: true},
+		{name: "the program sets the pace", eighths: asked, messages: 8, pause: time.Millisecond, compared: true},
+		{name: "requests and answers", eighths: asked, busy: time.Second, messages: 1},
 		{name: "not compared", eighths: 0, messages: 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.LeaveRatio = leaveRatio
-				c.SetCompare(tc.eighths)
+				c.SetCompare(tc.eighths, tc.busy)
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
@@ -66,6 +69,7 @@ func TestCompare(t *testing.T) {
 					if tc.messages == 1 {
 						sandboxtest.MustPing(t, s, c, 1, 100)
 					}
+					time.Sleep(tc.pause)
 				}
 			}
 			switch {

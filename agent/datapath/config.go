@@ -76,8 +76,11 @@ type Config struct {
 	// are no faster by the shortcut as are. With 0 none leaves.
 	LeaveRatio uint32
 	// Tests alone set compare: eighths of TCP's speed that the shortcut must reach for a
-	// stream, or the connection leaves. With 0, or if none leaves, they are not compared.
+	// stream, or the connection leaves. With 0, or if none leaves, they are not compared. A
+	// program that lets more time pass between two messages than busy, and 8 ns for each of
+	// their bytes, sets the pace itself, and stays.
 	compare uint32
+	busy    time.Duration
 	// MaxPolicies and MaxFlows set the sizes, in entries, of the maps of policies and
 	// of flows.
 	MaxPolicies, MaxFlows uint32
@@ -120,6 +123,7 @@ func DefaultConfig() Config {
 		JoinAfter:       32,
 		LeaveRatio:      3,
 		compare:         9, // as in the SOCKHASH TCP is slower than outside
+		busy:            50 * time.Microsecond,
 
 		MaxPolicies: 131072,
 		MaxFlows:    32768,

@@ -352,7 +352,7 @@ func (d *Datapath) attach(dir string) error {
 		s.NoCallbacks = number(d.noCallbacks)
 		s.JoinAfter, s.LeaveRatio = d.cfg.JoinAfter, d.cfg.LeaveRatio
 		if s.LeaveRatio > 0 {
-			s.Compare = d.cfg.compare
+			s.Compare, s.BusyNs = d.cfg.compare, uint32(d.cfg.busy)
 		}
 	}); err != nil {
 		return err

@@ -69,7 +69,7 @@ func TestEarly(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				watched(c)
 				c.LeaveRatio = leaveRatio
-				c.SetCompare(0) // else it depends on the machine
+				c.SetCompare(0, 0) // else it depends on the machine
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -31,8 +32,9 @@ func (c *Config) SetNoMPTCPListeners(yes bool) { c.noMPTCPListeners = yes }
 // SetNoLateCallbacks gives sockets that join late no callbacks, whatever the kernel.
 func (c *Config) SetNoLateCallbacks(yes bool) { c.noLateCallbacks = yes }
 
-// SetCompare sets how many eighths of TCP's speed the shortcut must reach for a stream.
-func (c *Config) SetCompare(eighths uint32) { c.compare = eighths }
+// SetCompare sets how many eighths of TCP's speed the shortcut must reach for a stream, and how
+// much time may pass between the messages of one that does not set the pace itself.
+func (c *Config) SetCompare(eighths uint32, busy time.Duration) { c.compare, c.busy = eighths, busy }
 
 // MakeControlsReadOnly makes writes of the controls fail until restore.
 func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {

@@ -49,7 +49,7 @@ func TestLeave(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.LeaveRatio = leaveRatio
-				c.SetCompare(0) // else it depends on the machine
+				c.SetCompare(0, 0) // else it depends on the machine
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
@@ -131,7 +131,7 @@ func TestLeaveAndReturn(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				watched(c)
 				c.LeaveRatio = leaveRatio
-				c.SetCompare(0) // else it depends on the machine
+				c.SetCompare(0, 0) // else it depends on the machine
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
