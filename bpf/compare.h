@@ -34,6 +34,8 @@ enum turn {
 #define COMPARE_GIVE_UP 48U
 /* At most so long, in ns, is needed of either way. */
 #define MEASURED_LEAST (1ULL << 21)
+/* How many times as far apart messages are that are too few to tell. */
+#define SPARSE 10ULL
 /* The most windows between two messages of a sender that is not idle. */
 #define WINDOWS_IDLE 2
 /* Windows until it is compared again: at first, and in the end. */
@@ -125,12 +127,11 @@ static __always_inline __u64 bytes_per_us(const struct pace *p)
 
 /*
  * Returns true if the program sets the pace, and not the way of its messages: by TCP, more time passes
- * between messages of this size than they take at 1 Gbit/s. Both ways are as fast then.
+ * between messages of this size than idle_ns and what they take at 1 Gbit/s. Both ways are as fast then.
  */
-static __always_inline bool sets_pace(const struct compare *c, const struct settings *set,
-				      __u32 size)
+static __always_inline bool sets_pace(const struct compare *c, __u64 idle_ns, __u32 size)
 {
-	return c->tcp.ns * size > c->tcp.bytes * (set->busy_ns + 8ULL * size);
+	return c->tcp.ns * size > c->tcp.bytes * (idle_ns + 8ULL * size);
 }
 
 /* Decides after a window. Returns true if the comparison is over. */
@@ -145,7 +146,10 @@ static __always_inline bool judge(struct compare *c, const struct settings *set,
 		return false;
 	if (c->shortcut.ns < MEASURED_LEAST << c->longer || c->tcp.ns < MEASURED_LEAST << c->longer)
 		return passed > COMPARE_GIVE_UP << c->longer;
-	if (shortcut >= needed * tcp || sets_pace(c, set, size)) {
+	/* So few messages show nothing. */
+	if (sets_pace(c, SPARSE * set->busy_ns, size))
+		return true;
+	if (shortcut >= needed * tcp || (shortcut >= 7 * tcp && sets_pace(c, set->busy_ns, size))) {
 		c->kept = bytes_per_us(&c->shortcut);
 		return true;
 	}
@@ -165,8 +169,8 @@ static __always_inline void rest(struct compare *c, __u32 window)
 }
 
 /* Begins to compare, or ends it, at the first message of a window. */
-static __always_inline void next_window(struct compare *c, const struct settings *set,
-					__u32 needed, __u32 size, bool by_shortcut, __u32 window)
+static __always_inline void next_window(struct compare *c, const struct settings *set, __u32 needed,
+					__u32 size, bool by_shortcut, __u32 window)
 {
 	__u32 passed = window - c->began;
 
