@@ -68,8 +68,7 @@ func TestEarly(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				watched(c)
-				c.LeaveRatio = leaveRatio
-				c.SetCompare(0, 0) // else it depends on the machine
+				leaves(c)
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))

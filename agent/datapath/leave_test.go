@@ -23,6 +23,13 @@ import (
 // leaveRatio is the default.
 const leaveRatio = 3
 
+// leaves lets connections leave by what they send, and not by how fast that is, which depends
+// on the machine.
+func leaves(c *datapath.Config) {
+	c.LeaveRatio = leaveRatio
+	c.SetCompare(0, 0)
+}
+
 // TestLeave: a connection leaves the SOCKHASH when the shortcut is no faster for what it
 // sends, and no byte is lost; others stay.
 func TestLeave(t *testing.T) {
@@ -48,8 +55,7 @@ func TestLeave(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				atOnce(c)
-				c.LeaveRatio = leaveRatio
-				c.SetCompare(0, 0) // else it depends on the machine
+				leaves(c)
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
@@ -130,8 +136,7 @@ func TestLeaveAndReturn(t *testing.T) {
 		t.Run(fmt.Sprintf("one way %v", oneWay), func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
 				watched(c)
-				c.LeaveRatio = leaveRatio
-				c.SetCompare(0, 0) // else it depends on the machine
+				leaves(c)
 			})
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
