@@ -21,11 +21,11 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -74,6 +74,7 @@ type Source struct {
 	broadcaster record.EventBroadcaster
 	recorder    record.EventRecorder
 	daemonSet   atomic.Pointer[daemonSet] // nil until it is known
+	retry       wait.Backoff              // while the API server cannot be reached
 
 	mu      sync.Mutex
 	content *pods.Content
@@ -146,6 +147,7 @@ func newSource(cfg Config, client, events kubernetes.Interface) (*Source, error)
 		broadcaster: record.NewBroadcaster(),
 		stale:       [kinds]bool{true, true, true},
 		reported:    map[types.UID]string{},
+		retry:       wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Steps: 10, Cap: 5 * time.Second, Jitter: 1},
 	}
 	s.recorder = s.broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "podshunt", Host: cfg.NodeName})
 
@@ -191,49 +193,6 @@ func newSource(cfg Config, client, events kubernetes.Interface) (*Source, error)
 		s.informers[k] = informer
 	}
 	return s, nil
-}
-
-// observe notes how requests end. A watch error handler would not do: reflectors do
-// not call it for refused connections.
-func (s *Source) observe(k kind, list cache.ListWithContextFunc, open cache.WatchFuncWithContext) *cache.ListWatch {
-	note := func(ctx context.Context, verb string, err error) {
-		if ctx.Err() != nil {
-			return
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		o := &s.outages[k]
-		before := fmt.Sprint(o.err)
-		switch {
-		case err == nil:
-			*o = outage{}
-		case o.err == nil:
-			*o = outage{time.Now(), fmt.Errorf("%s %s: %w", verb, k, err)}
-		default:
-			o.err = fmt.Errorf("%s %s: %w", verb, k, err)
-		}
-		if fmt.Sprint(o.err) != before {
-			s.notify()
-		}
-	}
-	return &cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			objects, err := list(ctx, o)
-			// A list without a watch keeps nothing up to date.
-			if err != nil {
-				note(ctx, "list", err)
-			}
-			return objects, err
-		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-			w, err := open(ctx, o)
-			// An older API server refuses to stream a list: an ordinary list follows.
-			if status := apierrors.APIStatus(nil); o.SendInitialEvents == nil || !errors.As(err, &status) {
-				note(ctx, "watch", err)
-			}
-			return w, err
-		},
-	}
 }
 
 func (s *Source) prepare(k kind, informer cache.SharedIndexInformer) error {

@@ -160,10 +160,14 @@ func TestServerDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.mustProgress()
-	// What is asked for from now on counts again.
+	// What is asked for from now on counts again, on each node.
 	began = time.Now()
-	p.mustAnnotate("pod", l.lasting[0].client, disabled)
-	l.lasting[0].mustBecome("on TCP", stepTimeout, isOnTCP)
+	for _, tr := range l.lasting {
+		p.mustAnnotate("pod", tr.client, disabled)
+	}
+	for _, tr := range l.lasting {
+		tr.mustBecome("on TCP", stepTimeout, isOnTCP)
+	}
 	back := time.Since(began)
 	p.figure("no API server for %.0f s: flows stay on the shortcut and new ones are paired; an opt-out counts %.1f s after it is back; %s",
 		down.Seconds(), back.Seconds(), l.mustFinish())
