@@ -13,7 +13,7 @@ set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 cache=$top/.cache/kernels
 declare -A tests=(
-	[datapath]='^(TestPairing|TestOnePortTwoServers|TestRelease|TestHalfClose|TestPeerCloses|TestUnload|TestDrain|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestEdges|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestJoin|TestJoinNotReady|TestJoinMeetsEnds|TestJoinAfterKill|TestJoinThroughNAT|TestJoinUnloads|TestJoinAgain|TestJoinBlocking|TestEvictLate|TestWatch|TestWatchWithoutAgent|TestWatchReused|TestWatchMeetsEnds|TestWatchUnloads|TestEarly|TestLeave|TestLeaveAndReturn|TestCompare)$'
+	[datapath]='^(TestPairing|TestOnePortTwoServers|TestRelease|TestHalfClose|TestPeerCloses|TestUnload|TestDrain|TestBlockingKeptOut|TestStalledReader|TestMPTCPUnsafe|TestMPTCPListener|TestMPTCPListenerRace|TestUnsupported|TestUnsupportedGo|TestWaitall|TestLowat|TestZerocopy|TestGuards|TestGuardsComeAndGo|TestRefusedTLS|TestBlockingListener|TestEdges|TestUnloadClosedUnread|TestReusedSocket|TestReusedID|TestKernelSockets|TestTrial|TestTrialStream|TestTrialIsLearned|TestTrialOfLargeBursts|TestPiggyback|TestLate|TestOtherProgram|TestBlockingHalfClose|TestSpliceOfTCPBytes|TestSendfileFromSocket|TestSpliceMarkStays|TestSpliceBesideSends|TestNoReads|TestRecount|TestRecountRefused|TestUnreadMemory|TestLimitGrows|TestWindow|TestJoin|TestJoinNotReady|TestJoinMeetsEnds|TestJoinAfterKill|TestJoinThroughNAT|TestJoinUnloads|TestJoinAgain|TestJoinBlocking|TestEvictLate|TestWatch|TestWatchWithoutAgent|TestWatchReused|TestWatchMeetsEnds|TestWatchUnloads|TestEarly|TestLeave|TestLeaveAndReturn|TestLeaveRefused|TestCompare)$'
 	[once]='^(TestUnloadKilled|TestDeletedPins|TestReplacing|TestUnloadOtherLayout|TestTakeOver|TestPodBudget|TestJoinStorm|TestRefresh|TestNotPaired|TestGenerationAfterCrash|TestGenerationDue|TestLease|TestLeaseUnderLoad|TestFlowsFull|TestWatchStaysOut|TestWatchSwept|TestJoinStaysOut)$'
 	[hazards]='^TestHazards$'
 	[agent]='^(TestOptIns|TestHazardsRefused|TestDoctor|TestForget|TestUnloadWithoutAgent|TestForce)$'
@@ -52,7 +52,7 @@ run_suite() {
 	case $1 in
 	*-arm64) binary=arm64/$binary ;;
 	esac
-	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --raw-command -- \
+	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --jsonfile "$cache/$1: $2.json" --raw-command -- \
 		go tool test2json -p "linux-$1/$2" \
 		"$top/hack/kernels/run.sh" "$1" "$cache/$binary.test" "${flags[@]}"
 }
@@ -108,5 +108,8 @@ done
 for log in "${logs[@]}"; do
 	echo "== Linux $log"
 	cat "$cache/$log.log"
+	[[ $log == *doctor ]] && continue
+	echo "-- the slowest"
+	go tool -modfile="$top/hack/tools/go.mod" gotestsum tool slowest --num 10 --threshold 10s --jsonfile "$cache/$log.json"
 done
 exit "$status"
