@@ -83,6 +83,21 @@ static __always_inline void ask_policy(const struct flow *flow, struct policy *p
 	look_up_policy(client, server, flow->server_port, policy);
 }
 
+/* Looks up the verdict again if the policy has changed. It needs the lock of the side's socket. */
+static __always_inline void refresh_verdict(struct flow *flow, __u32 own,
+					    const struct settings *set)
+{
+	__u32 generation = *(volatile __u32 *)&set->generation;
+	struct sending *dir = &flow->side[own & 1].sending;
+	struct policy policy = {};
+
+	if (dir->generation == generation)
+		return;
+	ask_policy(flow, &policy);
+	dir->generation = generation;
+	set_verdict(dir, &policy);
+}
+
 /*
  * Returns true if the peer has nothing unread, whatever observe has counted. The
  * kernel skips observe on a CPU where another thread was preempted inside observe;
@@ -118,6 +133,34 @@ static __always_inline bool recount(const struct flow *flow, __u32 peer, const s
 	       (__u64)cookie == flow->cookie[peer];
 }
 
+/*
+ * Returns true if the message is to go by TCP to carry the acknowledgement of what the peer has
+ * sent that way, and will for longer. On the shortcut there is none, so a peer with Nagle's
+ * algorithm would keep its next small message until the timer of delayed acknowledgements ends,
+ * after 40 ms. For example, a client whose requests are on trial, while the answers take the
+ * shortcut; or one of nginx, which receives by TCP for good (edge_triggered).
+ */
+static __always_inline bool carries_ack(const struct flow *flow, __u32 own,
+					const struct tcp_sock *tp)
+{
+	__u32 peer = (own ^ 1) & 1;
+	struct tcp_sock *there = (struct tcp_sock *)flow->sock[peer];
+
+	if (tp->rcv_nxt == tp->rcv_wup || flow->side[peer].sending.shortcut)
+		return false;
+	switch (flow->side[peer].sending.reason) {
+	case OUTCOME_TRIAL:
+	case OUTCOME_EDGE:
+	case OUTCOME_UNSUPPORTED:
+	case OUTCOME_ZEROCOPY:
+	case OUTCOME_LOWAT:
+	case OUTCOME_MEMORY:
+		return !(BPF_CORE_READ_BITFIELD_PROBED(there, nonagle) & TCP_NAGLE_OFF);
+	default:
+		return false;
+	}
+}
+
 /* Returns true if this socket has something to read, as far as is counted. */
 static __always_inline bool has_unread(const struct flow *flow, __u32 own)
 {
@@ -144,7 +187,6 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 					   __s64 **charged, __u32 *held)
 {
 	__u32 peer = own ^ 1, write_seq = tp->write_seq;
-	__u32 generation = *(volatile __u32 *)&set->generation;
 	struct sending *dir = &flow->side[own & 1].sending;
 	const struct receiving *reader = &flow->side[peer & 1].receiving;
 	__s64 unread, cost;
@@ -167,17 +209,11 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 
 	/* Before all that follows, since should_evict needs it, too. */
-	if (dir->generation != generation) {
-		struct policy policy = {};
-
-		ask_policy(flow, &policy);
-		dir->generation = generation;
-		set_verdict(dir, &policy);
-	}
+	refresh_verdict(flow, own, set);
 	if (flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
 		return OUTCOME_PEER_GONE;
 	if (dir->leaves)
-		return OUTCOME_NO_GAIN;
+		return dir->leaves;
 	if (flow->state & FLOW_ANY_EVICTING)
 		return OUTCOME_EVICTED;
 	if (!set->redirect)
@@ -205,6 +241,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_EDGE;
 	if (set->refresh_ns && now - dir->last_tcp_ns >= set->refresh_ns)
 		return OUTCOME_REFRESH;
+	if (carries_ack(flow, own, tp))
+		return OUTCOME_PIGGYBACK;
 	if (take_turns(flow, own, set, tp, size, unread > 0 || has_unread(flow, own)))
 		return OUTCOME_COMPARED;
 	if (write_seq != dir->drained_seq) {
@@ -322,7 +360,8 @@ int deliver(struct sk_msg_md *msg)
 			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
 		remember_option(flow, own, outcome, tp);
 	}
-	if (weigh(flow, own, set, tp, size, outcome, held))
+	if (outcome == OUTCOME_NOT_ALLOWED ? leaves_refused(flow, dir, set)
+					   : weigh(flow, own, set, tp, size, outcome, held))
 		ask_to_evict(set);
 	if (!(dir->flags & SENDING_LEARNED) &&
 	    flow->side[own ^ 1].receiving.reads >= set->trial_reads && set->trial_bytes) {

@@ -20,7 +20,7 @@
  * For that, builds of any number read what is marked FROZEN, by these names: see
  * agent/datapath/contract.go.
  */
-enum layout { LAYOUT = 2 };
+enum layout { LAYOUT = 3 };
 
 /*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a
@@ -135,7 +135,7 @@ struct sending {
 	__u8 verdict; /* enum verdict */
 	__u8 tcp_cost; /* what a byte of TCP takes of the receive buffer: see measure_cost */
 	__u8 blocking; /* of the policy */
-	__u8 leaves; /* both sockets are to be evicted: see leave.h */
+	__u8 leaves; /* above 0: both sockets are to be evicted, for this enum outcome: see leave.h */
 	__u32 policy_reason;
 	enum outcome reason; /* why the last message that went by TCP did not take the shortcut */
 	__u32 switches; /* from TCP to the shortcut */

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 
 /*
- * Leave: a flow goes back to plain TCP when the shortcut is no faster for what it sends. Then
- * both sockets are evicted, since to be in the SOCKHASH alone costs some time for each message.
+ * Leave: a flow goes back to plain TCP when the shortcut is no faster for what it sends, or not
+ * allowed. Then both sockets are evicted, since to be in the SOCKHASH alone costs some time for
+ * each message.
  */
 #ifndef PODSHUNT_LEAVE_H
 #define PODSHUNT_LEAVE_H
@@ -38,10 +39,30 @@
 /* How many messages of a direction are weighed at a time. */
 #define LEAVE_WINDOW 2048
 
-/* Returns true if the flow has left, or is about to, because the shortcut is no faster. */
+/* Returns true if the flow has left, or is about to. */
 static __always_inline bool has_left(const struct flow *flow)
 {
 	return flow->side[SIDE_CLIENT].sending.leaves || flow->side[SIDE_SERVER].sending.leaves;
+}
+
+/* Returns true if a flow has left only because the policy does not allow the shortcut. */
+static __always_inline bool left_refused(const struct flow *flow)
+{
+	return flow->side[SIDE_CLIENT].sending.leaves != OUTCOME_NO_GAIN &&
+	       flow->side[SIDE_SERVER].sending.leaves != OUTCOME_NO_GAIN;
+}
+
+/*
+ * Returns true if a flow whose message was not allowed is to leave from now on. It stays if it
+ * could not return once it is allowed again, for which it needs callbacks: see may_return.
+ */
+static __always_inline bool leaves_refused(const struct flow *flow, struct sending *dir,
+					   const struct settings *set)
+{
+	if (dir->leaves || !set->join_after || (set->no_callbacks && !flow->watched))
+		return false;
+	dir->leaves = OUTCOME_NOT_ALLOWED;
+	return true;
 }
 
 /*
@@ -65,7 +86,8 @@ static __always_inline __u16 sendfile_pages(void)
  * message pays if it took the shortcut, unless it is a small one that TCP would join with others
  * that are unread. It does not pay if it had to go by TCP because earlier ones had, or for the
  * trial. What goes by TCP for another reason, such as the policy, says nothing. A large message
- * of sendfile counts as many, by its size. Large ones of two streams at once do not pay, as
+ * of sendfile counts as many, by its size, and more on trial: the window is kept small then
+ * (window.h), so that a file takes longer. Large ones of two streams at once do not pay, as
  * their redirects often wait for the receiver's lock.
  * The port learns of the first result of a flow, and of its leaving.
  */
@@ -84,8 +106,9 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 	if (dir->verdict != VERDICT_ALLOW || dir->leaves || !set->leave_ratio)
 		return false;
 	if (size >= PAGE_LEAST && sendfile_pages() >= SENDFILE_PAGES)
-		mine->unpaid += size >> 10;
-	else if (outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED)
+		mine->unpaid += size >> (outcome == OUTCOME_SHORTCUT ? 10 : 7);
+	else if (outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED ||
+		 outcome == OUTCOME_PIGGYBACK)
 		mine->unpaid += weight;
 	else if (outcome == OUTCOME_TRIAL || outcome == OUTCOME_NOT_SEEN)
 		mine->unpaid += size <= TRIAL_SMALL && (joins || two_way(flow, own));
@@ -112,7 +135,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 	mine->heard = heard;
 	mine->paid /= 2;
 	mine->unpaid /= 2;
-	dir->leaves = leaves;
+	dir->leaves = leaves ? OUTCOME_NO_GAIN : 0;
 	if (leaves) {
 		note_no_gain(flow);
 	} else if (paid > unpaid && set->join_after && !(dir->flags & SENDING_PAYS)) {

@@ -30,6 +30,7 @@ enum outcome {
 	OUTCOME_EDGE, /* the receiver waits for an edge of epoll, and may do so after a recv that was not filled */
 	OUTCOME_COMPARED, /* to see how fast TCP is: see compare.h */
 	OUTCOME_REFRESH, /* so that conntrack and the like see that the connection is in use */
+	OUTCOME_PIGGYBACK, /* to carry TCP's acknowledgement: see carries_ack */
 	OUTCOME_DRAINING, /* TCP bytes are still unread */
 	OUTCOME_UNOBSERVED, /* TCP bytes left the queue, but no finished recv accounts for them */
 	OUTCOME_BUDGET, /* spill: the receiver has left too much unread, see limits.h */

@@ -143,7 +143,7 @@ const (
 type ShortcutLayout uint32
 
 const (
-	ShortcutLayoutLAYOUT ShortcutLayout = 2
+	ShortcutLayoutLAYOUT ShortcutLayout = 3
 )
 
 type ShortcutLearnedKey struct {
@@ -208,41 +208,42 @@ const (
 	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 16
 	ShortcutOutcomeOUTCOME_COMPARED         ShortcutOutcome = 17
 	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 44
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 45
-	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 46
-	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 47
-	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 48
-	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 49
-	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 50
-	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 51
-	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 52
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 53
+	ShortcutOutcomeOUTCOME_PIGGYBACK        ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 46
+	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 47
+	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 51
+	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 52
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 53
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 54
 )
 
 type ShortcutPending struct {

@@ -260,8 +260,8 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 #define SKIP 15
 
 /*
- * Lets a flow join again that has left because the shortcut was no faster, after as many
- * segments once more as it has exchanged when it left. For example, one that leaves after
+ * Lets a flow join again that has left: at once, when it was not allowed and is again; else after
+ * as many segments once more as it has exchanged when it left. For example, one that leaves after
  * 3,000 segments returns at 6,000, and if it leaves again soon, at some 12,000. Both ends
  * have to agree: one that has no callbacks any more could not join.
  */
@@ -273,7 +273,7 @@ static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tc
 	__u32 segments = data_segments(tp);
 	__u64 low = self->flow << FLOW_STATE_BITS, state = flow->state;
 	const struct settings *set = get_settings();
-	struct policy policy = {};
+	bool allowed;
 
 	if ((state & ~(__u64)FLOW_READY) != (low | FLOW_LEFT) || !set || !has_left(flow))
 		return;
@@ -287,21 +287,23 @@ static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tc
 	if (ctx->op == BPF_SOCK_OPS_RTT_CB)
 		stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG); /* as in on_watched */
 	self->skip = SKIP;
-	if (!mine->returns)
+	refresh_verdict(flow, own, set);
+	allowed = flow->side[own].sending.verdict == VERDICT_ALLOW && may_join(tp);
+	if (left_refused(flow))
+		mine->returns = 0;
+	else if (!mine->returns)
 		mine->returns = segments < 1U << 30 ? 2 * segments + 1 : ~0U;
-	if (segments < mine->returns || !may_join(tp))
+	if (segments < mine->returns || !allowed)
 		return;
 	mine->returns = RETURNS_NOW;
+	self->skip = 0;
 	if (flow->side[own ^ 1].receiving.returns != RETURNS_NOW)
-		return;
-	ask_policy(flow, &policy);
-	if (policy.verdict != VERDICT_ALLOW)
 		return;
 	flow->watched = true;
 	if (__sync_val_compare_and_swap(&flow->state, state, low) != state)
 		return;
 	for (__u32 side = SIDE_CLIENT; side < SIDE_MAX; side++) {
-		flow->side[side].sending.leaves = false;
+		flow->side[side].sending.leaves = 0;
 		flow->side[side].compare.slower = false;
 		flow->side[side].compare.rest = 0;
 	}

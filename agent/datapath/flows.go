@@ -5,6 +5,7 @@
 package datapath
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -88,11 +89,7 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	}
 	if p.State&uint64(evicted) != 0 {
 		dir.Evicted, dir.Shortcut = true, false
-		reason := bpf.ShortcutOutcomeOUTCOME_EVICTED
-		if hasLeft(p) {
-			reason = bpf.ShortcutOutcomeOUTCOME_NO_GAIN
-		}
-		dir.Reason = outcomes()[reason].code
+		dir.Reason = outcomes()[whyEvicted(p)].code
 	} else if s.Reason != bpf.ShortcutOutcomeOUTCOME_SHORTCUT {
 		dir.Reason = outcomes()[s.Reason].code
 	}
@@ -109,9 +106,15 @@ func direction(p *bpf.ShortcutFlow, from bpf.ShortcutSideIndex) Direction {
 	return dir
 }
 
-// hasLeft reports whether a flow has left, or is about to, because the shortcut is no faster.
+// hasLeft reports whether a flow has left, or is about to.
 func hasLeft(p *bpf.ShortcutFlow) bool {
 	return p.Side[client].Sending.Leaves != 0 || p.Side[server].Sending.Leaves != 0
+}
+
+// whyEvicted returns why messages of a flow go by TCP from which a socket was evicted.
+func whyEvicted(p *bpf.ShortcutFlow) bpf.ShortcutOutcome {
+	leaves := cmp.Or(p.Side[client].Sending.Leaves, p.Side[server].Sending.Leaves)
+	return cmp.Or(bpf.ShortcutOutcome(leaves), bpf.ShortcutOutcomeOUTCOME_EVICTED)
 }
 
 // address converts v4-mapped words in network byte order; port is in host byte

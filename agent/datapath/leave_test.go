@@ -177,3 +177,71 @@ func TestLeaveAndReturn(t *testing.T) {
 		})
 	}
 }
+
+// TestLeaveRefused: a connection that is not allowed any more leaves the SOCKHASH, and returns
+// when it is allowed again, with its next messages. Where it could not return, it stays.
+func TestLeaveRefused(t *testing.T) {
+	for _, tc := range []struct {
+		name      string
+		verdict   rule.Verdict
+		joinAfter int
+		oneWay    bool
+	}{
+		{name: "refused", verdict: rule.Refuse, joinAfter: joinAfter},
+		{name: "refused, one way", verdict: rule.Refuse, joinAfter: joinAfter, oneWay: true},
+		{name: "on hold", verdict: rule.Hold, joinAfter: joinAfter},
+		{name: "joins at the handshake only", verdict: rule.Refuse},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			watches := tc.joinAfter > 0
+			if watches && noWatch(t) {
+				return
+			}
+			n := mustNode(t, func(c *datapath.Config) {
+				atOnce(c)
+				c.JoinAfter = uint32(tc.joinAfter)
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			allow := sandbox.Between(rule.Allow, cookies...)
+			n.MustSetPolicy(t, allow)
+			if watches {
+				n.joinWatched(t)
+			}
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			n.mustTalkUntilPaired(t, nil, c, s)
+			n.mustBeShortcut(t, c, s)
+			talk := func() {
+				toServer, toClient := traffic{seed: 5, bytes: 20_000, maxWrite: 1000, maxRead: 1000}, traffic{}
+				if !tc.oneWay {
+					toClient = toServer
+				}
+				if err := exchange(c, s, toServer, toClient); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range uint64(20) {
+				n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
+				if watches {
+					waitUntil(t, "the flow to leave", func() bool { talk(); return n.usage(t)["sockets"] == 0 })
+				} else {
+					talk()
+				}
+				if f := n.mustFlow(t); f.ToServer.Reason != reasonNotAllowed || f.ToServer.Evicted != watches {
+					t.Errorf("got %+v, want it on TCP since it is not allowed, and evicted: %v", f.ToServer, watches)
+				}
+				n.MustSetPolicy(t, allow)
+				if watches {
+					waitUntil(t, "the flow to return", func() bool { talk(); return n.counts(t)["connection_returned"] == i+1 })
+				}
+				waitUntil(t, "the shortcut", func() bool { talk(); return n.mustFlow(t).ToServer.Shortcut })
+			}
+			if got := n.counts(t); !watches && got["socket_evicted"] != 0 {
+				t.Errorf("got %v, want no socket evicted, as it could not return", got)
+			}
+			if err := finish(c, s); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

@@ -35,6 +35,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 		bpf.ShortcutOutcomeOUTCOME_TRIAL:            {api.OutcomeMessage, "trial"},
 		bpf.ShortcutOutcomeOUTCOME_EDGE:             {api.OutcomeMessage, "edge"},
 		bpf.ShortcutOutcomeOUTCOME_COMPARED:         {api.OutcomeMessage, "compared"},
+		bpf.ShortcutOutcomeOUTCOME_PIGGYBACK:        {api.OutcomeMessage, "piggyback"},
 		bpf.ShortcutOutcomeOUTCOME_REFRESH:          {api.OutcomeMessage, "refresh"},
 		bpf.ShortcutOutcomeOUTCOME_DRAINING:         {api.OutcomeMessage, "draining"},
 		bpf.ShortcutOutcomeOUTCOME_UNOBSERVED:       {api.OutcomeMessage, "unobserved"},

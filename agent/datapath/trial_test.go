@@ -5,6 +5,7 @@
 package datapath_test
 
 import (
+	"fmt"
 	"io"
 	"net/netip"
 	"testing"
@@ -28,6 +29,16 @@ func rawPair(tb testing.TB, from *sandbox.Pod, l *rawSocket, to netip.AddrPort) 
 	c = mustSocket(tb, from.Netns, unix.AF_INET, 0)
 	c.mustConnect(tb, to)
 	return c, l.mustAccept(tb)
+}
+
+// mustNotDelay sets TCP_NODELAY: see TestPiggyback.
+func mustNotDelay(tb testing.TB, sockets ...*rawSocket) {
+	tb.Helper()
+	for _, s := range sockets {
+		if err := unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+			tb.Fatal(err)
+		}
+	}
 }
 
 // mustEnd closes both ends of the only flow, and waits until it is gone.
@@ -85,6 +96,7 @@ func TestTrial(t *testing.T) {
 	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	c, s := rawPair(t, pods[0], l, address)
+	mustNotDelay(t, c, s)
 
 	const small = 100
 	sandboxtest.MustPing(t, c, s, int(reads)+8, small)
@@ -167,6 +179,7 @@ func TestTrialIsLearned(t *testing.T) {
 		t.Helper()
 		before := n.counts(t)
 		c, s := rawPair(t, from, l, to)
+		mustNotDelay(t, c, s)
 		sandboxtest.MustPing(t, c, s, rounds, 100)
 		want := map[string]uint64{"connection_paired": 1, "message_not_seen": 2}
 		for _, proved := range []bool{serverProved, clientProved} {
@@ -242,5 +255,64 @@ func TestTrialOfLargeBursts(t *testing.T) {
 	}
 	if got := tcpBytes(size); got != size {
 		t.Errorf("second connection: got %d bytes by TCP, want the first message alone, %d", got, size)
+	}
+}
+
+// TestPiggyback: while requests go by TCP, as on trial, answers to a client with Nagle's algorithm
+// acknowledge them, though they could take the shortcut: else the next request would have to wait.
+func TestPiggyback(t *testing.T) {
+	for _, noDelay := range []bool{false, true} {
+		t.Run(fmt.Sprintf("TCP_NODELAY %v", noDelay), func(t *testing.T) {
+			const reads = 32
+			n := mustNode(t, func(c *datapath.Config) {
+				atOnce(c)
+				c.TrialReads = reads
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			c, s := rawPair(t, pods[0], l, address)
+			if noDelay {
+				mustNotDelay(t, c)
+			}
+			message := make([]byte, 100)
+			pass := func(from, to *rawSocket) {
+				if _, err := from.Write(message); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.ReadFull(to, message); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ask := func(answers int) {
+				pass(c, s)
+				for range answers {
+					pass(s, c)
+				}
+			}
+			ask(reads) // the client has proved itself, the server has read little
+			before := n.counts(t)
+			for i := range 10 {
+				ask(1)
+				info, err := unix.GetsockoptTCPInfo(c.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !noDelay && info.Unacked != 0 {
+					t.Errorf("request %d: it is not acknowledged when its answer has come", i)
+				}
+			}
+			got := n.since(t, before)
+			if (got["message_piggyback"] == 0) != noDelay || (got["message_shortcut"] == 0) == noDelay {
+				t.Errorf("got %v, want answers by TCP unless the client has TCP_NODELAY", got)
+			}
+			for range reads {
+				ask(1)
+			}
+			n.mustBeShortcut(t, c, s)
+			if err := finish(c, s); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

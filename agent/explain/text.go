@@ -32,6 +32,7 @@ var messageTexts = map[string]string{
 	"edge":             "the receiver uses edge-triggered epoll, and has yet to show that it reads until nothing is left",
 	"compared":         "some messages of a stream go by TCP now and then, to see which way is faster",
 	"refresh":          "one message now and then goes by TCP, so that the network does not forget the connection",
+	"piggyback":        "it carries the acknowledgement of what the other end sends by TCP, and would wait for (Nagle's algorithm)",
 	"draining":         "the receiver has TCP bytes to read first",
 	"unobserved":       "the receiver is in the middle of a read, or reads by splice or another call that podshunt does not see",
 	"budget":           "the receiver has left too much unread",
