@@ -181,6 +181,10 @@ func TestLeaveAndReturn(t *testing.T) {
 // TestLeaveRefused: a connection that is not allowed any more leaves the SOCKHASH, and returns
 // when it is allowed again, with its next messages. Where it could not return, it stays.
 func TestLeaveRefused(t *testing.T) {
+	times := uint64(20)
+	if testing.Short() {
+		times = 5
+	}
 	for _, tc := range []struct {
 		name      string
 		verdict   rule.Verdict
@@ -220,7 +224,7 @@ func TestLeaveRefused(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for i := range uint64(20) {
+			for i := range times {
 				n.MustSetPolicy(t, sandbox.Between(tc.verdict, cookies...))
 				if watches {
 					waitUntil(t, "the flow to leave", func() bool { talk(); return n.usage(t)["sockets"] == 0 })

@@ -53,7 +53,7 @@ run_suite() {
 	*-arm64) binary=arm64/$binary ;;
 	esac
 	go tool -modfile="$top/hack/tools/go.mod" gotestsum --format=pkgname --jsonfile "$cache/$1: $2.json" --raw-command -- \
-		go tool test2json -p "linux-$1/$2" \
+		go tool test2json -t -p "linux-$1/$2" \
 		"$top/hack/kernels/run.sh" "$1" "$cache/$binary.test" "${flags[@]}"
 }
 
