@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"github.com/podshunt/podshunt/agent/datapath"
-	"github.com/podshunt/podshunt/agent/rule"
-	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
@@ -35,15 +33,11 @@ func TestCompare(t *testing.T) {
 		{name: "not compared", eighths: 0, messages: 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
+			n, c, s := mustRawPair(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.LeaveRatio = leaveRatio
 				c.SetCompare(tc.eighths, tc.busy)
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-			c, s := rawPair(t, pods[0], l, address)
 			n.mustBeShortcut(t, c, s)
 			before := n.counts(t)
 			message, got := make([]byte, 2000), make([]byte, 2000*tc.messages)

@@ -53,14 +53,10 @@ func TestLeave(t *testing.T) {
 		{name: "sendfile", talk: sendFiles, leaves: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
+			n, c, s := mustRawPair(t, func(c *datapath.Config) {
 				atOnce(c)
 				leaves(c)
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-			c, s := rawPair(t, pods[0], l, address)
 			n.mustBeShortcut(t, c, s)
 			before := n.counts(t)
 			if err := tc.talk(t, c, s); err != nil {

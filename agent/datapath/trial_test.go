@@ -31,6 +31,17 @@ func rawPair(tb testing.TB, from *sandbox.Pod, l *rawSocket, to netip.AddrPort) 
 	return c, l.mustAccept(tb)
 }
 
+// mustRawPair returns a connection from a pod to another one, which may use the shortcut.
+func mustRawPair(tb testing.TB, change func(*datapath.Config)) (n *node, c, s *rawSocket) {
+	tb.Helper()
+	n = mustNode(tb, change)
+	pods, cookies := n.MustEnrol(tb, "client", "server")
+	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
+	c, s = rawPair(tb, pods[0], l, address)
+	return n, c, s
+}
+
 // mustNotDelay sets TCP_NODELAY: see TestPiggyback.
 func mustNotDelay(tb testing.TB, sockets ...*rawSocket) {
 	tb.Helper()
@@ -90,12 +101,8 @@ func (n *node) toServer(tb testing.TB, c, s io.ReadWriter, messages ...int) (red
 // TestTrial: nothing is redirected to a receiver before it has taken enough reads
 // from TCP, and no burst that is larger than those it has taken.
 func TestTrial(t *testing.T) {
-	n := mustNode(t, onTrial)
+	n, c, s := mustRawPair(t, onTrial)
 	reads, bulk := uint64(n.Config.TrialReads), uint64(n.Config.TrialBytes)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-	c, s := rawPair(t, pods[0], l, address)
 	mustNotDelay(t, c, s)
 
 	const small = 100
@@ -145,11 +152,7 @@ func TestTrial(t *testing.T) {
 
 // TestTrialStream: a receiver of a stream that is never answered has its trial too.
 func TestTrialStream(t *testing.T) {
-	n := mustNode(t, onTrial)
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-	c, s := rawPair(t, pods[0], l, address)
+	n, c, s := mustRawPair(t, onTrial)
 	p := make([]byte, 8000)
 	for range 200 {
 		if _, err := c.Write(p); err != nil {
@@ -264,14 +267,10 @@ func TestPiggyback(t *testing.T) {
 	for _, noDelay := range []bool{false, true} {
 		t.Run(fmt.Sprintf("TCP_NODELAY %v", noDelay), func(t *testing.T) {
 			const reads = 32
-			n := mustNode(t, func(c *datapath.Config) {
+			n, c, s := mustRawPair(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.TrialReads = reads
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-			c, s := rawPair(t, pods[0], l, address)
 			if noDelay {
 				mustNotDelay(t, c)
 			}
