@@ -104,20 +104,16 @@ static __always_inline bool both_stream(const struct flow *flow, __u32 own)
 {
 	const struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
-	__u32 heard = other->paid + other->unpaid;
 
-	return in_stream(flow, own) && in_stream(flow, own ^ 1) && heard != mine->heard &&
-	       4 * heard >= mine->paid + mine->unpaid;
+	return in_stream(flow, own) && in_stream(flow, own ^ 1) &&
+	       (__u32)sent(&flow->side[(own ^ 1) & 1].sending) != mine->heard &&
+	       4 * (other->paid + other->unpaid) >= mine->paid + mine->unpaid;
 }
 
 /* Returns true if the peer has sent at least a quarter as many bytes. */
 static __always_inline bool two_way(const struct flow *flow, __u32 own)
 {
-	const struct sending *dir = &flow->side[own & 1].sending;
-	const struct sending *other = &flow->side[(own ^ 1) & 1].sending;
-
-	return 4 * (other->shortcut_bytes + other->tcp_bytes) >=
-	       dir->shortcut_bytes + dir->tcp_bytes;
+	return 4 * sent(&flow->side[(own ^ 1) & 1].sending) >= sent(&flow->side[own & 1].sending);
 }
 
 static __always_inline __u64 bytes_per_us(const struct pace *p)
@@ -232,8 +228,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	else
 		c->apart += c->apart < APART;
 	/* The direction that sends more decides. */
-	if (!in_stream(flow, own) ||
-	    dir->shortcut_bytes + dir->tcp_bytes < (other->shortcut_bytes + other->tcp_bytes) / 2) {
+	if (!in_stream(flow, own) || sent(dir) < sent(other) / 2) {
 		if (c->comparing)
 			rest(c, c->window);
 		return false;

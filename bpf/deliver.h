@@ -146,19 +146,13 @@ static __always_inline bool carries_ack(const struct flow *flow, __u32 own,
 	__u32 peer = (own ^ 1) & 1;
 	struct tcp_sock *there = (struct tcp_sock *)flow->sock[peer];
 
+	enum outcome reason = flow->side[peer].sending.reason;
+
 	if (tp->rcv_nxt == tp->rcv_wup || flow->side[peer].sending.shortcut)
 		return false;
-	switch (flow->side[peer].sending.reason) {
-	case OUTCOME_TRIAL:
-	case OUTCOME_EDGE:
-	case OUTCOME_UNSUPPORTED:
-	case OUTCOME_ZEROCOPY:
-	case OUTCOME_LOWAT:
-	case OUTCOME_MEMORY:
-		return !(BPF_CORE_READ_BITFIELD_PROBED(there, nonagle) & TCP_NAGLE_OFF);
-	default:
+	if (!lasts(reason) && reason != OUTCOME_TRIAL && reason != OUTCOME_MEMORY)
 		return false;
-	}
+	return !(BPF_CORE_READ_BITFIELD_PROBED(there, nonagle) & TCP_NAGLE_OFF);
 }
 
 /* Returns true if this socket has something to read, as far as is counted. */
@@ -166,8 +160,7 @@ static __always_inline bool has_unread(const struct flow *flow, __u32 own)
 {
 	const struct sending *other = &flow->side[(own ^ 1) & 1].sending;
 
-	return other->shortcut_bytes + other->tcp_bytes >
-	       flow->side[own & 1].receiving.read_bytes + other->missed;
+	return sent(other) > flow->side[own & 1].receiving.read_bytes + other->missed;
 }
 
 /*
@@ -198,7 +191,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_PEER_MISSING;
 	dir->tcp_bytes += write_seq - dir->last_seq;
 	dir->last_seq = write_seq;
-	end = dir->shortcut_bytes + dir->tcp_bytes;
+	end = sent(dir);
 	read = *(volatile __u64 *)&reader->read_bytes + dir->missed;
 	if (read > end) { /* recount was wrong, or the count when the flow joined late */
 		dir->missed -= read - end;
@@ -346,7 +339,7 @@ int deliver(struct sk_msg_md *msg)
 	dir->last_size = size;
 	if (outcome == OUTCOME_SHORTCUT) {
 		dir->shortcut_bytes += size;
-		dir->redirect_end = dir->shortcut_bytes + dir->tcp_bytes;
+		dir->redirect_end = sent(dir);
 		dir->queued_since++;
 		dir->switches += !dir->shortcut;
 		dir->shortcut = true;
@@ -357,7 +350,7 @@ int deliver(struct sk_msg_md *msg)
 		dir->last_tcp_ns = now;
 		measure_cost(dir, flow, own ^ 1);
 		if (outcome == OUTCOME_RECEIVE_BUFFER)
-			flow->side[own ^ 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
+			flow->side[own ^ 1].receiving.began = sent(dir);
 		remember_option(flow, own, outcome, tp);
 	}
 	if (outcome == OUTCOME_NOT_ALLOWED ? leaves_refused(flow, dir, set)

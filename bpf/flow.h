@@ -10,7 +10,9 @@
 #ifndef PODSHUNT_FLOW_H
 #define PODSHUNT_FLOW_H
 
+#include <stdbool.h>
 #include <linux/types.h>
+#include <bpf/bpf_helpers.h>
 
 #include "outcome.h"
 
@@ -160,6 +162,27 @@ struct sending {
 	__u64 grown; /* what the receiver had read when limit last grew */
 };
 
+/* Returns the position in the stream after all that was sent, as far as is counted. */
+static __always_inline __u64 sent(const struct sending *dir)
+{
+	return dir->shortcut_bytes + dir->tcp_bytes;
+}
+
+/* Returns true if messages go by TCP for what the receiver does, or has set, and mostly for good. */
+static __always_inline bool lasts(enum outcome outcome)
+{
+	switch (outcome) {
+	case OUTCOME_EDGE:
+	case OUTCOME_UNSUPPORTED:
+	case OUTCOME_ZEROCOPY:
+	case OUTCOME_LOWAT:
+	case OUTCOME_ULP:
+		return true;
+	default:
+		return false;
+	}
+}
+
 enum read_state {
 	READ_SEEN = 1,
 	READ_UNSUPPORTED = 2,
@@ -201,7 +224,7 @@ struct receiving {
 	/* Of the messages that this socket has sent lately; deliver writes them: see leave.h. */
 	__u32 paid;
 	__u32 unpaid;
-	__u32 heard; /* what the peer had sent of such messages when these were last weighed */
+	__u32 heard; /* low word of what the peer had sent when these were last weighed */
 	__u32 returns; /* segments of data after which a socket that has left may join again, or 0 */
 };
 

@@ -170,7 +170,7 @@ static __always_inline void note_positions(const struct tcp_sock *tp, struct flo
 	dir->queued_since = 0;
 	reader->paid = 0;
 	reader->unpaid = 0;
-	flow->side[(side ^ 1) & 1].receiving.began = dir->shortcut_bytes + dir->tcp_bytes;
+	flow->side[(side ^ 1) & 1].receiving.began = sent(dir);
 	dir->last_seq = tp->write_seq;
 	dir->drained_seq = tp->write_seq - 1; /* not known to be drained */
 	reader->read_bytes = read_position(tp) + flow->side[(side ^ 1) & 1].sending.shortcut_bytes;

@@ -84,11 +84,11 @@ static __always_inline __u16 sendfile_pages(void)
  * Weighs a message, and returns true if the flow is to leave from now on: when it was found
  * to be slower (compare.h), or when leave_ratio times as many messages do not pay as do. A
  * message pays if it took the shortcut, unless it is a small one that TCP would join with others
- * that are unread. It does not pay if it had to go by TCP because earlier ones had, or for the
- * trial. What goes by TCP for another reason, such as the policy, says nothing. A large message
- * of sendfile counts as many, by its size, and more on trial: the window is kept small then
- * (window.h), so that a file takes longer. Large ones of two streams at once do not pay, as
- * their redirects often wait for the receiver's lock.
+ * that are unread. It does not pay if it had to go by TCP for what earlier ones were, for what the
+ * receiver does, or for the trial. What goes by TCP for another reason, such as the policy, says
+ * nothing. A large message of sendfile counts as many, by its size, and more on trial: the window
+ * is kept small then (window.h), so that a file takes longer. Large ones of two streams at once do
+ * not pay, as their redirects often wait for the receiver's lock.
  * The port learns of the first result of a flow, and of its leaving.
  */
 static __always_inline bool weigh(struct flow *flow, __u32 own, const struct settings *set,
@@ -107,7 +107,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 		return false;
 	if (size >= PAGE_LEAST && sendfile_pages() >= SENDFILE_PAGES)
 		mine->unpaid += size >> (outcome == OUTCOME_SHORTCUT ? 10 : 7);
-	else if (outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED ||
+	else if (lasts(outcome) || outcome == OUTCOME_DRAINING || outcome == OUTCOME_UNOBSERVED ||
 		 outcome == OUTCOME_PIGGYBACK)
 		mine->unpaid += weight;
 	else if (outcome == OUTCOME_TRIAL || outcome == OUTCOME_NOT_SEEN)
@@ -125,7 +125,7 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 	unpaid = mine->unpaid;
 	if (paid + unpaid < LEAVE_WINDOW && !slower)
 		return false;
-	heard = other->paid + other->unpaid;
+	heard = sent(&flow->side[(own ^ 1) & 1].sending);
 	/* What a peer has sent once that is silent now does not count, nor do its few bytes. */
 	if (heard != mine->heard && two_way(flow, own)) {
 		paid += other->paid;

@@ -63,8 +63,7 @@ static __always_inline void measure_cost(struct sending *dir, const struct flow 
 	int held;
 
 	/* Goes on only if all redirected bytes have been read: what is held then is TCP's. */
-	if (read < dir->redirect_end ||
-	    dir->shortcut_bytes + dir->tcp_bytes < read + COST_MEASURED ||
+	if (read < dir->redirect_end || sent(dir) < read + COST_MEASURED ||
 	    bpf_core_read(&next, sizeof(next), &tp->rcv_nxt) ||
 	    bpf_core_read(&held, sizeof(held),
 			  &tp->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter) ||

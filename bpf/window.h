@@ -44,7 +44,7 @@ static __always_inline bool redirects(const struct flow *flow, const struct send
 	return set && set->redirect && !(flow->state & FLOW_ANY_EVICTING) &&
 	       toward->verdict == VERDICT_ALLOW && !(reader->state & READ_UNSUPPORTED) &&
 	       (toward->shortcut || toward->reason != OUTCOME_EDGE) &&
-	       toward->shortcut_bytes + toward->tcp_bytes - since < WINDOW_PATIENCE;
+	       sent(toward) - since < WINDOW_PATIENCE;
 }
 
 static __always_inline bool returns(void)

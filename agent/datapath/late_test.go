@@ -266,9 +266,9 @@ func TestLate(t *testing.T) {
 				for connection := range 3 {
 					c, s := rawPair(t, pods[0], l, address)
 					r := mustLateReader(t, s)
-					if err := together(func() error {
+					if err := together(onThread(func() error {
 						return r.serve(tc.late, len(sizes))
-					}, func() error {
+					}), func() error {
 						content := rand.NewChaCha8([32]byte{byte(connection)})
 						for i, size := range sizes {
 							message := make([]byte, 4+size)

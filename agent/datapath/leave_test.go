@@ -41,23 +41,32 @@ func TestLeave(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name   string
+		start  func(t *testing.T, c, s *rawSocket) // nil: on the shortcut
 		talk   func(t *testing.T, c, s *rawSocket) error
 		leaves bool
 	}{
 		{name: "stream of small messages", talk: stream(100), leaves: true},
 		{name: "stream of large messages", talk: stream(60_000)},
-		{name: "small messages that are answered", talk: func(t *testing.T, c, s *rawSocket) error {
-			sandboxtest.MustPing(t, c, s, 10_000, 100)
-			return nil
-		}},
+		{name: "small messages that are answered", talk: answered},
 		{name: "sendfile", talk: sendFiles, leaves: true},
+		{name: "neither end may receive by the shortcut", start: func(t *testing.T, c, s *rawSocket) {
+			waitForEdges(t, c)
+			waitForEdges(t, s)
+		}, talk: answered, leaves: true},
+		{name: "one end may not", start: func(t *testing.T, _, s *rawSocket) { waitForEdges(t, s) }, talk: answered},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n, c, s := mustRawPair(t, func(c *datapath.Config) {
 				atOnce(c)
 				leaves(c)
+				c.TrialDrains = datapath.DefaultConfig().TrialDrains
 			})
-			n.mustBeShortcut(t, c, s)
+			if tc.start != nil {
+				tc.start(t, c, s)
+				mustNotDelay(t, c, s)
+			} else {
+				n.mustBeShortcut(t, c, s)
+			}
 			before := n.counts(t)
 			if err := tc.talk(t, c, s); err != nil {
 				t.Fatal(err)
@@ -85,6 +94,24 @@ func TestLeave(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func answered(t *testing.T, c, s *rawSocket) error {
+	sandboxtest.MustPing(t, c, s, 10_000, 100)
+	return nil
+}
+
+// waitForEdges makes a socket one that an edge-triggered epoll watches until the test ends.
+func waitForEdges(tb testing.TB, s *rawSocket) {
+	tb.Helper()
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { unix.Close(epoll) })
+	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, s.fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET}); err != nil {
+		tb.Fatal(err)
 	}
 }
 
