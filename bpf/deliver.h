@@ -198,6 +198,13 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		read = end;
 	}
 	unread = end - read;
+	/* Else a burst would look larger for ever than all that the receiver has taken. */
+	if (unread && !dir->shortcut && !trial_over(dir, reader, set) &&
+	    peer_drained(flow, peer & 1, write_seq) && recount(flow, peer & 1, set)) {
+		dir->missed += unread;
+		read = end;
+		unread = 0;
+	}
 	count_queued(dir, end, read);
 	trial = on_trial(dir, &flow->side[own & 1].receiving, reader, set, unread, size);
 

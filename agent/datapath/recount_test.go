@@ -30,13 +30,16 @@ type oneWay struct {
 }
 
 // mustOneWay connects when a guard sees splice, or with guard false while none does.
-func mustOneWay(tb testing.TB, guard, blocking bool) *oneWay {
+func mustOneWay(tb testing.TB, guard, blocking bool, change ...func(*datapath.Config)) *oneWay {
 	tb.Helper()
 	refused := hazard(tb, "no-trampolines")
 	n := mustNode(tb, func(c *datapath.Config) {
 		c.Budget, c.AllowBlocking = 4096, blocking
 		if guard && !refused {
 			c.Guards = []string{datapath.GuardSplice}
+		}
+		for _, f := range change {
+			f(c)
 		}
 	})
 	if guard && refused {
@@ -169,6 +172,26 @@ func TestRecount(t *testing.T) {
 			w.say(t, 10)
 		})
 	}
+}
+
+// TestRecountTrial: reads that were missed do not keep a direction on trial, of which
+// they make each burst look larger than all that were read.
+func TestRecountTrial(t *testing.T) {
+	w := mustOneWay(t, true, false, onTrial)
+	mustNotDelay(t, w.c, w.s) // see TestPiggyback
+	ask := func(times int) {
+		for range times {
+			w.say(t, 1)
+			mustWrite(t, w.s, "answer")
+			mustRead(t, w.c, "answer")
+		}
+	}
+	w.MissReads(t, func() { ask(3) })
+	ask(int(w.Config.TrialReads) + 1)
+	before := w.counts(t)
+	ask(10)
+	w.mustCount(t, before, map[string]uint64{"message_shortcut": 20})
+	w.wantAllRead(t)
 }
 
 // TestRecountRefused: an empty queue says nothing of a receiver in blocking mode,
