@@ -19,6 +19,7 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
+	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
 // lateReader is a server that takes heads and small bodies by recv, and the rest
@@ -250,6 +251,7 @@ func TestLate(t *testing.T) {
 		}
 		for _, small := range []int{1, 100} {
 			t.Run(fmt.Sprintf("%s after %d small requests", tc.name, small), func(t *testing.T) {
+				misses := sandboxtest.MustMisses(t)
 				n := mustNode(t, func(c *datapath.Config) {
 					onTrial(c)
 					c.Guards = guards
@@ -296,7 +298,8 @@ func TestLate(t *testing.T) {
 				}
 				counts := n.counts(t)
 				t.Log(counts, n.unsupported(t))
-				if small > 32 && counts["message_shortcut"] < 60 {
+				// Without a guard that sees splice, a read that was missed means TCP for good.
+				if small > 32 && counts["message_shortcut"] < 60 && (len(guards) > 0 || sandboxtest.MustMisses(t) == misses) {
 					t.Errorf("got %v, want the small requests on the shortcut", counts)
 				}
 			})
