@@ -107,7 +107,7 @@ static __always_inline void refresh_verdict(struct flow *flow, __u32 own,
  * waits for more, and the guard reports bytes that splice has taken. A read that
  * has just ended may be counted after this: decide then sees more read than sent.
  */
-static __always_inline bool recount(const struct flow *flow, __u32 peer, const struct settings *set)
+static __always_inline bool recount(struct flow *flow, __u32 peer, const struct settings *set)
 {
 	struct sock *sk = (struct sock *)flow->sock[peer];
 	struct socket *socket;
@@ -129,8 +129,12 @@ static __always_inline bool recount(const struct flow *flow, __u32 peer, const s
 	if (!psock || bpf_core_read(&next, sizeof(next), &psock->ingress_msg.next) ||
 	    (void *)next != (void *)&psock->ingress_msg)
 		return false;
-	return !bpf_core_read(&cookie, sizeof(cookie), &sk->__sk_common.skc_cookie.counter) &&
-	       (__u64)cookie == flow->cookie[peer];
+	if (bpf_core_read(&cookie, sizeof(cookie), &sk->__sk_common.skc_cookie.counter) ||
+	    (__u64)cookie != flow->cookie[peer])
+		return false;
+	/* Splice may have taken the bytes since the caller looked; its guard marks first. */
+	return !(__sync_fetch_and_or((__u32 *)&flow->side[peer & 1].receiving.state, 0) &
+		 READ_UNSUPPORTED);
 }
 
 /*
@@ -145,7 +149,6 @@ static __always_inline bool carries_ack(const struct flow *flow, __u32 own,
 {
 	__u32 peer = (own ^ 1) & 1;
 	struct tcp_sock *there = (struct tcp_sock *)flow->sock[peer];
-
 	enum outcome reason = flow->side[peer].sending.reason;
 
 	if (tp->rcv_nxt == tp->rcv_wup || flow->side[peer].sending.shortcut)
@@ -255,9 +258,6 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
 	if (unread && (!dir->shortcut || cost > limit) && recount(flow, peer & 1, set)) {
-		/* Splice may have taken the bytes since we asked above; its guard marks first. */
-		if (__sync_fetch_and_or((__u32 *)&reader->state, 0) & READ_UNSUPPORTED)
-			return OUTCOME_UNSUPPORTED;
 		dir->missed += unread;
 		unread = 0;
 		count_queued(dir, end, end);
