@@ -71,14 +71,22 @@ func mustWatch(tb testing.TB, c net.Conn, untilNothing bool) *edgeReader {
 	if err := raw.Control(func(fd uintptr) { r.fd = int(fd) }); err != nil {
 		tb.Fatal(err)
 	}
-	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { unix.Close(r.epoll) })
-	if err := unix.EpollCtl(r.epoll, unix.EPOLL_CTL_ADD, r.fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff}); err != nil {
-		tb.Fatal(err)
-	}
+	r.epoll = mustWatchEdges(tb, r.fd)
 	return r
+}
+
+// mustWatchEdges returns an epoll that watches a socket for edges until the test ends.
+func mustWatchEdges(tb testing.TB, fd int) (epoll int) {
+	tb.Helper()
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { unix.Close(epoll) })
+	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET}); err != nil {
+		tb.Fatal(err)
+	}
+	return epoll
 }
 
 // TestEdges: a program that waits for edges, and stops at a recv that was not

@@ -33,16 +33,8 @@ type lateReader struct {
 
 func mustLateReader(tb testing.TB, s *rawSocket) *lateReader {
 	tb.Helper()
-	r := &lateReader{s: s}
-	var err error
-	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { unix.Close(r.epoll) })
-	if err := errors.Join(
-		unix.EpollCtl(r.epoll, unix.EPOLL_CTL_ADD, s.fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | 1<<31}), // EPOLLET
-		unix.Pipe2(r.pipe[:], unix.O_CLOEXEC),
-	); err != nil {
+	r := &lateReader{s: s, epoll: mustWatchEdges(tb, s.fd)}
+	if err := unix.Pipe2(r.pipe[:], unix.O_CLOEXEC); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { unix.Close(r.pipe[0]); unix.Close(r.pipe[1]) })

@@ -50,10 +50,10 @@ func TestLeave(t *testing.T) {
 		{name: "small messages that are answered", talk: answered},
 		{name: "sendfile", talk: sendFiles, leaves: true},
 		{name: "neither end may receive by the shortcut", start: func(t *testing.T, c, s *rawSocket) {
-			waitForEdges(t, c)
-			waitForEdges(t, s)
+			mustWatchEdges(t, c.fd)
+			mustWatchEdges(t, s.fd)
 		}, talk: answered, leaves: true},
-		{name: "one end may not", start: func(t *testing.T, _, s *rawSocket) { waitForEdges(t, s) }, talk: answered},
+		{name: "one end may not", start: func(t *testing.T, _, s *rawSocket) { mustWatchEdges(t, s.fd) }, talk: answered},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n, c, s := mustRawPair(t, func(c *datapath.Config) {
@@ -100,19 +100,6 @@ func TestLeave(t *testing.T) {
 func answered(t *testing.T, c, s *rawSocket) error {
 	sandboxtest.MustPing(t, c, s, 10_000, 100)
 	return nil
-}
-
-// waitForEdges makes a socket one that an edge-triggered epoll watches until the test ends.
-func waitForEdges(tb testing.TB, s *rawSocket) {
-	tb.Helper()
-	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { unix.Close(epoll) })
-	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, s.fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET}); err != nil {
-		tb.Fatal(err)
-	}
 }
 
 // sendFiles sends a file a few times, as a web server does.
