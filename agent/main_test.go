@@ -546,6 +546,19 @@ func TestWriteReplacing(t *testing.T) {
 	if line, _, _ := strings.Cut(out.String(), "\n"); !strings.HasSuffix(line, "v1, replacing: 2 connections have to read") {
 		t.Errorf("got %q, want what is waited for", line)
 	}
+	if strings.Contains(out.String(), "open connections") {
+		t.Errorf("got %q, want nothing of connections that may join: none does", &out)
+	}
+}
+
+func TestWriteUntraced(t *testing.T) {
+	var out bytes.Buffer
+	if err := writeStatus(&out, api.Status{Guards: []string{"flags", "splice"}, Untraced: "it is off"}); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "flags splice; all messages go by TCP, as it is off\n") {
+		t.Errorf("got %q, want why all messages go by TCP", &out)
+	}
 }
 
 func TestWriteStatus(t *testing.T) {

@@ -87,6 +87,13 @@ func (n *node) Status() (api.Status, error) {
 		status.CNI = &state
 	}
 	status.Guards = n.datapath.Guards()
+	untraced, err0 := n.datapath.UpdateTraced()
+	if untraced != nil {
+		status.Untraced = untraced.Error()
+	}
+	if errors.Is(err0, datapath.ErrUnloaded) {
+		err0 = nil
+	}
 	status.Lease = n.lease.state()
 	unsupported, err1 := n.datapath.UnsupportedPorts()
 	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
@@ -96,7 +103,7 @@ func (n *node) Status() (api.Status, error) {
 	var err3, err4 error
 	status.Maps, err3 = n.datapath.Maps()
 	status.Outcomes, err4 = n.datapath.Outcomes()
-	return status, errors.Join(err1, err2, err3, err4)
+	return status, errors.Join(err0, err1, err2, err3, err4)
 }
 
 // Forget lets new connections to server ports be paired again.

@@ -194,6 +194,7 @@ func runOnce(ctx context.Context, cfg config, kernelReport api.KernelReport, hos
 	group.Go(func() error { return reconciler.Run(ctx) })
 	group.Go(func() error { return server.Serve(ctx, listener, measure(reconciler, metrics), n, log) })
 	group.Go(func() error { return sweep(ctx, d, log) })
+	group.Go(func() error { return watchTraced(ctx, d, log) })
 	group.Go(func() error { return joinOpen(ctx, d, reconciler.Snapshot, log) })
 	group.Go(func() error { return joinWatched(ctx, d, log) })
 	group.Go(func() error { return n.lease.run(ctx) })

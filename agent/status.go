@@ -53,11 +53,17 @@ func writeStatus(w io.Writer, s api.Status) error {
 	t.row("agent", s.Version+", "+state)
 	t.row("kernel", s.Kernel)
 	t.row("observer", s.Observer)
-	t.row("new connections", newConnectionsText(s.NewConnections))
-	t.row("open connections", openConnectionsText(s.OpenConnections))
+	if s.Replacing == "" {
+		t.row("new connections", newConnectionsText(s.NewConnections))
+		t.row("open connections", openConnectionsText(s.OpenConnections))
+	}
 	t.row("cgroup", s.Cgroup)
 	t.row("pins", s.PinDir)
-	t.row("guards", cmp.Or(strings.Join(s.Guards, " "), "none"))
+	guards := cmp.Or(strings.Join(s.Guards, " "), "none")
+	if s.Untraced != "" {
+		guards += "; all messages go by TCP, as " + s.Untraced
+	}
+	t.row("guards", guards)
 	if s.Runtime != nil {
 		t.row("runtime", runtimeText(*s.Runtime))
 	}

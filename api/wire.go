@@ -127,10 +127,11 @@ type Status struct {
 	NewConnections NewConnections `json:"newConnections"`
 	// OpenConnections says what becomes of connections that are older than the opt-in.
 	OpenConnections OpenConnections `json:"openConnections"`
-	// Guards names the attached guards; none are while no pod takes part and no
-	// flow is left.
-	Guards []string    `json:"guards,omitempty"`
-	Pods   []PodStatus `json:"pods"`
+	// Guards names the attached guards; none are while no pod takes part and no flow is left.
+	Guards []string `json:"guards,omitempty"`
+	// Untraced says why the kernel does not call them, or the observer: all messages go by TCP.
+	Untraced string      `json:"untraced,omitempty"`
+	Pods     []PodStatus `json:"pods"`
 	// UnsupportedPorts are the server ports whose new connections are not paired.
 	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
 	// EarlyPorts are the server ports whose new connections join at their handshake, because

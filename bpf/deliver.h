@@ -221,6 +221,8 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		return OUTCOME_EVICTED;
 	if (!set->redirect)
 		return OUTCOME_SWITCHED_OFF;
+	if (set->untraced)
+		return OUTCOME_UNTRACED;
 	if (set->lease_ns && now > set->lease_ns)
 		return OUTCOME_STALE;
 	if (dir->verdict != VERDICT_ALLOW)

@@ -22,7 +22,7 @@
  * For that, builds of any number read what is marked FROZEN, by these names: see
  * agent/datapath/contract.go.
  */
-enum layout { LAYOUT = 3 };
+enum layout { LAYOUT = 4 };
 
 /*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a
@@ -381,7 +381,7 @@ struct settings {
 	__u32 layout; /* FROZEN: enum layout */
 	__u32 compare; /* eighths of TCP's speed that the shortcut must reach for a stream; 0: not compared */
 	__u32 busy_ns; /* between messages, of a stream that sends as fast as it can: see sets_pace */
-	__u32 reserved;
+	__u32 untraced; /* the kernel does not run the guards, nor observe_fexit */
 };
 
 /* The argument of end_flow. */

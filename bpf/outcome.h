@@ -14,6 +14,7 @@ enum outcome {
 	OUTCOME_SHORTCUT,
 	OUTCOME_UNKNOWN_SOCKET, /* in the SOCKHASH, but its flow record is gone */
 	OUTCOME_SWITCHED_OFF, /* podshunt is unloading */
+	OUTCOME_UNTRACED, /* the kernel does not run the guards, nor observe_fexit */
 	OUTCOME_PEER_MISSING, /* the peer's socket has not joined */
 	OUTCOME_PEER_GONE, /* the peer's socket is closed */
 	OUTCOME_NO_GAIN, /* both sockets are evicted, or about to be: see leave.h */

@@ -143,7 +143,7 @@ const (
 type ShortcutLayout uint32
 
 const (
-	ShortcutLayoutLAYOUT ShortcutLayout = 3
+	ShortcutLayoutLAYOUT ShortcutLayout = 4
 )
 
 type ShortcutLearnedKey struct {
@@ -192,58 +192,59 @@ const (
 	ShortcutOutcomeOUTCOME_SHORTCUT         ShortcutOutcome = 0
 	ShortcutOutcomeOUTCOME_UNKNOWN_SOCKET   ShortcutOutcome = 1
 	ShortcutOutcomeOUTCOME_SWITCHED_OFF     ShortcutOutcome = 2
-	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 3
-	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 4
-	ShortcutOutcomeOUTCOME_NO_GAIN          ShortcutOutcome = 5
-	ShortcutOutcomeOUTCOME_EVICTED          ShortcutOutcome = 6
-	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 7
-	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 8
-	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 9
-	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 10
-	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 11
-	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 12
-	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 13
-	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 14
-	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 15
-	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 16
-	ShortcutOutcomeOUTCOME_COMPARED         ShortcutOutcome = 17
-	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 18
-	ShortcutOutcomeOUTCOME_PIGGYBACK        ShortcutOutcome = 19
-	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 20
-	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 21
-	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 22
-	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 23
-	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 24
-	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 25
-	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 26
-	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 27
-	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 28
-	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 29
-	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 30
-	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 31
-	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 32
-	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 33
-	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 34
-	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 35
-	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 36
-	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 37
-	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 38
-	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 39
-	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 40
-	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 41
-	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 42
-	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 43
-	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 44
-	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 45
-	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 46
-	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 47
-	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 48
-	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 49
-	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 50
-	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 51
-	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 52
-	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 53
-	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 54
+	ShortcutOutcomeOUTCOME_UNTRACED         ShortcutOutcome = 3
+	ShortcutOutcomeOUTCOME_PEER_MISSING     ShortcutOutcome = 4
+	ShortcutOutcomeOUTCOME_PEER_GONE        ShortcutOutcome = 5
+	ShortcutOutcomeOUTCOME_NO_GAIN          ShortcutOutcome = 6
+	ShortcutOutcomeOUTCOME_EVICTED          ShortcutOutcome = 7
+	ShortcutOutcomeOUTCOME_STALE            ShortcutOutcome = 8
+	ShortcutOutcomeOUTCOME_NOT_ALLOWED      ShortcutOutcome = 9
+	ShortcutOutcomeOUTCOME_SHUT_DOWN        ShortcutOutcome = 10
+	ShortcutOutcomeOUTCOME_ULP              ShortcutOutcome = 11
+	ShortcutOutcomeOUTCOME_ZEROCOPY         ShortcutOutcome = 12
+	ShortcutOutcomeOUTCOME_LOWAT            ShortcutOutcome = 13
+	ShortcutOutcomeOUTCOME_NOT_SEEN         ShortcutOutcome = 14
+	ShortcutOutcomeOUTCOME_UNSUPPORTED      ShortcutOutcome = 15
+	ShortcutOutcomeOUTCOME_TRIAL            ShortcutOutcome = 16
+	ShortcutOutcomeOUTCOME_EDGE             ShortcutOutcome = 17
+	ShortcutOutcomeOUTCOME_COMPARED         ShortcutOutcome = 18
+	ShortcutOutcomeOUTCOME_REFRESH          ShortcutOutcome = 19
+	ShortcutOutcomeOUTCOME_PIGGYBACK        ShortcutOutcome = 20
+	ShortcutOutcomeOUTCOME_DRAINING         ShortcutOutcome = 21
+	ShortcutOutcomeOUTCOME_UNOBSERVED       ShortcutOutcome = 22
+	ShortcutOutcomeOUTCOME_BUDGET           ShortcutOutcome = 23
+	ShortcutOutcomeOUTCOME_RECEIVE_BUFFER   ShortcutOutcome = 24
+	ShortcutOutcomeOUTCOME_POD_BUDGET       ShortcutOutcome = 25
+	ShortcutOutcomeOUTCOME_MEMORY           ShortcutOutcome = 26
+	ShortcutOutcomeOUTCOME_REDIRECT_REFUSED ShortcutOutcome = 27
+	ShortcutOutcomeOUTCOME_PAIRED           ShortcutOutcome = 28
+	ShortcutOutcomeOUTCOME_POLICY_REFUSED   ShortcutOutcome = 29
+	ShortcutOutcomeOUTCOME_PAIRING_STALE    ShortcutOutcome = 30
+	ShortcutOutcomeOUTCOME_UNSUPPORTED_PORT ShortcutOutcome = 31
+	ShortcutOutcomeOUTCOME_SHARE            ShortcutOutcome = 32
+	ShortcutOutcomeOUTCOME_KERNEL_SOCKET    ShortcutOutcome = 33
+	ShortcutOutcomeOUTCOME_MPTCP            ShortcutOutcome = 34
+	ShortcutOutcomeOUTCOME_BLOCKING_CLIENT  ShortcutOutcome = 35
+	ShortcutOutcomeOUTCOME_BLOCKING_SERVER  ShortcutOutcome = 36
+	ShortcutOutcomeOUTCOME_CLIENT_ULP       ShortcutOutcome = 37
+	ShortcutOutcomeOUTCOME_SYNS_FULL        ShortcutOutcome = 38
+	ShortcutOutcomeOUTCOME_SYN_LOST         ShortcutOutcome = 39
+	ShortcutOutcomeOUTCOME_PENDING_FULL     ShortcutOutcome = 40
+	ShortcutOutcomeOUTCOME_FLOWS_FULL       ShortcutOutcome = 41
+	ShortcutOutcomeOUTCOME_SOCKETS_FULL     ShortcutOutcome = 42
+	ShortcutOutcomeOUTCOME_SOCKET_BUSY      ShortcutOutcome = 43
+	ShortcutOutcomeOUTCOME_NO_MEMORY        ShortcutOutcome = 44
+	ShortcutOutcomeOUTCOME_UNMATCHED        ShortcutOutcome = 45
+	ShortcutOutcomeOUTCOME_CLIENT_CLOSED    ShortcutOutcome = 46
+	ShortcutOutcomeOUTCOME_REUSED           ShortcutOutcome = 47
+	ShortcutOutcomeOUTCOME_SOCKET_EVICTED   ShortcutOutcome = 48
+	ShortcutOutcomeOUTCOME_JOINED           ShortcutOutcome = 49
+	ShortcutOutcomeOUTCOME_JOIN_ENDED       ShortcutOutcome = 50
+	ShortcutOutcomeOUTCOME_CALLBACKS        ShortcutOutcome = 51
+	ShortcutOutcomeOUTCOME_EVICT_DUE        ShortcutOutcome = 52
+	ShortcutOutcomeOUTCOME_RETURNED         ShortcutOutcome = 53
+	ShortcutOutcomeOUTCOME_NO_PEER          ShortcutOutcome = 54
+	ShortcutOutcomeOUTCOME_MAX              ShortcutOutcome = 55
 )
 
 type ShortcutPending struct {
@@ -367,7 +368,7 @@ type ShortcutSettings struct {
 	Layout           uint32
 	Compare          uint32
 	BusyNs           uint32
-	Reserved         uint32
+	Untraced         uint32
 }
 
 type ShortcutShare struct {

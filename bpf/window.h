@@ -41,7 +41,7 @@ static __always_inline bool redirects(const struct flow *flow, const struct send
 	__u64 since = toward->redirect_end > reader->began ? toward->redirect_end : reader->began;
 	const struct settings *set = get_settings();
 
-	return set && set->redirect && !(flow->state & FLOW_ANY_EVICTING) &&
+	return set && set->redirect && !set->untraced && !(flow->state & FLOW_ANY_EVICTING) &&
 	       toward->verdict == VERDICT_ALLOW && !(reader->state & READ_UNSUPPORTED) &&
 	       (toward->shortcut || toward->reason != OUTCOME_EDGE) &&
 	       sent(toward) - since < WINDOW_PATIENCE;

@@ -24,7 +24,10 @@ func (d *Datapath) setControl(change func(*bpf.ShortcutSettings)) error {
 	if err := control.Lookup(uint32(0), &s); err != nil {
 		return fmt.Errorf("read the controls: %w", err)
 	}
-	change(&s)
+	before := s
+	if change(&s); s == before {
+		return nil
+	}
 	if err := control.Put(uint32(0), s); err != nil {
 		return fmt.Errorf("write the controls: %w", err)
 	}

@@ -20,6 +20,7 @@ func outcomes() [bpf.ShortcutOutcomeOUTCOME_MAX]struct{ kind, code string } {
 		bpf.ShortcutOutcomeOUTCOME_SHORTCUT:         {api.OutcomeMessage, "shortcut"},
 		bpf.ShortcutOutcomeOUTCOME_UNKNOWN_SOCKET:   {api.OutcomeMessage, "unknown_socket"},
 		bpf.ShortcutOutcomeOUTCOME_SWITCHED_OFF:     {api.OutcomeMessage, "switched_off"},
+		bpf.ShortcutOutcomeOUTCOME_UNTRACED:         {api.OutcomeMessage, "untraced"},
 		bpf.ShortcutOutcomeOUTCOME_PEER_MISSING:     {api.OutcomeMessage, "peer_missing"},
 		bpf.ShortcutOutcomeOUTCOME_PEER_GONE:        {api.OutcomeMessage, "peer_gone"},
 		bpf.ShortcutOutcomeOUTCOME_EVICTED:          {api.OutcomeMessage, "evicted"},

@@ -16,6 +16,7 @@ import (
 var messageTexts = map[string]string{
 	"unknown_socket":   "the connection is closing",
 	"switched_off":     "podshunt is unloading",
+	"untraced":         "the kernel does not run the guards, as kernel.ftrace_enabled is 0",
 	"peer_missing":     "the server's socket has not joined",
 	"peer_gone":        "the other socket is closed",
 	"evicted":          "a socket in blocking mode has been evicted from the shortcut",

@@ -26,6 +26,9 @@ const (
 // proveGuard attaches a guard to a connection of its own. It returns an error if the
 // guard does not work.
 func proveGuard(name string, cache *btf.Cache) error {
+	if err := datapath.CheckFtrace(); err != nil {
+		return err
+	}
 	proofs := map[string]func(sender, receiver int, flow func() (bpf.ShortcutFlow, error)) error{
 		datapath.GuardSplice: proveSplice, datapath.GuardULP: proveULP, datapath.GuardFIONREAD: proveFIONREAD, datapath.GuardFlags: proveFlags,
 	}

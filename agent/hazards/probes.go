@@ -21,6 +21,9 @@ import (
 )
 
 func probeTrampolines() (string, error) {
+	if err := datapath.CheckFtrace(); err != nil {
+		return fmt.Sprintf("fentry, fexit and fmod_ret programs do nothing: %v", err), nil
+	}
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "probe_fexit", Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFExit, AttachTo: "tcp_bpf_recvmsg", License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
