@@ -201,9 +201,9 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		read = end;
 	}
 	unread = end - read;
-	/* Else a burst would look larger for ever than all that the receiver has taken. */
-	if (unread && !dir->shortcut && !trial_over(dir, reader, set) &&
-	    peer_drained(flow, peer & 1, write_seq) && recount(flow, peer & 1, set)) {
+	/* On trial a burst would look larger for ever than all that the receiver has taken. */
+	if (unread && !dir->shortcut && peer_drained(flow, peer & 1, write_seq) &&
+	    recount(flow, peer & 1, set)) {
 		dir->missed += unread;
 		read = end;
 		unread = 0;
@@ -259,7 +259,7 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		grow(dir, read, set);
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
-	if (unread && (!dir->shortcut || cost > limit) && recount(flow, peer & 1, set)) {
+	if (cost > limit && unread && recount(flow, peer & 1, set)) {
 		dir->missed += unread;
 		unread = 0;
 		count_queued(dir, end, end);

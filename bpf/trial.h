@@ -27,14 +27,6 @@
 /* How many waiters of a socket are looked at; with more, it counts as edge-triggered. */
 #define WAITERS_MAX 4
 
-/* Returns true if the receiver has shown enough. */
-static __always_inline bool trial_over(const struct sending *dir, const struct receiving *reader,
-				       const struct settings *set)
-{
-	return reader->reads >= set->trial_reads &&
-	       (!set->trial_bytes || (dir->bulk >= set->trial_bytes && dir->proved >= BURST_WHOLE));
-}
-
 /*
  * Returns true if the message has to go by TCP for the trial. Hazard: a program that has only used
  * recv so far may use splice or FIONREAD next, and nothing can help it while redirected bytes are
@@ -49,7 +41,8 @@ static __always_inline bool on_trial(struct sending *dir, const struct receiving
 {
 	__u32 done = unread < dir->burst ? dir->burst - (__u32)(unread > 0 ? unread : 0) : 0;
 
-	if (trial_over(dir, reader, set))
+	if (reader->reads >= set->trial_reads &&
+	    (!set->trial_bytes || (dir->bulk >= set->trial_bytes && dir->proved >= BURST_WHOLE)))
 		return false;
 	if (done > dir->proved) {
 		dir->proved = done;
