@@ -51,6 +51,9 @@ const (
 	maxUnproved = 20
 )
 
+// observer is tracepoint for what a kernel without trampolines does.
+var observer = flag.String("observer", datapath.ObserverAuto, "the program that counts what is read")
+
 func TestMain(m *testing.M) {
 	if os.Getenv(childEnv) != "" {
 		os.Exit(child())
@@ -212,6 +215,7 @@ func mustSuite(t *testing.T, blocking, watch bool) *suite {
 	// What a receiver does from its first message on is what rows are about.
 	s.Loaded = sandboxtest.MustLoad(t, sandboxtest.MustNew(t, sandbox.Config{}), func(c *datapath.Config) {
 		c.AllowBlocking = blocking
+		c.Observer = *observer
 		if watch {
 			c.JoinAfter = 2
 		}
@@ -840,6 +844,6 @@ func (s *suite) summarise(t *testing.T) {
 		}
 		text.WriteString("\n")
 	}
-	t.Logf("compared with plain TCP on Linux %s:\n%s", release(t), &text)
+	t.Logf("compared with plain TCP on Linux %s, observer %s:\n%s", release(t), s.Observer(), &text)
 	t.Logf("%d connections did not go where they should, %d times a program was not run", s.unproved.Load(), sandboxtest.MustMisses(t))
 }

@@ -42,7 +42,9 @@ run_suite() {
 		;;
 	# What would harm the machine harms the guest only.
 	datapath | once) flags+=(-own-machine) ;;
-	conformance | watched) flags+=(-mptcp) ;;
+	conformance) flags+=(-mptcp) ;;
+	# The other one has fexit, where the kernel allows it.
+	watched) flags+=(-mptcp -observer tracepoint) ;;
 	esac
 	local binary=$2
 	case $2 in
