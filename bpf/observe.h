@@ -102,13 +102,17 @@ static __always_inline void observe_read(struct sock *sk, int bytes, bool unfill
 SEC("tp_btf/sock_recv_length")
 int observe_tracepoint(__u64 *ctx)
 {
+	struct sock *sk = (struct sock *)ctx[0];
 	int bytes = ctx[1];
 
+	/* It is in no sockmap, or has left it, which is quicker to see than its storage. */
+	if (!sk->sk_user_data)
+		return 0;
 	/* The tracepoint does not tell the buffer's size, so every recv counts as not filled. */
 	if (bytes > 0)
-		observe_read((struct sock *)ctx[0], bytes, true, ctx[2]);
+		observe_read(sk, bytes, true, ctx[2]);
 	else if (bytes == -EAGAIN)
-		observe_nothing((struct sock *)ctx[0], ctx[2]);
+		observe_nothing(sk, ctx[2]);
 	return 0;
 }
 
