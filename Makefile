@@ -93,7 +93,7 @@ test-cluster: build ## podshunt on a real Kubernetes cluster of two nodes on thi
 	mkdir -p $(CLUSTER)
 	hack/release/dist.sh $(VERSION) $(RELEASE) $(CLUSTER)/release
 	e2e/cluster/build.sh $(CLUSTER)
-	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 30m -v $(TESTFLAGS) .
+	cd e2e/cluster && PODSHUNT_CLUSTER=$(CLUSTER) $(GOTEST) -exec "$(SUDO)" -count=1 -parallel 5 -timeout 60m -v $(TESTFLAGS) .
 
 test-upgrade: build ## upgrade and downgrade between versions on such a cluster (root)
 	mkdir -p $(CLUSTER)
