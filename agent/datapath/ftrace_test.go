@@ -14,8 +14,6 @@ import (
 
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/hazards"
-	"github.com/podshunt/podshunt/agent/rule"
-	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
@@ -36,14 +34,11 @@ func TestUntraced(t *testing.T) {
 			continue
 		}
 		t.Run(observer, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
+			n, connect := mustRawNode(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.Observer, c.Guards = observer, []string{datapath.GuardSplice}
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-			c, s := rawPair(t, pods[0], l, address)
+			c, s := connect()
 			n.mustBeShortcut(t, c, s)
 
 			update := func(want bool) {
@@ -69,12 +64,8 @@ func TestUntraced(t *testing.T) {
 			if err := s.wait(unix.POLLIN); err != nil {
 				t.Fatal(err)
 			}
-			var pipe [2]int
-			if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = errors.Join(unix.Close(pipe[0]), unix.Close(pipe[1])) }()
-			if n, err := unix.Splice(s.fd, nil, pipe[1], nil, 5, unix.SPLICE_F_NONBLOCK); n != 5 {
+			_, w := mustPipe(t)
+			if n, err := unix.Splice(s.fd, nil, w, nil, 5, unix.SPLICE_F_NONBLOCK); n != 5 {
 				t.Errorf("splice gives %d (%v), want 5", n, err)
 			}
 			for _, h := range hazards.Measure([]string{datapath.GuardSplice}) {
@@ -88,7 +79,7 @@ func TestUntraced(t *testing.T) {
 			}
 			update(false)
 			n.mustEnd(t, c, s)
-			c, s = rawPair(t, pods[0], l, address)
+			c, s = connect()
 			n.mustBeShortcut(t, c, s)
 		})
 	}

@@ -24,11 +24,7 @@ import (
 // spliceNode has the guard against splice, and a connection of two sockets.
 func spliceNode(tb testing.TB) (n *node, c, s *rawSocket, connect func() (c, s *rawSocket)) {
 	tb.Helper()
-	n = mustNode(tb, func(c *datapath.Config) { c.Guards = []string{datapath.GuardSplice} })
-	pods, cookies := n.MustEnrol(tb, "client", "server")
-	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
-	connect = func() (c, s *rawSocket) { return rawPair(tb, pods[0], l, address) }
+	n, connect = mustRawNode(tb, func(c *datapath.Config) { c.Guards = []string{datapath.GuardSplice} })
 	c, s = connect()
 	return n, c, s, connect
 }

@@ -31,14 +31,22 @@ func rawPair(tb testing.TB, from *sandbox.Pod, l *rawSocket, to netip.AddrPort) 
 	return c, l.mustAccept(tb)
 }
 
-// mustRawPair returns a connection from a pod to another one, which may use the shortcut.
-func mustRawPair(tb testing.TB, change func(*datapath.Config)) (n *node, c, s *rawSocket) {
+// mustRawNode has two pods, and connect makes connections from one to the other, which may use
+// the shortcut.
+func mustRawNode(tb testing.TB, change func(*datapath.Config)) (n *node, connect func() (c, s *rawSocket)) {
 	tb.Helper()
 	n = mustNode(tb, change)
 	pods, cookies := n.MustEnrol(tb, "client", "server")
 	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
 	l, address := mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
-	c, s = rawPair(tb, pods[0], l, address)
+	return n, func() (c, s *rawSocket) { return rawPair(tb, pods[0], l, address) }
+}
+
+// mustRawPair returns such a connection.
+func mustRawPair(tb testing.TB, change func(*datapath.Config)) (n *node, c, s *rawSocket) {
+	tb.Helper()
+	n, connect := mustRawNode(tb, change)
+	c, s = connect()
 	return n, c, s
 }
 
