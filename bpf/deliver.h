@@ -255,8 +255,11 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 			return OUTCOME_DRAINING;
 		dir->drained_seq = write_seq;
 	}
-	if (!dir->shortcut && !unread)
+	if (!dir->shortcut) {
+		if (unread)
+			return OUTCOME_UNOBSERVED;
 		grow(dir, read, set);
+	}
 	limit = dir->limit < set->budget ? dir->limit : set->budget;
 	cost = unread + size + MESSAGE_COST * ((__s64)dir->queued_before + dir->queued_since + 1);
 	if (cost > limit && unread && recount(flow, peer & 1, set)) {
@@ -265,8 +268,6 @@ static __always_inline enum outcome decide(struct flow *flow, __u32 own, const s
 		count_queued(dir, end, end);
 		cost = size + MESSAGE_COST;
 	}
-	if (!dir->shortcut && unread)
-		return OUTCOME_UNOBSERVED;
 	if (cost > limit) {
 		dir->flags |= SENDING_SPILLED;
 		return OUTCOME_BUDGET;

@@ -253,17 +253,30 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 
 #define RETURNS_NOW 1
 
+/* A flow stays away for so long, in ns, after it was not worthwhile. */
+#define AWAY_LEAST 1000000000ULL
+
 /*
  * A socket that has left looks at one callback in so many and one, as long as it may not return,
  * and its reads are not counted: they are counted anew once it has joined again.
  */
 #define SKIP 15
 
+/* Returns true if the flow's last message in the SOCKHASH is less than AWAY_LEAST ago. */
+static __always_inline bool left_lately(const struct flow *flow)
+{
+	__u64 now = bpf_ktime_get_coarse_ns();
+
+	return now - flow->side[SIDE_CLIENT].sending.last_tcp_ns < AWAY_LEAST ||
+	       now - flow->side[SIDE_SERVER].sending.last_tcp_ns < AWAY_LEAST;
+}
+
 /*
  * Lets a flow join again that has left: at once, when it was not allowed and is again; else after
- * as many segments once more as it has exchanged when it left. For example, one that leaves after
- * 3,000 segments returns at 6,000, and if it leaves again soon, at some 12,000. Both ends
- * have to agree: one that has no callbacks any more could not join.
+ * as many segments once more as it has exchanged when it left, and not within a second. For
+ * example, one that leaves after 3,000 segments returns at 6,000, and if it leaves again soon, at
+ * some 12,000. A fast stream has exchanged as many within milliseconds. Both ends have to agree:
+ * one that has no callbacks any more could not join.
  */
 static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tcp_sock *tp,
 				       struct flow *flow, struct sk_flow *self)
@@ -293,7 +306,7 @@ static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tc
 		mine->returns = 0;
 	else if (!mine->returns)
 		mine->returns = segments < 1U << 30 ? 2 * segments + 1 : ~0U;
-	if (segments < mine->returns || !allowed)
+	if (segments < mine->returns || !allowed || (mine->returns && left_lately(flow)))
 		return;
 	mine->returns = RETURNS_NOW;
 	self->skip = 0;

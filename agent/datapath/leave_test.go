@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -136,8 +137,8 @@ func sendFiles(t *testing.T, c, s *rawSocket) error {
 	return nil
 }
 
-// TestLeaveAndReturn: a connection that has left joins again later, each time less soon, and
-// no byte is lost.
+// TestLeaveAndReturn: a connection that has left joins again later, each time less soon and
+// after a second at least, and no byte is lost.
 func TestLeaveAndReturn(t *testing.T) {
 	if noWatch(t) {
 		return
@@ -158,6 +159,7 @@ func TestLeaveAndReturn(t *testing.T) {
 			small := traffic{seed: 3, bytes: 300_000, maxWrite: 100, maxRead: 100_000}
 			mixed := traffic{seed: 4, bytes: 3_000_000, maxWrite: 3000, maxRead: 10_000}
 			for again := range uint64(3) {
+				began := time.Now()
 				waitUntil(t, "the flow to leave", func() bool {
 					if err := exchange(c, s, small, traffic{}); err != nil {
 						t.Fatal(err)
@@ -174,6 +176,10 @@ func TestLeaveAndReturn(t *testing.T) {
 					}
 					return n.counts(t)["connection_returned"] > again
 				})
+				// The kernel's coarse clock is behind by a tick.
+				if away := time.Since(began); away < time.Second-10*time.Millisecond {
+					t.Errorf("returned %v after it was on the shortcut, want after a second or more", away)
+				}
 			}
 			sandboxtest.MustPing(t, c, s, 10, 100)
 			segments, returned := c.segments(t), n.counts(t)["connection_returned"]
