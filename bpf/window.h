@@ -12,12 +12,14 @@
 #include <stdbool.h>
 #include <linux/bpf.h>
 #include <linux/tcp.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
 #include "kernel.h"
 #include "leave.h"
 #include "lifetime.h"
+#include "limits.h"
 #include "maps.h"
 
 #define SOL_TCP 6
@@ -54,6 +56,20 @@ static __always_inline bool returns(void)
 	return set && set->join_after;
 }
 
+/*
+ * Returns the limit of the window as it would be without us. For redirected bytes the kernel may
+ * have raised sk_rcvbuf alone (tcp_clamp_window), and once that is at its highest, it raises the
+ * limit no more (tcp_rcv_space_adjust). A limit above what sk_rcvbuf has room for is none.
+ */
+static __always_inline int window_before(const struct tcp_sock *tp, const struct receiving *reader)
+{
+	int before = reader->window, room = tp->inet_conn.icsk_inet.sk.sk_rcvbuf;
+
+	if (BPF_CORE_READ_BITFIELD(&tp->inet_conn.icsk_inet.sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
+		return before;
+	return before < room ? room : before;
+}
+
 /* A callback for each segment is dear to those who send many small ones. */
 static __always_inline void stop_callbacks(struct bpf_sock_ops *ctx, __u32 flag)
 {
@@ -84,7 +100,7 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 		if (!reader->window)
 			return;
 		if (clamp == WINDOW_SMALL) /* else the kernel or the program has raised it */
-			clamp = reader->window;
+			clamp = window_before(tp, reader);
 		reader->window = 0;
 	}
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));

@@ -17,7 +17,8 @@ import (
 )
 
 // TestWindow streams by TCP until the kernel has opened the receiver's window. Once bytes
-// are redirected it is small, and large again when TCP is to take them all.
+// are redirected it is small, and large again when TCP is to take them all: as large as the
+// receive buffer, which has grown meanwhile, has room for.
 func TestWindow(t *testing.T) {
 	const small = 64 << 10 // WINDOW_SMALL of bpf/window.h
 	n := mustTwoPods(t, atOnce)
@@ -26,14 +27,16 @@ func TestWindow(t *testing.T) {
 	if err := errors.Join(client.SetDeadline(limit), server.SetDeadline(limit)); err != nil {
 		t.Fatal(err)
 	}
-	window := func() (bytes int) {
+	option := func(level, name int) (value int) {
 		t.Helper()
 		control(t, server.(*net.TCPConn), func(fd int) (err error) {
-			bytes, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP)
+			value, err = unix.GetsockoptInt(fd, level, name)
 			return err
 		})
-		return bytes
+		return value
 	}
+	window := func() int { return option(unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP) }
+	buffer := func() int { return option(unix.SOL_SOCKET, unix.SO_RCVBUF) }
 	// stream sends pieces, which the receiver reads at last.
 	stream := func(pieces, size int) {
 		t.Helper()
@@ -60,12 +63,17 @@ func TestWindow(t *testing.T) {
 
 	set(rule.Hold)
 	streamUntil("a window that TCP has opened", func(window int) bool { return window > 2*small })
-	opened := window()
+	opened, held := window(), buffer()
 
 	set(rule.Allow)
 	_, redirected := n.redirected(t, func() {
 		streamUntil("a small window while bytes are redirected", func(window int) bool { return window == small })
-		stream(64, 16<<10)
+		// What the shortcut has no room for goes by TCP, for which the kernel raises the buffer,
+		// unless that is large enough already.
+		waitUntil(t, "a larger receive buffer", func() bool {
+			stream(1024, 16<<10)
+			return buffer() > 3*held || held > 1<<20
+		})
 	})
 	if redirected == 0 {
 		t.Error("nothing was redirected")
@@ -73,6 +81,10 @@ func TestWindow(t *testing.T) {
 
 	set(rule.Hold)
 	streamUntil("a window that is large again", func(window int) bool { return window >= opened })
+	// Of a buffer, the kernel keeps up to a half for its own data.
+	if got, held := window(), buffer(); got < held/2 {
+		t.Errorf("the window is limited to %d bytes, with a receive buffer of %d", got, held)
+	}
 
 	// A window that the program has made smaller itself stays.
 	control(t, server.(*net.TCPConn), func(fd int) error {
