@@ -57,17 +57,19 @@ static __always_inline bool returns(void)
 }
 
 /*
- * Returns the limit of the window as it would be without us. For redirected bytes the kernel may
- * have raised sk_rcvbuf alone (tcp_clamp_window), and once that is at its highest, it raises the
- * limit no more (tcp_rcv_space_adjust). A limit above what sk_rcvbuf has room for is none.
+ * Returns the limit of the window for a receiver to which no more is redirected. For redirected
+ * bytes the kernel may have raised sk_rcvbuf alone (tcp_clamp_window), and once that is at its
+ * highest, it raises the limit no more (tcp_rcv_space_adjust), so the former one may be far too
+ * low. A limit above what sk_rcvbuf has room for is none. A program's own limit is lifted, too,
+ * as the kernel does when it raises sk_rcvbuf, unless the program has fixed that.
  */
-static __always_inline int window_before(const struct tcp_sock *tp, const struct receiving *reader)
+static __always_inline int window_again(const struct tcp_sock *tp, const struct receiving *reader)
 {
-	int before = reader->window, room = tp->inet_conn.icsk_inet.sk.sk_rcvbuf;
+	int former = reader->window, room = tp->inet_conn.icsk_inet.sk.sk_rcvbuf;
 
 	if (BPF_CORE_READ_BITFIELD(&tp->inet_conn.icsk_inet.sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
-		return before;
-	return before < room ? room : before;
+		return former;
+	return former < room ? room : former;
 }
 
 /* A callback for each segment is dear to those who send many small ones. */
@@ -100,7 +102,7 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 		if (!reader->window)
 			return;
 		if (clamp == WINDOW_SMALL) /* else the kernel or the program has raised it */
-			clamp = window_before(tp, reader);
+			clamp = window_again(tp, reader);
 		reader->window = 0;
 	}
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));

@@ -82,8 +82,8 @@ func TestWindow(t *testing.T) {
 	set(rule.Hold)
 	streamUntil("a window that is large again", func(window int) bool { return window >= opened })
 	// Of a buffer, the kernel keeps up to a half for its own data.
-	if got, held := window(), buffer(); got < held/2 {
-		t.Errorf("the window is limited to %d bytes, with a receive buffer of %d", got, held)
+	if got, grown := window(), buffer(); got < grown/2 {
+		t.Errorf("the window is limited to %d bytes, with a receive buffer of %d", got, grown)
 	}
 
 	// A window that the program has made smaller itself stays.
