@@ -39,6 +39,12 @@
 /* How many messages of a direction are weighed at a time. */
 #define LEAVE_WINDOW 2048
 
+/*
+ * So many of a flow in which neither direction can use the shortcut. They show more than enough: a
+ * receiver that waits for edges is free after a few reads (edge_triggered), if it ever is.
+ */
+#define LEAVE_STUCK 128
+
 /* Returns true if the flow has left, or is about to. */
 static __always_inline bool has_left(const struct flow *flow)
 {
@@ -98,7 +104,8 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 	struct receiving *mine = &flow->side[own & 1].receiving;
 	const struct receiving *other = &flow->side[(own ^ 1) & 1].receiving;
 	struct sending *dir = &flow->side[own & 1].sending;
-	bool slower = flow->side[own & 1].compare.slower, leaves;
+	const struct sending *back = &flow->side[(own ^ 1) & 1].sending;
+	bool slower = flow->side[own & 1].compare.slower, leaves, stuck;
 	__u32 weight = size > MESSAGE_LARGE ? size / MESSAGE_LARGE : 1;
 	bool joins = tcp_joins(tp, size);
 	__u32 paid, unpaid, heard;
@@ -123,9 +130,10 @@ static __always_inline bool weigh(struct flow *flow, __u32 own, const struct set
 		mine->paid += weight;
 	paid = mine->paid;
 	unpaid = mine->unpaid;
-	if (paid + unpaid < LEAVE_WINDOW && !slower)
+	stuck = !paid && lasts(outcome) && !back->shortcut && lasts(back->reason);
+	if (paid + unpaid < (stuck ? LEAVE_STUCK : LEAVE_WINDOW) && !slower)
 		return false;
-	heard = sent(&flow->side[(own ^ 1) & 1].sending);
+	heard = sent(back);
 	/* What a peer has sent once that is silent now does not count, nor do its few bytes. */
 	if (heard != mine->heard && two_way(flow, own)) {
 		paid += other->paid;

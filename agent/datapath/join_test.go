@@ -502,6 +502,24 @@ func (p patientSocket) Read(b []byte) (int, error) {
 	}
 }
 
+// mustHaveFiles lets this process have both ends of so many connections open, until it ends.
+func mustHaveFiles(tb testing.TB, connections int) {
+	tb.Helper()
+	const more = 1000 // of the test itself
+	needed := uint64(2*connections + more)
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		tb.Fatal(err)
+	}
+	if files.Cur >= needed {
+		return
+	}
+	files = unix.Rlimit{Cur: needed, Max: max(needed, files.Max)}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		tb.Fatalf("%d connections need %d open files, which only CAP_SYS_RESOURCE may allow here (ulimit -n): %v", connections, needed, err)
+	}
+}
+
 // TestJoinStorm opts in two pods with very many open connections, most of them idle.
 func TestJoinStorm(t *testing.T) {
 	connections := 10_000
@@ -512,10 +530,7 @@ func TestJoinStorm(t *testing.T) {
 	if !canJoin(t, n) {
 		return
 	}
-	files := unix.Rlimit{Cur: 1 << 16, Max: 1 << 16}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		t.Fatal(err)
-	}
+	mustHaveFiles(t, connections)
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	type pair struct{ c, s *rawSocket }

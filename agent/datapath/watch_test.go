@@ -340,10 +340,7 @@ func BenchmarkJoin(b *testing.B) {
 	if noWatch(b) {
 		return
 	}
-	files := unix.Rlimit{Cur: 1 << 18, Max: 1 << 18}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		b.Fatal(err)
-	}
+	mustHaveFiles(b, *others)
 	n := mustNode(b, func(c *datapath.Config) {
 		watched(c)
 		c.MaxFlows = max(c.MaxFlows, 4*uint32(*others)) // as no pod gets more than half
