@@ -350,16 +350,24 @@ func BenchmarkJoin(b *testing.B) {
 	n.joinWatched(b)
 	var l *rawSocket
 	var address netip.AddrPort
+	var clients, servers []*rawSocket
+	before := n.counts(b)
 	for i := range *others + 1 {
 		if i%10_000 == 0 { // a client has some 28,000 ports for each listener
 			l, address = mustRawListen(b, pods[1].Netns, pods[1].IPv4)
 		}
 		if i < *others {
-			before := n.counts(b)
 			c, s := rawPair(b, pods[0], l, address)
-			n.mustTalkUntilPaired(b, before, c, s)
+			sandboxtest.MustPing(b, c, s, joinAfter, 100)
+			clients, servers = append(clients, c), append(servers, s)
 		}
 	}
+	waitUntil(b, "the others to join", func() bool {
+		for i := range clients {
+			sandboxtest.MustPing(b, clients[i], servers[i], 1, 100)
+		}
+		return n.since(b, before)["connection_paired"] == uint64(*others)
+	})
 	var took []time.Duration
 	for b.Loop() {
 		before := n.counts(b)
