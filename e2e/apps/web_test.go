@@ -143,7 +143,7 @@ func nginxNoSendfile(s *stage) { s.nginxGet("off") }
 
 func (s *stage) nginxGet(sendfile string) {
 	address, c := s.nginx(s.server, sendfile, ""), s.httpClient(s.client)
-	for range 50 {
+	for range 200 { // it joins after some 16, and has a trial of 32 reads
 		s.get(c, address, "/small", 1, small)
 	}
 	for range 2 {
