@@ -59,10 +59,10 @@ static __always_inline void stop_watching(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~(CALLBACKS | WATCHED_CLIENT));
 }
 
-/* Makes a socket of a flow a candidate. */
+/* Makes a socket of a flow a candidate. The second of the two wakes the agent: one alone is no use. */
 static __always_inline void become_candidate(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 					     const struct tcp_sock *tp, struct flow *flow, __u64 id,
-					     __u32 side)
+					     __u32 side, bool wake)
 {
 	struct candidate asks = { .flow = id, .cookie = bpf_get_socket_cookie(ctx), .side = side };
 	struct sk_flow self = { .flow = id, .side = side };
@@ -77,7 +77,8 @@ static __always_inline void become_candidate(struct bpf_sock_ops *ctx, struct bp
 		count(OUTCOME_NO_MEMORY, 0);
 		return;
 	}
-	bpf_ringbuf_output(&requests, &id, sizeof(id), 0);
+	if (wake)
+		bpf_ringbuf_output(&requests, &id, sizeof(id), 0);
 }
 
 /* Fills in what a socket knows of its connection. */
@@ -137,7 +138,7 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		/* The peer has made the flow. */
 		bpf_map_delete_elem(&offers, &key);
 		if (flow && flow->watched && flow->cookie[side & 1] == offer.cookie[side & 1])
-			become_candidate(ctx, sk, tp, flow, offer.flow, side);
+			become_candidate(ctx, sk, tp, flow, offer.flow, side, true);
 		return;
 	}
 	if (!offer.cookie[peer & 1]) {
@@ -159,9 +160,10 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	outcome = make_flow(&offer);
 	flow = flow_by_id(offer.flow);
 	if (outcome == OUTCOME_PAIRED && flow) {
+		/* In this order: what the peer wakes is to find both. */
+		become_candidate(ctx, sk, tp, flow, offer.flow, side, false);
 		offer.step = JOIN_START;
 		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
-		become_candidate(ctx, sk, tp, flow, offer.flow, side);
 	} else if (outcome == OUTCOME_MAX) {
 		offer.step = JOIN_READY; /* both are watched until there may be a flow */
 		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
@@ -228,9 +230,9 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 	__u64 ready = side == SIDE_CLIENT ? FLOW_CLIENT_READY : FLOW_SERVER_READY;
 
 	if (!asks) {
-		/* It joins again. */
+		/* It joins again, and so does its peer, before it or after it. */
 		if (!(flow->state & ready))
-			become_candidate(ctx, sk, tp, flow, self->flow, side);
+			become_candidate(ctx, sk, tp, flow, self->flow, side, true);
 		return;
 	}
 	if (!may_join(tp)) {
