@@ -19,6 +19,7 @@
 #include "learned.h"
 #include "limits.h"
 #include "maps.h"
+#include "trial.h"
 #include "unsupported.h"
 
 #define SOCK_NOSPACE (1UL << 2) /* include/linux/net.h */
@@ -195,6 +196,21 @@ static __always_inline void note_life(const struct flow *flow, const struct tcp_
 		note_no_gain(flow);
 }
 
+/* A flow ends on trial. Later ones go on from there, else a port of short connections never ends it. */
+static __always_inline void note_trial(const struct flow *flow)
+{
+	const struct settings *set = get_settings();
+
+	if (!set || !set->trial_bytes)
+		return;
+	for (__u32 own = SIDE_CLIENT; own < SIDE_MAX; own++) {
+		__u32 reads = flow->side[own ^ 1].receiving.reads;
+
+		if (reads && reads < set->trial_reads)
+			learn(flow, own, set);
+	}
+}
+
 /* A socket of a flow is closed. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
@@ -208,8 +224,10 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 		return;
 	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (flow && tp)
+	if (flow && tp) {
 		note_life(flow, tp);
+		note_trial(flow);
+	}
 	mark_gone(self, sk);
 	/* Else the SOCKHASH would keep the redirected bytes, and the next connection read them. */
 	if (disconnected(ctx, sk))

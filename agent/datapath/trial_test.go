@@ -241,6 +241,32 @@ func TestTrialIsLearned(t *testing.T) {
 	talk("after it was forgotten", pods[0], l, address, false, false)
 }
 
+// TestTrialAddsUp: connections that end on trial have their trial together, so that those of a
+// port whose connections are short get to the shortcut.
+func TestTrialAddsUp(t *testing.T) {
+	n := mustNode(t, onTrial)
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	const rounds = 10
+	connect := func(want string) {
+		t.Helper()
+		before := n.counts(t)
+		c, s := rawPair(t, pods[0], l, address)
+		mustNotDelay(t, c, s)
+		sandboxtest.MustPing(t, c, s, rounds, 100)
+		if want != "" {
+			n.mustCount(t, before, map[string]uint64{"connection_paired": 1, "message_not_seen": 2, want: 2 * (rounds - 1)})
+		}
+		n.mustEnd(t, c, s)
+	}
+	connect("message_trial")
+	for taken := rounds; taken < int(n.Config.TrialReads); taken += rounds {
+		connect("")
+	}
+	connect("message_shortcut")
+}
+
 // TestTrialOfLargeBursts: a connection begins with what others have proved.
 func TestTrialOfLargeBursts(t *testing.T) {
 	n := mustNode(t, onTrial)
