@@ -48,7 +48,7 @@ struct {
 	__type(value, struct join_entry);
 } offers SEC(".maps");
 
-/* Wakes the agent when there is a candidate. Full: the agent is behind, and will see it. */
+/* Wakes the agent when both sockets of a flow are candidates. Full: it is behind, and sees them. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 64 << 10); /* a page, which has up to 64 KiB on arm64 */
