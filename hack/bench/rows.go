@@ -85,7 +85,7 @@ func rows(noWatch bool) []row {
 		each(measure.BothWays, 64, 128, 512, kib, 4*kib, 16*kib, 64*kib, 256*kib, mib)
 		each(measure.Replies, 64*kib)
 		if noDelay { // a single byte is never held back
-			for _, requests := range []int{1, 10, 100} {
+			for _, requests := range []int{1, 10, 20, 40, 100} {
 				all = append(all, row{kind: measure.Connect, requests: requests, noDelay: true, watched: true, bare: requests == 1})
 			}
 		}
