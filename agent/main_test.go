@@ -581,7 +581,10 @@ func TestWriteStatus(t *testing.T) {
 		Guards:          []string{"flags", "splice"},
 		NewConnections:  api.NewConnections{Message: "refused"},
 		OpenConnections: api.OpenConnections{Message: "too old"},
-		EarlyPorts:      []api.EarlyPort{{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 443}},
+		JoinPorts: []api.JoinPort{
+			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 443},
+			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 444, JoinAfter: 128},
+		},
 		UnsupportedPorts: []api.UnsupportedPort{
 			{Pod: api.PodRef{Namespace: "a", Name: "b"}, Port: 80, Reasons: []string{"splice", "msg_oob"}, Since: time.Unix(0, 0).UTC()},
 			{Pod: api.PodRef{Namespace: "a", Name: "c"}, Port: 81, Reasons: []string{"blocking"}, Since: time.Unix(0, 0).UTC()},
@@ -626,8 +629,9 @@ NOT PAIRED  SERVER PORT  FROM                                              USED 
 a/b         80           everywhere                                        splice, MSG_OOB            1970-01-01 00:00:00
 a/c         81           pods without podshunt.io/blocking-sockets=accept  a socket in blocking mode  1970-01-01 00:00:00
 
-JOIN AT HANDSHAKE  SERVER PORT
-a/b                443
+POD  SERVER PORT  NEW CONNECTIONS JOIN
+a/b  443          at their handshake
+a/b  444          after 128 segments of data
 
 MAP   ENTRIES  MAX
 pods  1        1024

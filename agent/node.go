@@ -95,15 +95,20 @@ func (n *node) Status() (api.Status, error) {
 		err0 = nil
 	}
 	status.Lease = n.lease.state()
+	ports, err1 := n.ports()
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, ports, time.Now())
+	status.UnsupportedPorts, status.JoinPorts = view.UnsupportedPorts(ports.Unsupported), view.JoinPorts(ports.Join)
+	var err2, err3 error
+	status.Maps, err2 = n.datapath.Maps()
+	status.Outcomes, err3 = n.datapath.Outcomes()
+	return status, errors.Join(err0, err1, err2, err3)
+}
+
+// ports returns what is known of server ports.
+func (n *node) ports() (explain.Ports, error) {
 	unsupported, err1 := n.datapath.UnsupportedPorts()
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
-	status.UnsupportedPorts = view.UnsupportedPorts(unsupported)
-	early, err2 := n.datapath.EarlyPorts()
-	status.EarlyPorts = view.EarlyPorts(early)
-	var err3, err4 error
-	status.Maps, err3 = n.datapath.Maps()
-	status.Outcomes, err4 = n.datapath.Outcomes()
-	return status, errors.Join(err0, err1, err2, err3, err4)
+	join, err2 := n.datapath.JoinPorts()
+	return explain.Ports{Unsupported: unsupported, Join: join, JoinAfter: n.datapath.JoinAfter()}, errors.Join(err1, err2)
 }
 
 // Forget lets new connections to server ports be paired again.
@@ -129,11 +134,11 @@ func (n *node) Flows(ctx context.Context, chosen api.Selector) ([]api.Flow, erro
 	n.listing.Lock()
 	defer n.listing.Unlock()
 	snapshot := n.reconciler.Snapshot()
-	unsupported, err := n.datapath.UnsupportedPorts()
+	ports, err := n.ports()
 	if err != nil {
 		return nil, err
 	}
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, unsupported, n.datapath.JoinAfter(), time.Now())
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, ports, time.Now())
 	// Read before and after, because connections come and go while sockets are listed.
 	before, err := n.datapath.Flows()
 	if err != nil {
@@ -186,7 +191,7 @@ func (n *node) Unload(ctx context.Context, force bool) (api.UnloadResult, error)
 	}
 	n.reconciler.Stop("podshunt was unloaded: restart the agent to take part again")
 	snapshot := n.reconciler.Snapshot()
-	view := explain.NewView(snapshot.Pods, snapshot.Cluster, nil, n.datapath.JoinAfter(), time.Now())
+	view := explain.NewView(snapshot.Pods, snapshot.Cluster, explain.Ports{JoinAfter: n.datapath.JoinAfter()}, time.Now())
 	return unloader{n.datapath, view, force, n.attachmentsDir, n.proc}.run(ctx)
 }
 

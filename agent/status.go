@@ -114,12 +114,16 @@ func writeStatus(w io.Writer, s api.Status) error {
 		}
 		t.row(podText(m.Pod), strconv.Itoa(int(m.Port)), from, explain.Calls(m.Reasons), m.Since.Format(time.DateTime))
 	}
-	if len(s.EarlyPorts) > 0 {
+	if len(s.JoinPorts) > 0 {
 		t.row()
-		t.row("JOIN AT HANDSHAKE", "SERVER PORT")
+		t.row("POD", "SERVER PORT", "NEW CONNECTIONS JOIN")
 	}
-	for _, e := range s.EarlyPorts {
-		t.row(podText(e.Pod), strconv.Itoa(int(e.Port)))
+	for _, p := range s.JoinPorts {
+		when := "at their handshake"
+		if p.JoinAfter > 0 {
+			when = fmt.Sprintf("after %d segments of data", p.JoinAfter)
+		}
+		t.row(podText(p.Pod), strconv.Itoa(int(p.Port)), when)
 	}
 	t.row()
 	t.row("MAP", "ENTRIES", "MAX")

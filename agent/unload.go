@@ -173,6 +173,6 @@ func (f *unloadFlags) unloadPins(ctx context.Context) (api.UnloadResult, error) 
 	defer d.Close()
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
-	v := explain.NewView(nil, policy.Cluster{}, nil, 0, time.Now())
+	v := explain.NewView(nil, policy.Cluster{}, explain.Ports{}, time.Now())
 	return unloader{d, v, f.force, attachmentsIn(f.runDir), f.proc}.run(ctx)
 }

@@ -134,9 +134,10 @@ type Status struct {
 	Pods     []PodStatus `json:"pods"`
 	// UnsupportedPorts are the server ports whose new connections are not paired.
 	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
-	// EarlyPorts are the server ports whose new connections join at their handshake, because
-	// an earlier one has lived, and the shortcut has paid for it.
-	EarlyPorts []EarlyPort `json:"earlyPorts,omitempty"`
+	// JoinPorts are the server ports whose new connections join at their handshake, because
+	// an earlier one has lived, and the shortcut has paid for it; or later than those to other
+	// ports, because earlier ones have ended too soon for that.
+	JoinPorts []JoinPort `json:"joinPorts,omitempty"`
 	// SourceError says why the source of pod annotations cannot be read; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
 	// PolicyError says why the kernel's policy map is not complete; what is missing stays on
@@ -243,11 +244,14 @@ func KernelReasons() []KernelReason {
 	return []KernelReason{KernelLacksFeatures, KernelFatalHazards, NodeNoCgroup2}
 }
 
-// EarlyPort is a server port of a pod whose connections join at their handshake.
-type EarlyPort struct {
+// JoinPort is a server port of a pod whose connections join sooner or later than others.
+type JoinPort struct {
 	// Pod is the zero PodRef for a pod that has gone.
 	Pod  PodRef `json:"pod"`
 	Port uint16 `json:"port"`
+	// JoinAfter is the number of segments with data that a connection has sent and received
+	// when it joins; 0: at its handshake.
+	JoinAfter uint32 `json:"joinAfter"`
 }
 
 // UnsupportedPort is a server port of a pod to which new connections are not paired,

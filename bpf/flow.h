@@ -22,7 +22,7 @@
  * For that, builds of any number read what is marked FROZEN, by these names: see
  * agent/datapath/contract.go.
  */
-enum layout { LAYOUT = 4 };
+enum layout { LAYOUT = 5 };
 
 /*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a
@@ -348,7 +348,9 @@ struct learned_value {
 	__u32 drains;
 	__u32 limit;
 	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
-	__u32 early; /* of the server's entry: connections join at the handshake, see note_pays */
+	/* Of the server's entry. */
+	__u16 early; /* connections join at the handshake: see note_pays */
+	__u16 join_after; /* segments, if more than in the settings: see note_join */
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");

@@ -3,7 +3,7 @@
 /*
  * Learned: what the programs at the ends of a server port have shown, good and bad.
  * It shortens the trial of later connections (trial.h), lets them join at their
- * handshake, or keeps them on TCP (unsupported.h).
+ * handshake or later than others, or keeps them on TCP (unsupported.h).
  */
 #ifndef PODSHUNT_LEARNED_H
 #define PODSHUNT_LEARNED_H
@@ -66,6 +66,37 @@ static __always_inline void note_pays(const struct flow *flow, const struct sett
 	known->early = true;
 	if (!blocking)
 		known->non_blocking = true;
+}
+
+/* The most segments that a connection has to earn for that. It is less than WATCH_MAX. */
+#define JOIN_LATEST 2048
+
+/* Returns after how many segments a watched connection to a server port joins. */
+static __always_inline __u32 joins_after(const struct settings *set, __u64 server, __u32 port)
+{
+	const struct learned_value *known = find_learned(0, server, port);
+
+	return known && known->join_after > set->join_after ? known->join_after : set->join_after;
+}
+
+/*
+ * Notes whether a watched connection has earned again what it cost to join. If not, later ones
+ * to the port have to earn twice as much before they join. For example, one of 20 requests joins
+ * after 16, for nothing; later ones do so after 32, and thus never.
+ */
+static __always_inline void note_join(const struct flow *flow, const struct settings *set,
+				      bool paid)
+{
+	__u64 server = flow->netns[SIDE_SERVER];
+	__u32 after = joins_after(set, server, flow->server_port);
+	struct learned_value *known;
+
+	known = paid ? find_learned(0, server, flow->server_port)
+		     : get_learned(0, server, flow->server_port, set->learned_share);
+	if (known && paid)
+		known->join_after = after / 2 > set->join_after ? after / 2 : 0;
+	else if (known && after < JOIN_LATEST)
+		known->join_after = 2 * after < JOIN_LATEST ? 2 * after : JOIN_LATEST;
 }
 
 /* Notes that it does not: later connections have to earn their place again. */

@@ -183,17 +183,46 @@ static __always_inline __u32 data_segments(const struct tcp_sock *tp)
 	return tp->data_segs_in + tp->data_segs_out;
 }
 
-/* A flow that has joined at its handshake ends: had it been watched, would it have joined? */
-static __always_inline void note_life(const struct flow *flow, const struct tcp_sock *tp)
+/* Returns true if a side has read enough to be past its trial, or has nothing to read. */
+static __always_inline bool past_trial(const struct flow *flow, __u32 side,
+				       const struct settings *set)
+{
+	return flow->side[side & 1].receiving.reads >= set->trial_reads ||
+	       !sent(&flow->side[(side ^ 1) & 1].sending);
+}
+
+/* Returns true if a socket that is to join is not in the SOCKHASH yet, as when no agent runs. */
+static __always_inline bool waits_for_agent(struct bpf_sock *sk)
+{
+	const struct candidate *asks = bpf_sk_storage_get(&candidates, sk, NULL, 0);
+
+	return asks && asks->step == JOIN_START;
+}
+
+/*
+ * A flow ends, as the first of its sockets is closed. If it has joined at its handshake: had it
+ * been watched, would it have joined? If it was watched: has the shortcut paid as often as it had
+ * to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
+ * leave_ratio nothing is counted.
+ */
+static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
+				      const struct tcp_sock *tp)
 {
 	const struct receiving *client = &flow->side[SIDE_CLIENT].receiving;
 	const struct receiving *server = &flow->side[SIDE_SERVER].receiving;
 	const struct settings *set = get_settings();
 
-	if (set && !flow->watched &&
-	    data_segments(tp) + client->paid + client->unpaid + server->paid + server->unpaid <
+	if (!set || flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
+		return;
+	if (!flow->watched) {
+		if (data_segments(tp) + client->paid + client->unpaid + server->paid +
+			    server->unpaid <
 		    set->join_after)
-		note_no_gain(flow);
+			note_no_gain(flow);
+	} else if (set->leave_ratio && !waits_for_agent(sk) && past_trial(flow, SIDE_CLIENT, set) &&
+		   past_trial(flow, SIDE_SERVER, set)) {
+		note_join(flow, set, client->paid + server->paid >= set->join_after);
+	}
 }
 
 /* A flow ends on trial. Later ones go on from there, else a port of short connections never ends it. */
@@ -225,7 +254,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (flow && tp) {
-		note_life(flow, tp);
+		note_life(flow, sk, tp);
 		note_trial(flow);
 	}
 	mark_gone(self, sk);
@@ -300,6 +329,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	known->limit = 0;
 	known->non_blocking = false;
 	known->early = false;
+	known->join_after = 0;
 	__sync_fetch_and_and(&known->reasons, ~UNSUPPORTED_BLOCKING);
 }
 

@@ -143,7 +143,7 @@ const (
 type ShortcutLayout uint32
 
 const (
-	ShortcutLayoutLAYOUT ShortcutLayout = 4
+	ShortcutLayoutLAYOUT ShortcutLayout = 5
 )
 
 type ShortcutLearnedKey struct {
@@ -164,7 +164,8 @@ type ShortcutLearnedValue struct {
 	Drains      uint32
 	Limit       uint32
 	NonBlocking uint32
-	Early       uint32
+	Early       uint16
+	JoinAfter   uint16
 }
 
 type ShortcutNumbers struct {

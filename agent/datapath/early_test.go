@@ -17,9 +17,9 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
-func (n *node) earlyPorts(tb testing.TB) []datapath.EarlyPort {
+func (n *node) joinPorts(tb testing.TB) []datapath.JoinPort {
 	tb.Helper()
-	ports, err := n.EarlyPorts()
+	ports, err := n.JoinPorts()
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -77,9 +77,9 @@ func TestEarly(t *testing.T) {
 			c, s := rawPair(t, pods[0], l, address)
 			waitUntil(t, "the port to be known", func() bool {
 				sandboxtest.MustPing(t, c, s, 500, 100)
-				return len(n.earlyPorts(t)) > 0
+				return len(n.joinPorts(t)) > 0
 			})
-			if diff := cmp.Diff([]datapath.EarlyPort{{Netns: cookies[1], Port: address.Port()}}, n.earlyPorts(t)); diff != "" {
+			if diff := cmp.Diff([]datapath.JoinPort{{Netns: cookies[1], Port: address.Port()}}, n.joinPorts(t)); diff != "" {
 				t.Error(diff)
 			}
 			n.mustEnd(t, c, s)
@@ -90,12 +90,12 @@ func TestEarly(t *testing.T) {
 			n.mustBeShortcut(t, c, s)
 			sandboxtest.MustPing(t, c, s, joinAfter, 100)
 			n.mustEnd(t, c, s)
-			if got := n.earlyPorts(t); len(got) != 1 {
+			if got := n.joinPorts(t); len(got) != 1 {
 				t.Errorf("got %v after a connection that was long enough, want one port", got)
 			}
 
 			l = end(t, n, pods, l, address)
-			if got := n.earlyPorts(t); len(got) > 0 {
+			if got := n.joinPorts(t); len(got) > 0 {
 				t.Errorf("got %v, want it forgotten", got)
 			}
 			before = n.counts(t)
@@ -106,4 +106,78 @@ func TestEarly(t *testing.T) {
 			n.mustBeShortcut(t, c, s)
 		})
 	}
+}
+
+// TestJoinsLater: when connections end soon after they have joined, later ones to the port have
+// to earn twice as much, until one has lived that long.
+func TestJoinsLater(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	n := mustNode(t, func(c *datapath.Config) {
+		watched(c)
+		leaves(c)
+	})
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	stop := n.joinWatched(t)
+	// Returns how many segments the connection had exchanged when it joined, and lets it exchange
+	// some more messages.
+	connect := func(messages int) (segments int) {
+		t.Helper()
+		before := n.counts(t)
+		c, s := rawPair(t, pods[0], l, address)
+		waitUntil(t, "the connection to earn it", func() bool {
+			sandboxtest.MustPing(t, c, s, 1, 100)
+			segments += 2
+			flows, err := n.Flows()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(flows) > 0
+		})
+		n.mustTalkUntilPaired(t, before, c, s)
+		if messages > 0 {
+			n.mustBeShortcut(t, c, s)
+			sandboxtest.MustPing(t, c, s, messages/2, 100)
+		}
+		n.mustEnd(t, c, s)
+		return segments
+	}
+	want := func(after uint32) {
+		t.Helper()
+		var ports []datapath.JoinPort
+		if after > 0 {
+			ports = []datapath.JoinPort{{Netns: cookies[1], Port: address.Port(), JoinAfter: after}}
+		}
+		if diff := cmp.Diff(ports, n.joinPorts(t)); diff != "" {
+			t.Error(diff)
+		}
+	}
+	const long = 2 * joinAfter
+	for _, step := range []struct{ messages, least, after int }{
+		{0, joinAfter, 2 * joinAfter},
+		{0, 2 * joinAfter, 4 * joinAfter},
+		{long, 4 * joinAfter, 2 * joinAfter},
+		{long, 2 * joinAfter, 0},
+		{long, joinAfter, 0},
+		{0, joinAfter, 2 * joinAfter},
+	} {
+		if got := connect(step.messages); got < step.least {
+			t.Errorf("got a connection that joins after %d segments, want at least %d", got, step.least)
+		}
+		want(uint32(step.after))
+	}
+	if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
+		t.Errorf("got %d ports forgotten and %v, want 1", got, err)
+	}
+	want(0)
+
+	// One that nobody inserts says nothing.
+	stop()
+	c, s := rawPair(t, pods[0], l, address)
+	sandboxtest.MustPing(t, c, s, joinAfter, 100)
+	n.mustEnd(t, c, s)
+	want(0)
 }

@@ -81,27 +81,33 @@ func (d *Datapath) UnsupportedPorts() ([]UnsupportedPort, error) {
 	return unsupported, nil
 }
 
-// EarlyPort is a server port whose connections join at their handshake: an earlier one has
-// lived, and the shortcut has paid for it.
-type EarlyPort struct {
-	Netns uint64 // cookie of the server's network namespace
-	Port  uint16
+// JoinPort is a server port whose connections join sooner or later than those of others: at
+// their handshake, as an earlier one has lived, and the shortcut has paid for it; or later, as
+// earlier ones have ended too soon for that.
+type JoinPort struct {
+	Netns     uint64 // cookie of the server's network namespace
+	Port      uint16
+	JoinAfter uint32 // as in Config
 }
 
-// EarlyPorts returns all such ports, sorted; none after an unload.
-func (d *Datapath) EarlyPorts() ([]EarlyPort, error) {
+// JoinPorts returns all such ports, sorted; none after an unload.
+func (d *Datapath) JoinPorts() ([]JoinPort, error) {
 	all, err := d.learned()
 	if err != nil {
 		return nil, err
 	}
-	var early []EarlyPort
+	var ports []JoinPort
 	for key, value := range all {
+		p := JoinPort{Netns: key.Server, Port: uint16(key.Port), JoinAfter: max(d.cfg.JoinAfter, uint32(value.JoinAfter))}
 		if value.Early != 0 {
-			early = append(early, EarlyPort{Netns: key.Server, Port: uint16(key.Port)})
+			p.JoinAfter = 0
+		}
+		if p.JoinAfter != d.cfg.JoinAfter {
+			ports = append(ports, p)
 		}
 	}
-	slices.SortFunc(early, func(a, b EarlyPort) int { return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port)) })
-	return early, nil
+	slices.SortFunc(ports, func(a, b JoinPort) int { return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Port, b.Port)) })
+	return ports, nil
 }
 
 // learned returns the map of what is learned; nothing after an unload.
@@ -123,9 +129,9 @@ func readLearned(m *ebpf.Map) (map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedVal
 }
 
 // Forget deletes what was learned of the server ports for which forget returns true, and
-// returns how many of these entries were marked unsupported, or early. New connections to the
-// ports may be paired again, do not join at the handshake, and their receivers begin a new
-// trial. server and client are netns cookies, client is 0 in the entry of the server itself,
+// returns how many of these entries were marked unsupported, or had another JoinAfter. New
+// connections to the ports may be paired again, join as to other ports, and their receivers
+// begin a new trial. server and client are netns cookies, client is 0 in the entry of the server itself,
 // and port is in host byte order. It returns ErrUnloaded after an unload.
 func (d *Datapath) Forget(forget func(server, client uint64, port uint16) bool) (int, error) {
 	d.mu.Lock()
@@ -152,7 +158,7 @@ func (d *Datapath) forget(all map[bpf.ShortcutLearnedKey]bpf.ShortcutLearnedValu
 			return forgotten, fmt.Errorf("delete from the map of what is learned: %w", err)
 		}
 		delete(all, key)
-		if value.Reasons != 0 || value.Early != 0 {
+		if value.Reasons != 0 || value.Early != 0 || value.JoinAfter != 0 {
 			forgotten++
 		}
 	}

@@ -30,6 +30,7 @@ type View struct {
 	cluster     policy.Cluster
 	unsupported map[policyKey]datapath.UnsupportedPort
 	joinAfter   uint32 // as in datapath.Config
+	joinPorts   map[policyKey]uint32
 	now         time.Time
 	// decisions caches answers of policy.Explain, which looks at all policies of
 	// two namespaces, since many connections are between the same two pods.
@@ -44,12 +45,20 @@ type policyKey struct {
 	port           uint16
 }
 
-// NewView returns a View of all pods of the node and of their unsupported ports; joinAfter is
-// as in datapath.Config. It keeps its arguments.
-func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datapath.UnsupportedPort, joinAfter uint32, now time.Time) *View {
+// Ports is what the datapath knows of server ports. JoinAfter is that of those that are not
+// in Join, as in datapath.Config.
+type Ports struct {
+	Unsupported []datapath.UnsupportedPort
+	Join        []datapath.JoinPort
+	JoinAfter   uint32
+}
+
+// NewView returns a View of all pods of the node and of their server ports. It keeps its
+// arguments.
+func NewView(attachments []pods.Pod, cluster policy.Cluster, ports Ports, now time.Time) *View {
 	v := &View{
-		joinAfter: joinAfter,
-		byCookie:  map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
+		joinAfter: ports.JoinAfter, joinPorts: map[policyKey]uint32{},
+		byCookie: map[uint64]*pods.Pod{}, byAddress: map[netip.Addr]*pods.Pod{}, cluster: cluster,
 		unsupported: map[policyKey]datapath.UnsupportedPort{}, now: now, decisions: map[policyKey]policy.Decision{},
 	}
 	for _, a := range attachments {
@@ -64,8 +73,11 @@ func NewView(attachments []pods.Pod, cluster policy.Cluster, unsupported []datap
 			v.byAddress[address.Unmap()] = v.byCookie[a.NetnsCookie]
 		}
 	}
-	for _, u := range unsupported {
+	for _, u := range ports.Unsupported {
 		v.unsupported[policyKey{u.Client, u.Netns, u.Port}] = u
+	}
+	for _, p := range ports.Join {
+		v.joinPorts[policyKey{0, p.Netns, p.Port}] = p.JoinAfter
 	}
 	return v
 }
@@ -139,11 +151,15 @@ func counting(reasons []string, client, server *pods.Pod) []string {
 
 // unmatched is the answer where nothing but the connection itself can be why. Of its sockets,
 // one may be nil.
-func (v *View) unmatched(from, to *pods.Pod, client, server *Socket) answer {
+func (v *View) unmatched(from, to *pods.Pod, port uint16, client, server *Socket) answer {
+	after, why := v.joinAfter, "--join-after"
+	if learned := v.joinPorts[policyKey{0, to.NetnsCookie, port}]; learned > after {
+		after, why = learned, why+" is less; earlier connections to this server port have ended soon after that"
+	}
 	for _, s := range []*Socket{client, server} {
-		if s != nil && s.segments < v.joinAfter {
+		if s != nil && s.segments < after {
 			return answer{reasonWatched, nil, fmt.Sprintf(
-				"it joins once it has sent and received %d segments of data (--join-after), so far %d", v.joinAfter, s.segments)}
+				"it joins once it has sent and received %d segments of data (%s), so far %d", after, why, s.segments)}
 		}
 	}
 	blocking := "a socket is in blocking mode (see " + api.AnnotationBlockingSockets + "), or "
@@ -176,11 +192,11 @@ func (v *View) UnsupportedPorts(ports []datapath.UnsupportedPort) (described []a
 	return described
 }
 
-// EarlyPorts returns the ports with the names of their pods.
-func (v *View) EarlyPorts(ports []datapath.EarlyPort) (described []api.EarlyPort) {
-	for _, e := range ports {
-		d := api.EarlyPort{Port: e.Port}
-		if server := v.byCookie[e.Netns]; server != nil {
+// JoinPorts returns the ports with the names of their pods.
+func (v *View) JoinPorts(ports []datapath.JoinPort) (described []api.JoinPort) {
+	for _, p := range ports {
+		d := api.JoinPort{Port: p.Port, JoinAfter: p.JoinAfter}
+		if server := v.byCookie[p.Netns]; server != nil {
 			d.Pod = server.Pod
 		}
 		described = append(described, d)
@@ -280,7 +296,7 @@ func (v *View) Unpaired(sockets []Socket, known ...[]datapath.Flow) []api.Flow {
 		if wants(from) || wants(to) {
 			why := v.why(from, to, f.Server.Address.Port())
 			if why.reason == "" {
-				why = v.unmatched(from, to, client, server)
+				why = v.unmatched(from, to, f.Server.Address.Port(), client, server)
 			}
 			f.Reason, f.Details, f.Message = why.reason, why.details, why.message
 			flows = append(flows, f)

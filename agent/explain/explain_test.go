@@ -49,12 +49,16 @@ func testView() *View {
 		pod("java", 5, api.Settings{Enabled: true, AcceptBlocking: true}, api.PodEnrolled, "", ""),
 		pod("jdbc", 6, api.Settings{Enabled: true, AcceptBlocking: true}, api.PodEnrolled, "", ""),
 		pod("unknown", 0, api.Settings{Enabled: true}, api.PodWaiting, api.PodNetnsUnknown, "its netns cannot be read"),
-	}, policy.Cluster{}, []datapath.UnsupportedPort{
-		{Netns: 2, Client: 1, Port: 8888, Reasons: []string{"splice", "msg_oob"}},
-		{Netns: 5, Port: 80, Reasons: []string{"blocking"}},
-		{Netns: 5, Port: 81, Reasons: []string{"blocking"}},
-		{Netns: 5, Client: 6, Port: 81, Reasons: []string{"splice", "blocking"}},
-	}, joinAfter, now)
+	}, policy.Cluster{}, Ports{
+		Unsupported: []datapath.UnsupportedPort{
+			{Netns: 2, Client: 1, Port: 8888, Reasons: []string{"splice", "msg_oob"}},
+			{Netns: 5, Port: 80, Reasons: []string{"blocking"}},
+			{Netns: 5, Port: 81, Reasons: []string{"blocking"}},
+			{Netns: 5, Client: 6, Port: 81, Reasons: []string{"splice", "blocking"}},
+		},
+		Join:      []datapath.JoinPort{{Netns: 2, Port: 81, JoinAfter: 2 * joinAfter}, {Netns: 2, Port: 82}},
+		JoinAfter: joinAfter,
+	}, now)
 }
 
 const joinAfter = 32
@@ -185,6 +189,18 @@ func TestUnpaired(t *testing.T) {
 			},
 			want: []string{"default/client 10.0.0.1:5000 > 10.0.0.2:80 > default/web 10.0.0.2:80: watched []: " +
 				"it joins once it has sent and received 32 segments of data (--join-after), so far 31"},
+		},
+		{
+			name: "a port to which connections join later, and one where they join at the handshake",
+			sockets: []Socket{
+				listen(2, "0.0.0.0:81"), open(1, 11, "10.0.0.1:5000", "10.0.0.2:81"), open(2, 12, "10.0.0.2:81", "10.0.0.1:5000"),
+				listen(2, "0.0.0.0:82"), open(1, 13, "10.0.0.1:5001", "10.0.0.2:82"), open(2, 14, "10.0.0.2:82", "10.0.0.1:5001"),
+			},
+			want: []string{
+				"default/client 10.0.0.1:5000 > 10.0.0.2:81 > default/web 10.0.0.2:81: watched []: it joins once it has sent and received 64 " +
+					"segments of data (--join-after is less; earlier connections to this server port have ended soon after that), so far 32",
+				"default/client 10.0.0.1:5001 > 10.0.0.2:82 > default/web 10.0.0.2:82: " + reconnect,
+			},
 		},
 		{
 			name: "a port that is known for more than blocking sockets",
