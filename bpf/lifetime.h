@@ -201,8 +201,8 @@ static __always_inline bool waits_for_agent(struct bpf_sock *sk)
 
 /*
  * A flow ends, as the first of its sockets is closed. If it has joined at its handshake: had it
- * been watched, would it have joined? If it was watched: has the shortcut paid as often as it had
- * to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
+ * been watched, would it have joined? If it was watched: has the shortcut paid half as often as it
+ * had to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
  * leave_ratio nothing is counted.
  */
 static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
@@ -221,7 +221,7 @@ static __always_inline void note_life(const struct flow *flow, struct bpf_sock *
 			note_no_gain(flow);
 	} else if (set->leave_ratio && !waits_for_agent(sk) && past_trial(flow, SIDE_CLIENT, set) &&
 		   past_trial(flow, SIDE_SERVER, set)) {
-		note_join(flow, set, client->paid + server->paid >= set->join_after);
+		note_join(flow, set, client->paid + server->paid >= set->join_after / 2);
 	}
 }
 
