@@ -134,9 +134,7 @@ type Status struct {
 	Pods     []PodStatus `json:"pods"`
 	// UnsupportedPorts are the server ports whose new connections are not paired.
 	UnsupportedPorts []UnsupportedPort `json:"unsupportedPorts,omitempty"`
-	// JoinPorts are the server ports whose new connections join at their handshake, because
-	// an earlier one has lived, and the shortcut has paid for it; or later than those to other
-	// ports, because earlier ones have ended too soon for that.
+	// JoinPorts are the server ports whose new connections join sooner or later than others.
 	JoinPorts []JoinPort `json:"joinPorts,omitempty"`
 	// SourceError says why the source of pod annotations cannot be read; the last good content stays in force.
 	SourceError string `json:"sourceError,omitempty"`
@@ -244,13 +242,12 @@ func KernelReasons() []KernelReason {
 	return []KernelReason{KernelLacksFeatures, KernelFatalHazards, NodeNoCgroup2}
 }
 
-// JoinPort is a server port of a pod whose connections join sooner or later than others.
+// JoinPort is a server port of a pod: when its connections join.
 type JoinPort struct {
 	// Pod is the zero PodRef for a pod that has gone.
 	Pod  PodRef `json:"pod"`
 	Port uint16 `json:"port"`
-	// JoinAfter is the number of segments with data that a connection has sent and received
-	// when it joins; 0: at its handshake.
+	// JoinAfter is how many segments of data they have to exchange first; 0: they join at their handshake.
 	JoinAfter uint32 `json:"joinAfter"`
 }
 
@@ -398,7 +395,6 @@ type UnloadResult struct {
 	// Left counts sockets of ended connections that have, or may have, something to
 	// read. What they need leaves the kernel when their programs close them.
 	Left int `json:"left,omitempty"`
-	// Remarks lists what an uninstall leaves for a person to look at, such as files of others that still name the
-	// plugin.
+	// Remarks lists what an uninstall leaves for a person to look at, such as files that still name the plugin.
 	Remarks []string `json:"remarks,omitempty"`
 }
