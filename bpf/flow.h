@@ -347,10 +347,11 @@ struct learned_value {
 	__u32 bulk;
 	__u32 drains;
 	__u32 limit;
-	__u32 non_blocking; /* the server was seen to accept into non-blocking mode */
 	/* Of the server's entry. */
+	__u16 non_blocking; /* the server was seen to accept into non-blocking mode */
 	__u16 early; /* connections join at the handshake: see note_pays */
-	__u16 join_after; /* segments, if more than in the settings: see note_join */
+	__u32 join_after; /* segments, if more than in the settings: see joins_after */
+	__u64 join_ns; /* CLOCK_MONOTONIC, when that was set */
 };
 
 _Static_assert(sizeof(struct learned_key) == 24, "no padding in keys");
@@ -384,6 +385,7 @@ struct settings {
 	__u32 compare; /* eighths of TCP's speed that the shortcut must reach for a stream; 0: not compared */
 	__u32 busy_ns; /* between messages, of a stream that sends as fast as it can: see sets_pace */
 	__u32 untraced; /* the kernel does not run the guards, nor observe_fexit */
+	__u64 join_halves_ns; /* after this, half of a port's own join_after is enough */
 };
 
 /* The argument of end_flow. */

@@ -68,35 +68,51 @@ static __always_inline void note_pays(const struct flow *flow, const struct sett
 		known->non_blocking = true;
 }
 
-/* The most segments that a connection has to earn for that. It is less than WATCH_MAX. */
+/* The most segments that a connection has to earn to join. It is less than WATCH_MAX. */
 #define JOIN_LATEST 2048
 
 /* Returns after how many segments a watched connection to a server port joins. */
-static __always_inline __u32 joins_after(const struct settings *set, __u64 server, __u32 port)
+static __always_inline __u32 joins_after(const struct settings *set,
+					 const struct learned_value *known)
 {
-	const struct learned_value *known = find_learned(0, server, port);
+	__u64 halved;
+	__u32 after;
 
-	return known && known->join_after > set->join_after ? known->join_after : set->join_after;
+	if (!known || !known->join_after)
+		return set->join_after;
+	halved = (bpf_ktime_get_coarse_ns() - known->join_ns) / set->join_halves_ns;
+	after = halved < 32 ? known->join_after >> halved : 0;
+	return after > set->join_after ? after : set->join_after;
 }
 
 /*
  * Notes whether a watched connection has earned again what it cost to join. If not, later ones
  * to the port have to earn twice as much before they join. For example, one of 20 requests joins
- * after 16, for nothing; later ones do so after 32, and thus never.
+ * after 32 segments, for nothing; later ones do so after 64, and thus never. One that has not
+ * lived that long says nothing more: it has joined before an earlier one has doubled it.
  */
 static __always_inline void note_join(const struct flow *flow, const struct settings *set,
-				      bool paid)
+				      __u32 segments, bool paid)
 {
 	__u64 server = flow->netns[SIDE_SERVER];
-	__u32 after = joins_after(set, server, flow->server_port);
-	struct learned_value *known;
+	struct learned_value *known = find_learned(0, server, flow->server_port);
+	__u32 after = joins_after(set, known);
 
-	known = paid ? find_learned(0, server, flow->server_port)
-		     : get_learned(0, server, flow->server_port, set->learned_share);
-	if (known && paid)
-		known->join_after = after / 2 > set->join_after ? after / 2 : 0;
-	else if (known && after < JOIN_LATEST)
-		known->join_after = 2 * after < JOIN_LATEST ? 2 * after : JOIN_LATEST;
+	if (paid) {
+		after = after / 2 > set->join_after ? after / 2 : 0;
+		if (!known || known->join_after == after)
+			return;
+	} else {
+		if (segments < after || after >= JOIN_LATEST)
+			return;
+		if (!known)
+			known = get_learned(0, server, flow->server_port, set->learned_share);
+		if (!known)
+			return;
+		after = 2 * after < JOIN_LATEST ? 2 * after : JOIN_LATEST;
+	}
+	known->join_ns = bpf_ktime_get_coarse_ns();
+	known->join_after = after;
 }
 
 /* Notes that it does not: later connections have to earn their place again. */

@@ -183,12 +183,14 @@ static __always_inline __u32 data_segments(const struct tcp_sock *tp)
 	return tp->data_segs_in + tp->data_segs_out;
 }
 
-/* Returns true if a side has read enough to be past its trial, or has nothing to read. */
+/* Returns true if nothing is kept from a side for its trial, or it has nothing to read. */
 static __always_inline bool past_trial(const struct flow *flow, __u32 side,
 				       const struct settings *set)
 {
-	return flow->side[side & 1].receiving.reads >= set->trial_reads ||
-	       !sent(&flow->side[(side ^ 1) & 1].sending);
+	const struct sending *dir = &flow->side[(side ^ 1) & 1].sending;
+
+	return !sent(dir) || (flow->side[side & 1].receiving.reads >= set->trial_reads &&
+			      dir->reason != OUTCOME_TRIAL);
 }
 
 /* Returns true if a socket that is to join is not in the SOCKHASH yet, as when no agent runs. */
@@ -205,32 +207,27 @@ static __always_inline bool waits_for_agent(struct bpf_sock *sk)
  * had to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
  * leave_ratio nothing is counted.
  */
-static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
-				      const struct tcp_sock *tp)
+static __always_inline void note_life(const struct flow *flow, const struct settings *set,
+				      struct bpf_sock *sk, const struct tcp_sock *tp)
 {
 	const struct receiving *client = &flow->side[SIDE_CLIENT].receiving;
 	const struct receiving *server = &flow->side[SIDE_SERVER].receiving;
-	const struct settings *set = get_settings();
+	__u32 segments =
+		data_segments(tp) + client->paid + client->unpaid + server->paid + server->unpaid;
 
-	if (!set || flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
-		return;
 	if (!flow->watched) {
-		if (data_segments(tp) + client->paid + client->unpaid + server->paid +
-			    server->unpaid <
-		    set->join_after)
+		if (segments < set->join_after)
 			note_no_gain(flow);
 	} else if (set->leave_ratio && !waits_for_agent(sk) && past_trial(flow, SIDE_CLIENT, set) &&
 		   past_trial(flow, SIDE_SERVER, set)) {
-		note_join(flow, set, client->paid + server->paid >= set->join_after / 2);
+		note_join(flow, set, segments, client->paid + server->paid >= set->join_after / 2);
 	}
 }
 
 /* A flow ends on trial. Later ones go on from there, else a port of short connections never ends it. */
-static __always_inline void note_trial(const struct flow *flow)
+static __always_inline void note_trial(const struct flow *flow, const struct settings *set)
 {
-	const struct settings *set = get_settings();
-
-	if (!set || !set->trial_bytes)
+	if (!set->trial_bytes)
 		return;
 	for (__u32 own = SIDE_CLIENT; own < SIDE_MAX; own++) {
 		__u32 reads = flow->side[own ^ 1].receiving.reads;
@@ -243,6 +240,7 @@ static __always_inline void note_trial(const struct flow *flow)
 /* A socket of a flow is closed. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
+	const struct settings *set = get_settings();
 	struct bpf_sock *sk = ctx->sk;
 	struct sk_flow *self;
 	struct tcp_sock *tp;
@@ -253,9 +251,9 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 		return;
 	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (flow && tp) {
-		note_life(flow, sk, tp);
-		note_trial(flow);
+	if (flow && tp && set && !(flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))) {
+		note_life(flow, set, sk, tp);
+		note_trial(flow, set);
 	}
 	mark_gone(self, sk);
 	/* Else the SOCKHASH would keep the redirected bytes, and the next connection read them. */

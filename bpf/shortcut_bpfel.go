@@ -163,9 +163,10 @@ type ShortcutLearnedValue struct {
 	Bulk        uint32
 	Drains      uint32
 	Limit       uint32
-	NonBlocking uint32
+	NonBlocking uint16
 	Early       uint16
-	JoinAfter   uint16
+	JoinAfter   uint32
+	JoinNs      uint64
 }
 
 type ShortcutNumbers struct {
@@ -370,6 +371,7 @@ type ShortcutSettings struct {
 	Compare          uint32
 	BusyNs           uint32
 	Untraced         uint32
+	JoinHalvesNs     uint64
 }
 
 type ShortcutShare struct {

@@ -208,7 +208,7 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 		return;
 	}
 	if (!(ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT) &&
-	    set->join_after + over < joins_after(set, netns, ctx->local_port))
+	    set->join_after + over < joins_after(set, find_learned(0, netns, ctx->local_port)))
 		return; /* the client's offer waits */
 	make_offer(ctx, sk, tp, netns, over >= WATCH_MAX);
 }

@@ -69,6 +69,9 @@ type Config struct {
 	// before it joins: until then it is watched, and costs next to nothing. With 0 all
 	// connections join at their handshake.
 	JoinAfter uint32
+	// Tests alone set joinHalves. Connections to a port of those that have ended soon after
+	// they have joined must exchange more than JoinAfter; each time after this, half of it.
+	joinHalves time.Duration
 	// WatchOnly has connections watched, and none joins: a measurement of that, also where
 	// the kernel refuses what would let them join (CheckWatch).
 	WatchOnly bool
@@ -121,6 +124,7 @@ func DefaultConfig() Config {
 		TrialBytes:      256 << 10,
 		TrialDrains:     4,
 		JoinAfter:       32,
+		joinHalves:      10 * time.Second,
 		LeaveRatio:      3,
 		compare:         9, // as in the SOCKHASH TCP is slower than outside
 		busy:            50 * time.Microsecond,

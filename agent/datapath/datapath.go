@@ -350,7 +350,7 @@ func (d *Datapath) attach(dir string) error {
 		s.AllowBlocking = number(d.cfg.AllowBlocking)
 		s.NoMptcpListeners = number(d.mptcpListenersKeptOut())
 		s.NoCallbacks = number(d.noCallbacks)
-		s.JoinAfter, s.LeaveRatio = d.cfg.JoinAfter, d.cfg.LeaveRatio
+		s.JoinAfter, s.JoinHalvesNs, s.LeaveRatio = d.cfg.JoinAfter, uint64(d.cfg.joinHalves), d.cfg.LeaveRatio
 		if s.LeaveRatio > 0 {
 			s.Compare, s.BusyNs = d.cfg.compare, uint32(d.cfg.busy)
 		}

@@ -7,6 +7,7 @@ package datapath_test
 import (
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -109,75 +110,147 @@ func TestEarly(t *testing.T) {
 }
 
 // TestJoinsLater: when connections end soon after they have joined, later ones to the port have
-// to earn twice as much, until one has lived that long.
+// to earn twice as much, until one has lived that long, or some time has passed.
 func TestJoinsLater(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
-	n := mustNode(t, func(c *datapath.Config) {
-		watched(c)
-		leaves(c)
-	})
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-	stop := n.joinWatched(t)
-	// Returns how many segments the connection had exchanged when it joined, and lets it exchange
-	// some more messages.
-	connect := func(messages int) (segments int) {
-		t.Helper()
-		before := n.counts(t)
-		c, s := rawPair(t, pods[0], l, address)
-		waitUntil(t, "the connection to earn it", func() bool {
-			sandboxtest.MustPing(t, c, s, 1, 100)
-			segments += 2
-			flows, err := n.Flows()
-			if err != nil {
-				t.Fatal(err)
-			}
-			return len(flows) > 0
-		})
-		n.mustTalkUntilPaired(t, before, c, s)
-		if messages > 0 {
-			n.mustBeShortcut(t, c, s)
-			sandboxtest.MustPing(t, c, s, messages/2, 100)
-		}
-		n.mustEnd(t, c, s)
-		return segments
-	}
-	want := func(after uint32) {
-		t.Helper()
-		var ports []datapath.JoinPort
-		if after > 0 {
-			ports = []datapath.JoinPort{{Netns: cookies[1], Port: address.Port(), JoinAfter: after}}
-		}
-		if diff := cmp.Diff(ports, n.joinPorts(t)); diff != "" {
-			t.Error(diff)
-		}
-	}
 	const long = 2 * joinAfter
-	for _, step := range []struct{ messages, least, after int }{
-		{0, joinAfter, 2 * joinAfter},
-		{0, 2 * joinAfter, 4 * joinAfter},
-		{long, 4 * joinAfter, 2 * joinAfter},
-		{long, 2 * joinAfter, 0},
-		{long, joinAfter, 0},
-		{0, joinAfter, 2 * joinAfter},
+	type step struct{ messages, joins, after int }
+	for name, tc := range map[string]struct {
+		halves time.Duration
+		steps  []step
+	}{
+		"until one lives": {time.Hour, []step{
+			{0, joinAfter, 2 * joinAfter},
+			{0, 2 * joinAfter, 4 * joinAfter},
+			{long, 4 * joinAfter, 2 * joinAfter},
+			{long, 2 * joinAfter, 0},
+			{long, joinAfter, 0},
+			{0, joinAfter, 2 * joinAfter},
+		}},
+		"until some time has passed": {time.Nanosecond, []step{{0, joinAfter, 0}, {0, joinAfter, 0}}},
 	} {
-		if got := connect(step.messages); got < step.least {
-			t.Errorf("got a connection that joins after %d segments, want at least %d", got, step.least)
-		}
-		want(uint32(step.after))
-	}
-	if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
-		t.Errorf("got %d ports forgotten and %v, want 1", got, err)
-	}
-	want(0)
+		t.Run(name, func(t *testing.T) {
+			n := mustNode(t, func(c *datapath.Config) {
+				watched(c)
+				leaves(c)
+				c.SetJoinHalves(tc.halves)
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			stop := n.joinWatched(t)
+			want := func(after uint32) {
+				t.Helper()
+				var ports []datapath.JoinPort
+				if after > 0 {
+					ports = []datapath.JoinPort{{Netns: cookies[1], Port: address.Port(), JoinAfter: after}}
+				}
+				if diff := cmp.Diff(ports, n.joinPorts(t)); diff != "" {
+					t.Error(diff)
+				}
+			}
+			for _, s := range tc.steps {
+				n.mustJoinAfter(t, pods[0], l, address, s.joins, s.messages)
+				want(uint32(s.after))
+			}
+			if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
+				t.Errorf("got %d ports forgotten and %v, want 1", got, err)
+			}
+			want(0)
+			n.mustJoinAfter(t, pods[0], l, address, joinAfter, long)
 
-	// One that nobody inserts says nothing.
-	stop()
-	c, s := rawPair(t, pods[0], l, address)
-	sandboxtest.MustPing(t, c, s, joinAfter, 100)
+			// One that nobody inserts says nothing.
+			stop()
+			c, s := rawPair(t, pods[0], l, address)
+			sandboxtest.MustPing(t, c, s, joinAfter, 100)
+			n.mustEnd(t, c, s)
+			want(0)
+		})
+	}
+}
+
+// mustEarn returns the ends of a connection that has just earned to join, and after how many
+// segments of data it has.
+func (n *node) mustEarn(t *testing.T, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) (c, s *rawSocket, segments int) {
+	t.Helper()
+	before := n.usage(t)["flows"]
+	c, s = rawPair(t, client, l, address)
+	waitUntil(t, "the connection to earn it", func() bool {
+		sandboxtest.MustPing(t, c, s, 1, 100)
+		segments += 2
+		return n.usage(t)["flows"] > before
+	})
+	return c, s, segments
+}
+
+// mustJoinAfter makes a connection, which is to join after so many segments of data and not after
+// twice as many, lets it exchange some more messages, and ends it.
+func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, address netip.AddrPort, joins, messages int) {
+	t.Helper()
+	before := n.counts(t)
+	c, s, segments := n.mustEarn(t, client, l, address)
+	if segments < joins || segments >= 2*joins {
+		t.Errorf("got a connection that joins after %d segments, want %d", segments, joins)
+	}
+	n.mustTalkUntilPaired(t, before, c, s)
+	if messages > 0 {
+		n.mustBeShortcut(t, c, s)
+		sandboxtest.MustPing(t, c, s, messages/2, 100)
+	}
 	n.mustEnd(t, c, s)
-	want(0)
+}
+
+// TestJoinsLaterOnce: connections that end soon after they have joined together say no more than
+// one of them, and those that end on trial say nothing.
+func TestJoinsLaterOnce(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	for name, tc := range map[string]struct {
+		trialReads, trialBytes uint32
+		size                   int
+		want                   uint32
+	}{
+		"together":                  {0, 0, 100, 2 * joinAfter},
+		"on trial":                  {1000, 0, 100, 0},
+		"on trial for large bursts": {1, 1 << 20, 10_000, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := mustNode(t, func(c *datapath.Config) {
+				watched(c)
+				leaves(c)
+				c.SetJoinHalves(time.Hour)
+				c.TrialReads, c.TrialBytes = tc.trialReads, tc.trialBytes
+			})
+			pods, cookies := n.MustEnrol(t, "client", "server")
+			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+			n.joinWatched(t)
+			var ends []*rawSocket
+			for range 3 {
+				before := n.counts(t)
+				c, s, _ := n.mustEarn(t, pods[0], l, address)
+				ends = append(ends, c, s)
+				// Without a message, or it may have lived long enough to say more.
+				waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == len(ends) })
+				if tc.want == 0 {
+					n.mustTalkUntilPaired(t, before, c, s)
+					sandboxtest.MustPing(t, c, s, 3, tc.size)
+				}
+			}
+			for _, e := range ends {
+				e.mustClose(t)
+			}
+			n.closeAll(t)
+			var got uint32
+			for _, p := range n.joinPorts(t) {
+				got = p.JoinAfter
+			}
+			if got != tc.want {
+				t.Errorf("got %d segments to earn, want %d", got, tc.want)
+			}
+		})
+	}
 }

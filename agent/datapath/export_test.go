@@ -36,6 +36,10 @@ func (c *Config) SetNoLateCallbacks(yes bool) { c.noLateCallbacks = yes }
 // much time may pass between the messages of one that does not set the pace itself.
 func (c *Config) SetCompare(eighths uint32, busy time.Duration) { c.compare, c.busy = eighths, busy }
 
+// SetJoinHalves sets how long it takes until half of what connections to a port must have exchanged
+// is enough.
+func (c *Config) SetJoinHalves(after time.Duration) { c.joinHalves = after }
+
 // MakeControlsReadOnly makes writes of the controls fail until restore.
 func (d *Datapath) MakeControlsReadOnly(tb testing.TB) (restore func()) {
 	tb.Helper()

@@ -97,8 +97,10 @@ func (d *Datapath) JoinPorts() ([]JoinPort, error) {
 		return nil, err
 	}
 	var ports []JoinPort
+	now := uint64(monotonic())
 	for key, value := range all {
-		p := JoinPort{Netns: key.Server, Port: uint16(key.Port), JoinAfter: max(d.cfg.JoinAfter, uint32(value.JoinAfter))}
+		after := value.JoinAfter >> ((now - min(now, value.JoinNs)) / uint64(d.cfg.joinHalves))
+		p := JoinPort{Netns: key.Server, Port: uint16(key.Port), JoinAfter: max(d.cfg.JoinAfter, after)}
 		if value.Early != 0 {
 			p.JoinAfter = 0
 		}
