@@ -202,19 +202,22 @@ static __always_inline bool waits_for_agent(struct bpf_sock *sk)
 }
 
 /*
- * A flow ends, as the first of its sockets is closed. If it has joined at its handshake: had it
+ * A flow ends, as the first of its sockets is closed, perhaps before it has joined. If it has joined at its handshake: had it
  * been watched, would it have joined? If it was watched: has the shortcut paid half as often as it
  * had to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
  * leave_ratio nothing is counted.
  */
-static __always_inline void note_life(const struct flow *flow, const struct settings *set,
-				      struct bpf_sock *sk, const struct tcp_sock *tp)
+static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
+				      const struct tcp_sock *tp)
 {
 	const struct receiving *client = &flow->side[SIDE_CLIENT].receiving;
 	const struct receiving *server = &flow->side[SIDE_SERVER].receiving;
+	const struct settings *set = get_settings();
 	__u32 segments =
 		data_segments(tp) + client->paid + client->unpaid + server->paid + server->unpaid;
 
+	if (!set || flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))
+		return;
 	if (!flow->watched) {
 		if (segments < set->join_after)
 			note_no_gain(flow);
@@ -225,9 +228,11 @@ static __always_inline void note_life(const struct flow *flow, const struct sett
 }
 
 /* A flow ends on trial. Later ones go on from there, else a port of short connections never ends it. */
-static __always_inline void note_trial(const struct flow *flow, const struct settings *set)
+static __always_inline void note_trial(const struct flow *flow)
 {
-	if (!set->trial_bytes)
+	const struct settings *set = get_settings();
+
+	if (!set || !set->trial_bytes)
 		return;
 	for (__u32 own = SIDE_CLIENT; own < SIDE_MAX; own++) {
 		__u32 reads = flow->side[own ^ 1].receiving.reads;
@@ -240,7 +245,6 @@ static __always_inline void note_trial(const struct flow *flow, const struct set
 /* A socket of a flow is closed. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
-	const struct settings *set = get_settings();
 	struct bpf_sock *sk = ctx->sk;
 	struct sk_flow *self;
 	struct tcp_sock *tp;
@@ -251,9 +255,9 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 		return;
 	flow = flow_of(self, sk);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (flow && tp && set && !(flow->state & (FLOW_CLIENT_GONE | FLOW_SERVER_GONE))) {
-		note_life(flow, set, sk, tp);
-		note_trial(flow, set);
+	if (flow && tp) {
+		note_life(flow, sk, tp);
+		note_trial(flow);
 	}
 	mark_gone(self, sk);
 	/* Else the SOCKHASH would keep the redirected bytes, and the next connection read them. */

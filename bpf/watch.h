@@ -239,6 +239,7 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 		return;
 	}
 	if (!may_join(tp)) {
+		note_life(flow, sk, tp);
 		end_unjoined(self->flow, side);
 		leave_unjoined(ctx, sk);
 		count(OUTCOME_JOIN_ENDED, 0);
