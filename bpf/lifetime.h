@@ -202,10 +202,10 @@ static __always_inline bool waits_for_agent(struct bpf_sock *sk)
 }
 
 /*
- * A flow ends, as the first of its sockets is closed, perhaps before it has joined. If it has joined at its handshake: had it
- * been watched, would it have joined? If it was watched: has the shortcut paid half as often as it
- * had to earn at least? While it is on trial, or waits for the agent, that says nothing, and without
- * leave_ratio nothing is counted.
+ * A flow ends, as the first of its sockets is closed, perhaps before it has joined. If it has
+ * joined at its handshake: had it been watched, would it have joined? If it was watched: has the
+ * shortcut paid half as often as it had to earn at least? While it is on trial, or waits for the
+ * agent, that says nothing, and without leave_ratio nothing is counted.
  */
 static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
 				      const struct tcp_sock *tp)

@@ -254,3 +254,33 @@ func TestJoinsLaterOnce(t *testing.T) {
 		})
 	}
 }
+
+// TestJoinsLaterUnjoined: nor has a connection paid that is inserted, and closed before it has joined.
+func TestJoinsLaterUnjoined(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	n := mustNode(t, func(c *datapath.Config) {
+		watched(c)
+		leaves(c)
+		c.SetJoinHalves(time.Hour)
+		c.TrialReads = 0
+	})
+	pods, cookies := n.MustEnrol(t, "client", "server")
+	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
+	n.joinWatched(t)
+	waitUntil(t, "a connection that is closed before it has joined", func() bool {
+		before := n.counts(t)
+		c, s, _ := n.mustEarn(t, pods[0], l, address)
+		waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == 2 })
+		n.mustEnd(t, c, s)
+		if got := n.joinPorts(t); len(got) != 1 || got[0].JoinAfter != 2*joinAfter {
+			t.Fatalf("got %v, want one port whose connections have to earn %d segments", got, 2*joinAfter)
+		}
+		if _, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil {
+			t.Fatal(err)
+		}
+		return n.since(t, before)["connection_join_ended"] > 0
+	})
+}
