@@ -263,6 +263,12 @@ struct side {
 	struct compare compare;
 };
 
+/* How the connection has joined. */
+enum watched {
+	WATCHED = 1, /* by watch.h; 0: at its handshake, or as an open one */
+	WATCHED_LATE, /* so, and long after it had earned it, as when the agent was away */
+};
+
 /*
  * A flow. The record starts with 8 bytes and goes on in blocks of 64. The
  * kernel puts an element header of 48 bytes and the key of 8 bytes before it,
@@ -287,7 +293,7 @@ struct flow {
 	__u16 orig_dst_port;
 	__u16 server_port;
 	__u8 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
-	__u8 watched; /* the connection joins by watch.h */
+	__u8 watched; /* enum watched */
 	__u32 unsupported
 		[SIDE_MAX]; /* enum unsupported, what has been remembered of what the side did */
 	__u32 client_seq;

@@ -221,8 +221,8 @@ static __always_inline void note_life(const struct flow *flow, struct bpf_sock *
 	if (!flow->watched) {
 		if (segments < set->join_after)
 			note_no_gain(flow);
-	} else if (set->leave_ratio && !waits_for_agent(sk) && past_trial(flow, SIDE_CLIENT, set) &&
-		   past_trial(flow, SIDE_SERVER, set)) {
+	} else if (flow->watched == WATCHED && set->leave_ratio && !waits_for_agent(sk) &&
+		   past_trial(flow, SIDE_CLIENT, set) && past_trial(flow, SIDE_SERVER, set)) {
 		note_join(flow, set, segments, client->paid + server->paid >= set->join_after / 2);
 	}
 }

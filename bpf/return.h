@@ -78,7 +78,7 @@ static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tc
 	self->skip = 0;
 	if (flow->side[own ^ 1].receiving.returns != RETURNS_NOW)
 		return;
-	flow->watched = true;
+	flow->watched = WATCHED;
 	if (__sync_val_compare_and_swap(&flow->state, state, low) != state)
 		return;
 	for (__u32 side = SIDE_CLIENT; side < SIDE_MAX; side++) {

@@ -89,7 +89,7 @@ static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tc
 	offer->netns[side & 1] = netns;
 	offer->blocking &= ~(1U << side);
 	offer->blocking |= (__u32)is_blocking(tp) << side;
-	offer->watched = true;
+	offer->watched = WATCHED;
 	if (side == SIDE_CLIENT) {
 		offer->flow = offer->cookie[SIDE_CLIENT];
 		local_address(ctx, offer->client_addr);
@@ -222,6 +222,20 @@ static __always_inline void leave_unjoined(struct bpf_sock_ops *ctx, struct bpf_
 	stop_watching(ctx);
 }
 
+/*
+ * Notes if a socket joins, or ends, long after the connection has earned it: what remains of such
+ * a connection does not show how long others live after they have joined.
+ */
+static __always_inline void note_late(struct flow *flow, const struct tcp_sock *tp)
+{
+	const struct settings *set = get_settings();
+
+	if (set &&
+	    data_segments(tp) >= 2 * joins_after(set, find_learned(0, flow->netns[SIDE_SERVER],
+								   flow->server_port)))
+		flow->watched = WATCHED_LATE;
+}
+
 /* A callback of a socket of a flow that is joining. */
 static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 					 const struct tcp_sock *tp, struct flow *flow,
@@ -239,6 +253,7 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 		return;
 	}
 	if (!may_join(tp)) {
+		note_late(flow, tp);
 		note_life(flow, sk, tp);
 		end_unjoined(self->flow, side);
 		leave_unjoined(ctx, sk);
@@ -249,6 +264,7 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 	if (asks->step != JOIN_INSERTED || (!is_blocking(tp) && has_sleeper(tp)))
 		return;
 	bpf_sk_storage_delete(&candidates, sk);
+	note_late(flow, tp);
 	again = flow->side[side].receiving.returns;
 	flow->side[side].receiving.returns = 0;
 	note_positions(tp, flow, side);

@@ -194,6 +194,8 @@ func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, ad
 	if segments < joins || segments >= 2*joins {
 		t.Errorf("got a connection that joins after %d segments, want %d", segments, joins)
 	}
+	// Without a message, or it may join late, and says nothing.
+	waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == 2 })
 	n.mustTalkUntilPaired(t, before, c, s)
 	if messages > 0 {
 		n.mustBeShortcut(t, c, s)
@@ -203,19 +205,21 @@ func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, ad
 }
 
 // TestJoinsLaterOnce: connections that end soon after they have joined together say no more than
-// one of them, and those that end on trial say nothing.
+// one of them, and those that end on trial, or that have joined late, say nothing.
 func TestJoinsLaterOnce(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
 	for name, tc := range map[string]struct {
 		trialReads, trialBytes uint32
-		size                   int
+		size                   int // of some messages that a connection exchanges after it has joined, or 0
+		late                   bool
 		want                   uint32
 	}{
-		"together":                  {0, 0, 100, 2 * joinAfter},
-		"on trial":                  {1000, 0, 100, 0},
-		"on trial for large bursts": {1, 1 << 20, 10_000, 0},
+		"together":                  {0, 0, 0, false, 2 * joinAfter},
+		"on trial":                  {1000, 0, 100, false, 0},
+		"on trial for large bursts": {1, 1 << 20, 10_000, false, 0},
+		"late":                      {0, 0, 0, true, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := mustNode(t, func(c *datapath.Config) {
@@ -227,15 +231,19 @@ func TestJoinsLaterOnce(t *testing.T) {
 			pods, cookies := n.MustEnrol(t, "client", "server")
 			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
-			n.joinWatched(t)
 			var ends []*rawSocket
 			for range 3 {
 				before := n.counts(t)
 				c, s, _ := n.mustEarn(t, pods[0], l, address)
 				ends = append(ends, c, s)
-				// Without a message, or it may have lived long enough to say more.
+				if tc.late {
+					sandboxtest.MustPing(t, c, s, joinAfter, 100)
+				}
+				stop := n.joinWatched(t)
+				// As in mustJoinAfter.
 				waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == len(ends) })
-				if tc.want == 0 {
+				stop()
+				if tc.size > 0 {
 					n.mustTalkUntilPaired(t, before, c, s)
 					sandboxtest.MustPing(t, c, s, 3, tc.size)
 				}
