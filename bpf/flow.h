@@ -263,12 +263,6 @@ struct side {
 	struct compare compare;
 };
 
-/* How the connection has joined. */
-enum watched {
-	WATCHED = 1, /* by watch.h; 0: at its handshake, or as an open one */
-	WATCHED_LATE, /* so, and long after it had earned it, as when the agent was away */
-};
-
 /*
  * A flow. The record starts with 8 bytes and goes on in blocks of 64. The
  * kernel puts an element header of 48 bytes and the key of 8 bytes before it,
@@ -293,7 +287,7 @@ struct flow {
 	__u16 orig_dst_port;
 	__u16 server_port;
 	__u8 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
-	__u8 watched; /* enum watched */
+	__u8 watched; /* enum watched of joining.h */
 	__u32 unsupported
 		[SIDE_MAX]; /* enum unsupported, what has been remembered of what the side did */
 	__u32 client_seq;
@@ -353,9 +347,8 @@ struct learned_value {
 	__u32 bulk;
 	__u32 drains;
 	__u32 limit;
-	/* Of the server's entry. */
 	__u16 non_blocking; /* the server was seen to accept into non-blocking mode */
-	__u16 early; /* connections join at the handshake: see note_pays */
+	__u16 early; /* of the server's entry, as the rest: connections join at the handshake */
 	__u32 join_after; /* segments, if more than in the settings: see joins_after */
 	__u64 join_ns; /* CLOCK_MONOTONIC, when that was set */
 };

@@ -51,7 +51,7 @@ struct join_entry {
 	__u32 server_seq;
 	__u32 visits; /* by join_sockets; without one in a round, the socket is gone */
 	__u32 callbacks; /* those that the socket had before */
-	__u32 watched; /* as in struct flow */
+	__u32 watched; /* enum watched */
 	__u32 blocking; /* 1 << side for each socket in blocking mode */
 };
 
@@ -59,6 +59,12 @@ struct join_entry {
 struct numbers {
 	__u32 client_seq;
 	__u32 server_seq;
+};
+
+/* How the connection has joined. */
+enum watched {
+	WATCHED = 1, /* by watch.h; 0: at its handshake, or as an open one */
+	WATCHED_LATE, /* so, and long after it had earned it, as when the agent was away */
 };
 
 /* A socket of a watched connection that has earned to join: see watch.h. */
