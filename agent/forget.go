@@ -25,12 +25,13 @@ func newForgetCommand() *cobra.Command {
 not work on the shortcut, such as splice: new connections to it stay on TCP.
 "podshunt-agent status" lists such ports under NOT PAIRED.
 
-Ports under JOIN AT HANDSHAKE are the opposite: the shortcut pays for their
-connections, so that new ones join at once.
+It also lists ports whose NEW CONNECTIONS JOIN at their handshake, as the shortcut
+pays for earlier ones, or later than others, as earlier ones have ended too soon.
 
 This forgets one port of a pod, all ports of a pod, or all ports of the node, so
-that new connections to them can be paired again. Use it after a change of the
-program. A port whose program makes such a call again is unsupported again.`,
+that new connections to them can be paired again, and join as to other ports. Use
+it after a change of the program. A port whose program makes such a call again is
+unsupported again.`,
 		Example: `  podshunt-agent forget
   podshunt-agent forget default/web
   podshunt-agent forget default/web 8080`,

@@ -27,8 +27,8 @@ func newStatusCommand() *cobra.Command {
 		Long: `Shows the state of the agent of this node: the kernel and its hazards (what it
 does differently on the shortcut), the CNI configuration, each pod and why it
 stays on TCP, unsupported server ports (NOT PAIRED), server ports whose new
-connections join at once, since earlier ones have profited (JOIN AT HANDSHAKE),
-how full the kernel maps are, and how often the kernel programs have decided what.`,
+connections join sooner or later than others (NEW CONNECTIONS JOIN), how full the
+kernel maps are, and how often the kernel programs have decided what.`,
 		Example: `  podshunt-agent status
   podshunt-agent status --output=json`,
 		Args: noArgs,
