@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshunt/podshunt/agent/datapath"
-	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
@@ -25,6 +24,14 @@ func (n *node) joinPorts(tb testing.TB) []datapath.JoinPort {
 		tb.Fatal(err)
 	}
 	return ports
+}
+
+// mustForget forgets all that was learned, of one port.
+func (n *node) mustForget(tb testing.TB) {
+	tb.Helper()
+	if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
+		tb.Errorf("got %d ports forgotten and %v, want 1", got, err)
+	}
 }
 
 // TestEarly: after a connection for which the shortcut has paid, later ones to the port join
@@ -60,27 +67,19 @@ func TestEarly(t *testing.T) {
 			return again
 		},
 		"forget": func(t *testing.T, n *node, _ []*sandbox.Pod, l *rawSocket, _ netip.AddrPort) *rawSocket {
-			if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
-				t.Errorf("got %d ports forgotten and %v, want 1", got, err)
-			}
+			n.mustForget(t)
 			return l
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
-				watched(c)
-				leaves(c)
-			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
+			n, pods, l, address := mustWatchPods(t, leaves)
 			stop := n.joinWatched(t)
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			c, s := rawPair(t, pods[0], l, address)
 			waitUntil(t, "the port to be known", func() bool {
 				sandboxtest.MustPing(t, c, s, 500, 100)
 				return len(n.joinPorts(t)) > 0
 			})
-			if diff := cmp.Diff([]datapath.JoinPort{{Netns: cookies[1], Port: address.Port()}}, n.joinPorts(t)); diff != "" {
+			if diff := cmp.Diff([]datapath.JoinPort{{Netns: sandboxtest.MustCookie(t, pods[1]), Port: address.Port()}}, n.joinPorts(t)); diff != "" {
 				t.Error(diff)
 			}
 			n.mustEnd(t, c, s)
@@ -132,20 +131,15 @@ func TestJoinsLater(t *testing.T) {
 		"until some time has passed": {time.Nanosecond, []step{{0, joinAfter, 0}, {0, joinAfter, 0}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
-				watched(c)
-				leaves(c)
+			n, pods, l, address := mustWatchPods(t, leaves, func(c *datapath.Config) {
 				c.SetJoinHalves(tc.halves)
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			stop := n.joinWatched(t)
 			want := func(after uint32) {
 				t.Helper()
 				var ports []datapath.JoinPort
 				if after > 0 {
-					ports = []datapath.JoinPort{{Netns: cookies[1], Port: address.Port(), JoinAfter: after}}
+					ports = []datapath.JoinPort{{Netns: sandboxtest.MustCookie(t, pods[1]), Port: address.Port(), JoinAfter: after}}
 				}
 				if diff := cmp.Diff(ports, n.joinPorts(t)); diff != "" {
 					t.Error(diff)
@@ -155,9 +149,7 @@ func TestJoinsLater(t *testing.T) {
 				n.mustJoinAfter(t, pods[0], l, address, s.joins, s.messages)
 				want(uint32(s.after))
 			}
-			if got, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil || got != 1 {
-				t.Errorf("got %d ports forgotten and %v, want 1", got, err)
-			}
+			n.mustForget(t)
 			want(0)
 			n.mustJoinAfter(t, pods[0], l, address, joinAfter, long)
 
@@ -195,7 +187,7 @@ func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, ad
 		t.Errorf("got a connection that joins after %d segments, want %d", segments, joins)
 	}
 	// Without a message, or it may join late, and says nothing.
-	waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == 2 })
+	n.waitInserted(t, 2)
 	n.mustTalkUntilPaired(t, before, c, s)
 	if messages > 0 {
 		n.mustBeShortcut(t, c, s)
@@ -222,15 +214,10 @@ func TestJoinsLaterOnce(t *testing.T) {
 		"late":                      {0, 0, 0, true, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := mustNode(t, func(c *datapath.Config) {
-				watched(c)
-				leaves(c)
+			n, pods, l, address := mustWatchPods(t, leaves, func(c *datapath.Config) {
 				c.SetJoinHalves(time.Hour)
 				c.TrialReads, c.TrialBytes = tc.trialReads, tc.trialBytes
 			})
-			pods, cookies := n.MustEnrol(t, "client", "server")
-			n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-			l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 			var ends []*rawSocket
 			for range 3 {
 				before := n.counts(t)
@@ -241,7 +228,7 @@ func TestJoinsLaterOnce(t *testing.T) {
 				}
 				stop := n.joinWatched(t)
 				// As in mustJoinAfter.
-				waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == len(ends) })
+				n.waitInserted(t, len(ends))
 				stop()
 				if tc.size > 0 {
 					n.mustTalkUntilPaired(t, before, c, s)
@@ -268,27 +255,20 @@ func TestJoinsLaterUnjoined(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
-	n := mustNode(t, func(c *datapath.Config) {
-		watched(c)
-		leaves(c)
+	n, pods, l, address := mustWatchPods(t, leaves, func(c *datapath.Config) {
 		c.SetJoinHalves(time.Hour)
 		c.TrialReads = 0
 	})
-	pods, cookies := n.MustEnrol(t, "client", "server")
-	n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
-	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	n.joinWatched(t)
 	waitUntil(t, "a connection that is closed before it has joined", func() bool {
 		before := n.counts(t)
 		c, s, _ := n.mustEarn(t, pods[0], l, address)
-		waitUntil(t, "the connection to be inserted", func() bool { return n.usage(t)["sockets"] == 2 })
+		n.waitInserted(t, 2)
 		n.mustEnd(t, c, s)
 		if got := n.joinPorts(t); len(got) != 1 || got[0].JoinAfter != 2*joinAfter {
 			t.Fatalf("got %v, want one port whose connections have to earn %d segments", got, 2*joinAfter)
 		}
-		if _, err := n.Forget(func(uint64, uint64, uint16) bool { return true }); err != nil {
-			t.Fatal(err)
-		}
+		n.mustForget(t)
 		return n.since(t, before)["connection_join_ended"] > 0
 	})
 }

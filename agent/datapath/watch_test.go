@@ -32,13 +32,24 @@ func watched(c *datapath.Config) {
 
 // mustWatchPods returns a node that watches the connections of two pods, the client's and the
 // server's, which listens.
-func mustWatchPods(tb testing.TB) (n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) {
+func mustWatchPods(tb testing.TB, changes ...func(*datapath.Config)) (n *node, pods []*sandbox.Pod, l *rawSocket, address netip.AddrPort) {
 	tb.Helper()
-	n = mustNode(tb, watched)
+	n = mustNode(tb, func(c *datapath.Config) {
+		watched(c)
+		for _, change := range changes {
+			change(c)
+		}
+	})
 	pods, cookies := n.MustEnrol(tb, "client", "server")
 	n.MustSetPolicy(tb, sandbox.Between(rule.Allow, cookies...))
 	l, address = mustRawListen(tb, pods[1].Netns, pods[1].IPv4)
 	return n, pods, l, address
+}
+
+// waitInserted waits until so many sockets are in the SOCKHASH.
+func (n *node) waitInserted(tb testing.TB, sockets int) {
+	tb.Helper()
+	waitUntil(tb, "the sockets to be inserted", func() bool { return n.usage(tb)["sockets"] == sockets })
 }
 
 // noWatch reports whether the kernel of this machine refuses what watched connections need to
@@ -242,7 +253,7 @@ func TestWatchReused(t *testing.T) {
 			used, s := rawPair(t, pods[0], l, address)
 			sandboxtest.MustPing(t, used, s, 5*joinAfter, 100)
 			n.joinWatched(t)
-			waitUntil(t, "both sockets to be in the SOCKHASH", func() bool { return n.usage(t)["sockets"] == 2 })
+			n.waitInserted(t, 2)
 			if err := used.disconnect(); err != nil {
 				t.Fatal(err)
 			}
