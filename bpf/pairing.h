@@ -21,7 +21,7 @@
 #include "owned.h"
 #include "unsupported.h"
 
-/* The callbacks of a watched socket (watch.h), and of one in the SOCKHASH. */
+/* The callbacks of a watched socket (watch.h) at most, and of one in the SOCKHASH. */
 #define WATCHING (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
 #define CALLBACKS (BPF_SOCK_OPS_STATE_CB_FLAG | WATCHING)
 
@@ -76,12 +76,15 @@ static __always_inline bool joins_later(void)
 	return set && set->join_after;
 }
 
-/* A socket that has been accepted begins with the flags of its listener. */
+/*
+ * Watches a socket, by one callback for each segment, of which receivers send some, too. One that
+ * has been accepted begins with the flags of its listener.
+ */
 static __always_inline void watch(struct bpf_sock_ops *ctx, int mark)
 {
 	int flags = ctx->bpf_sock_ops_cb_flags & ~WATCHED_CLIENT;
 
-	bpf_sock_ops_cb_flags_set(ctx, flags | WATCHING | mark);
+	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | mark);
 }
 
 /* Leaves an entry for the client, before the SYN-ACK is sent. ctx->sk is NULL here. */

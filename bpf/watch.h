@@ -5,9 +5,10 @@
  * to get there costs as much as some ten round trips. Its sockets have callbacks meanwhile,
  * which the kernel calls under the socket's lock, and nothing else.
  *
- * 1. When a socket has sent and received join_after segments of data, it writes an offer.
- *    The key is where the two streams of the connection began: both ends know it, as
- *    find_sockets does. The second end finds the offer of the first, and makes the flow.
+ * 1. When the server's socket has sent and received join_after segments of data, or as many
+ *    as its port asks for, it writes an offer. The key is where the two streams of the
+ *    connection began: both ends know it, as find_sockets does. From join_after on, the
+ *    client's socket looks for the offer, and makes the flow.
  * 2. Each end becomes a candidate, and the agent runs insert_candidates, since only an
  *    iterator may put a socket into a SOCKHASH at any time.
  * 3. At its next callback, each end notes where it is in the streams. When both have done
@@ -31,8 +32,11 @@
 #include "return.h"
 #include "window.h"
 
-/* Behind join_after, all callbacks look for the peer's offer for so many segments, then one in 16. */
-#define WATCH_EAGER 64
+/*
+ * Behind join_after, and behind twice, four times, ... as many segments, all callbacks look for
+ * the peer for so many segments, then one in 16. At these the server's port may let it join.
+ */
+#define WATCH_EAGER 16
 
 /* Without a peer, as if that is on another node, a socket is not watched for more segments. */
 #define WATCH_MAX 4096
@@ -81,24 +85,77 @@ static __always_inline void become_candidate(struct bpf_sock_ops *ctx, struct bp
 		bpf_ringbuf_output(&requests, &id, sizeof(id), 0);
 }
 
-/* Fills in what a socket knows of its connection. */
+/* Fills in what a socket knows of itself. */
 static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tcp_sock *tp,
 				       __u64 netns, __u32 side, struct join_entry *offer)
 {
-	offer->cookie[side & 1] = bpf_get_socket_cookie(ctx);
-	offer->netns[side & 1] = netns;
+	offer->cookie[side] = bpf_get_socket_cookie(ctx);
+	offer->netns[side] = netns;
 	offer->blocking &= ~(1U << side);
 	offer->blocking |= (__u32)is_blocking(tp) << side;
-	offer->watched = WATCHED;
-	if (side == SIDE_CLIENT) {
-		offer->flow = offer->cookie[SIDE_CLIENT];
-		local_address(ctx, offer->client_addr);
-		remote_address(ctx, offer->orig_dst_addr);
-		offer->client_port = ctx->local_port;
-		offer->orig_dst_port = remote_port(ctx);
-	} else {
+}
+
+/* A server's socket has earned to join: it writes the offer, and joins once there is a flow. */
+static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				       const struct tcp_sock *tp, __u64 netns,
+				       const struct numbers *key, struct join_entry *offer)
+{
+	struct flow *flow;
+
+	if (!offer->cookie[SIDE_SERVER]) {
+		fill_offer(ctx, tp, netns, SIDE_SERVER, offer);
 		local_address(ctx, offer->server_addr);
 		offer->server_port = ctx->local_port;
+		offer->client_seq = key->client_seq;
+		offer->server_seq = key->server_seq;
+		offer->watched = WATCHED;
+		bpf_map_update_elem(&offers, key, offer, BPF_NOEXIST);
+		return;
+	}
+	if (!offer->cookie[SIDE_CLIENT] || offer->step == JOIN_READY)
+		return;
+	bpf_map_delete_elem(&offers, key);
+	flow = flow_by_id(offer->flow);
+	if (flow && flow->watched && flow->cookie[SIDE_SERVER] == offer->cookie[SIDE_SERVER])
+		become_candidate(ctx, sk, tp, flow, offer->flow, SIDE_SERVER, true);
+}
+
+/* A client's socket has earned to join: it makes the flow if the server has offered it. */
+static __always_inline void take_offer(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				       const struct tcp_sock *tp, __u64 netns,
+				       const struct numbers *key, struct join_entry *offer)
+{
+	enum outcome outcome;
+	struct flow *flow;
+
+	if (!offer->cookie[SIDE_SERVER])
+		return;
+	fill_offer(ctx, tp, netns, SIDE_CLIENT, offer);
+	offer->flow = offer->cookie[SIDE_CLIENT];
+	local_address(ctx, offer->client_addr);
+	remote_address(ctx, offer->orig_dst_addr);
+	offer->client_port = ctx->local_port;
+	offer->orig_dst_port = remote_port(ctx);
+	if (flow_by_id(offer->flow))
+		return; /* it joins by late.h */
+	outcome = make_flow(offer);
+	flow = flow_by_id(offer->flow);
+	if (outcome == OUTCOME_PAIRED && flow) {
+		/* In this order: what the server wakes is to find both. */
+		become_candidate(ctx, sk, tp, flow, offer->flow, SIDE_CLIENT, false);
+		offer->step = JOIN_START;
+		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
+	} else if (outcome == OUTCOME_MAX) {
+		offer->step = JOIN_READY; /* both are watched until there may be a flow */
+		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
+	} else if (!flow) {
+		offer->step = JOIN_LEAVE;
+		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
+		stop_watching(ctx);
+		count(outcome, 0);
+		if (outcome == OUTCOME_BLOCKING_SERVER)
+			remember_port(0, offer->netns[SIDE_SERVER], offer->server_port,
+				      UNSUPPORTED_BLOCKING);
 	}
 }
 
@@ -106,15 +163,13 @@ static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tc
  * A socket has earned to join. The map may give an entry to another connection at any moment,
  * so this copies it, and uses the copy only if the entry is still the same one afterwards.
  */
-static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
-				       const struct tcp_sock *tp, __u64 netns, bool last)
+static __always_inline void on_earned(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				      const struct tcp_sock *tp, __u64 netns, bool last)
 {
 	__u32 side = ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT ? SIDE_CLIENT : SIDE_SERVER;
-	__u32 sends = sends_from(tp), receives = receives_from(tp), peer = side ^ 1;
+	__u32 sends = sends_from(tp), receives = receives_from(tp);
 	struct join_entry offer = {}, *there;
-	enum outcome outcome;
 	struct numbers key;
-	struct flow *flow;
 
 	key.client_seq = side == SIDE_CLIENT ? sends + 1 : receives;
 	key.server_seq = side == SIDE_CLIENT ? receives : sends;
@@ -122,60 +177,31 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 	if (there) {
 		offer = *(volatile struct join_entry *)there;
 		if (bpf_map_lookup_elem(&offers, &key) != there ||
-		    there->cookie[peer & 1] != offer.cookie[peer & 1])
+		    there->cookie[SIDE_SERVER] != offer.cookie[SIDE_SERVER])
 			return; /* the next time */
 	}
 	/* Connections with equal numbers cannot be told apart. */
 	if (offer.step == JOIN_LEAVE ||
 	    (offer.cookie[side & 1] && offer.cookie[side & 1] != bpf_get_socket_cookie(ctx))) {
 		stop_watching(ctx);
-		return;
-	}
-	if (offer.step == JOIN_READY && side == SIDE_SERVER)
-		return; /* the client makes the flow, else both might at once */
-	flow = flow_by_id(offer.flow);
-	if (offer.cookie[side & 1] && offer.cookie[peer & 1] && offer.step != JOIN_READY) {
-		/* The peer has made the flow. */
+	} else if (last && !offer.cookie[(side ^ 1) & 1]) {
 		bpf_map_delete_elem(&offers, &key);
-		if (flow && flow->watched && flow->cookie[side & 1] == offer.cookie[side & 1])
-			become_candidate(ctx, sk, tp, flow, offer.flow, side, true);
-		return;
-	}
-	if (!offer.cookie[peer & 1]) {
-		if (last) {
-			bpf_map_delete_elem(&offers, &key);
-			stop_watching(ctx);
-			count(OUTCOME_NO_PEER, 0);
-		} else if (!there) {
-			offer.client_seq = key.client_seq;
-			offer.server_seq = key.server_seq;
-			fill_offer(ctx, tp, netns, side, &offer);
-			bpf_map_update_elem(&offers, &key, &offer, BPF_NOEXIST);
-		}
-		return;
-	}
-	fill_offer(ctx, tp, netns, side, &offer);
-	if (flow_by_id(offer.flow))
-		return; /* it joins by late.h, or the peer is making it */
-	outcome = make_flow(&offer);
-	flow = flow_by_id(offer.flow);
-	if (outcome == OUTCOME_PAIRED && flow) {
-		/* In this order: what the peer wakes is to find both. */
-		become_candidate(ctx, sk, tp, flow, offer.flow, side, false);
-		offer.step = JOIN_START;
-		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
-	} else if (outcome == OUTCOME_MAX) {
-		offer.step = JOIN_READY; /* both are watched until there may be a flow */
-		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
-	} else if (!flow) {
-		offer.step = JOIN_LEAVE;
-		bpf_map_update_elem(&offers, &key, &offer, BPF_EXIST);
 		stop_watching(ctx);
-		count(outcome, 0);
-		if (outcome == OUTCOME_BLOCKING_SERVER)
-			remember_port(0, offer.netns[SIDE_SERVER], offer.server_port,
-				      UNSUPPORTED_BLOCKING);
+		count(OUTCOME_NO_PEER, 0);
+	} else if (side == SIDE_CLIENT) {
+		take_offer(ctx, sk, tp, netns, &key, &offer);
+	} else {
+		make_offer(ctx, sk, tp, netns, &key, &offer);
 	}
+}
+
+/* Returns true for a watched socket that has not earned to join: the quickest way to see it. */
+static __always_inline bool is_early(const struct bpf_sock_ops *ctx)
+{
+	const struct settings *set = get_settings();
+
+	return set && !(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) &&
+	       ctx->data_segs_in + ctx->data_segs_out < set->join_after;
 }
 
 /* A callback of a socket that has no flow. */
@@ -183,19 +209,20 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 				       const struct tcp_sock *tp)
 {
 	const struct settings *set = get_settings();
-	__u32 over;
+	__u32 segments = data_segments(tp), after;
 	__u64 netns;
 
-	if (!set || !set->join_after)
+	if (!set || !set->join_after || segments < set->join_after)
 		return;
-	over = data_segments(tp);
-	if (over < set->join_after)
-		return;
-	over -= set->join_after;
-	if (over >= WATCH_EAGER) {
-		/* Who sends bytes is also called back for acknowledgements. */
+	after = set->join_after;
+	for (__u32 i = 0; i < 16 && after <= segments / 2; i++)
+		after *= 2;
+	if (segments - after >= WATCH_EAGER) {
+		/* Who sends bytes is called back for acknowledgements, too: once for a message. */
 		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
 			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		else if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_RTT_CB_FLAG))
+			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING);
 		if (bpf_get_prandom_u32() & 15)
 			return;
 	}
@@ -208,9 +235,9 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 		return;
 	}
 	if (!(ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT) &&
-	    set->join_after + over < joins_after(set, find_learned(0, netns, ctx->local_port)))
-		return; /* the client's offer waits */
-	make_offer(ctx, sk, tp, netns, over >= WATCH_MAX);
+	    segments < joins_after(set, find_learned(0, netns, ctx->local_port)))
+		return;
+	on_earned(ctx, sk, tp, netns, segments - set->join_after >= WATCH_MAX);
 }
 
 /* Ends what become_candidate has begun, for a socket whose flow is gone. Nothing was redirected. */
@@ -282,7 +309,7 @@ static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
 	struct tcp_sock *tp;
 	struct flow *flow;
 
-	if (!sk)
+	if (!sk || is_early(ctx))
 		return;
 	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
