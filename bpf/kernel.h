@@ -168,6 +168,7 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u32 snd_una;
 	__u32 snd_wnd; /* what the receiver has room for */
+	__u32 mss_cache;
 	__u32 window_clamp; /* the limit of what this socket tells its sender */
 	_Bool is_mptcp;
 	__u8 repair : 1;

@@ -34,7 +34,8 @@
 
 /*
  * Behind join_after, and behind twice, four times, ... as many segments, all callbacks look for
- * the peer for so many segments, then one in 16. At these the server's port may let it join.
+ * the peer for so many segments, then one in 16. At these the server's port may let it join. All
+ * look if segments are full.
  */
 #define WATCH_EAGER 16
 
@@ -42,7 +43,7 @@
 #define WATCH_MAX 4096
 
 /*
- * Sockets that have earned to join, and whose peers may not have. track: writes, reads and
+ * Servers' sockets that have earned to join, for those of their clients. track: writes, reads and
  * deletes. Full: the oldest goes, and writes its offer once more.
  */
 struct {
@@ -204,6 +205,15 @@ static __always_inline bool is_early(const struct bpf_sock_ops *ctx)
 	       ctx->data_segs_in + ctx->data_segs_out < set->join_after;
 }
 
+/*
+ * Returns true if segments were at least half full so far: beside them, it costs nothing to look.
+ * And one callback may stand for hundreds of them, so that one in 16 would find the peer too late.
+ */
+static __always_inline bool is_bulk(const struct tcp_sock *tp, __u32 segments)
+{
+	return 2 * (tp->bytes_acked + tp->bytes_received) >= (__u64)segments * tp->mss_cache;
+}
+
 /* A callback of a socket that has no flow. */
 static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 				       const struct tcp_sock *tp)
@@ -223,7 +233,7 @@ static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock
 			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		else if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_RTT_CB_FLAG))
 			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING);
-		if (bpf_get_prandom_u32() & 15)
+		if (!is_bulk(tp, segments) && bpf_get_prandom_u32() & 15)
 			return;
 	}
 	/* Else the callbacks are another program's. */
