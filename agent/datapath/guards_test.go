@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,14 +25,17 @@ import (
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/hazards"
 	"github.com/podshunt/podshunt/agent/rule"
+	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/e2e/sandbox"
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
+var measured = sync.OnceValue(func() []api.Hazard { return hazards.Measure(nil) })
+
 // hazard reports whether this kernel has a hazard.
 func hazard(tb testing.TB, name string) bool {
 	tb.Helper()
-	for _, h := range hazards.Measure(nil) {
+	for _, h := range measured() {
 		if h.Name == name {
 			return h.Present
 		}
@@ -207,7 +211,7 @@ func TestGuards(t *testing.T) {
 			for _, on := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s guard=%v", name, on), func(t *testing.T) {
 					n := mustNode(t, func(c *datapath.Config) {
-						c.AllowBlocking = true
+						c.AllowBlocking, c.Guards = true, nil
 						if on {
 							c.Guards = []string{guard}
 						}

@@ -33,8 +33,9 @@ func TestMain(m *testing.M) {
 // node is a sandbox with an open datapath.
 type node struct{ *sandboxtest.Loaded }
 
-// mustNode opens a datapath in a sandbox of its own. At the end of the test it
-// is unloaded, and the test fails if that leaves pins.
+// mustNode opens a datapath in a sandbox of its own, with the guard splice if the kernel allows
+// it, as an agent has it: without, a preemptible kernel may miss a read, and the direction stays
+// on TCP (recount). At the end of the test it is unloaded, and the test fails if that leaves pins.
 func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 	tb.Helper()
 	s := sandboxtest.MustNew(tb, sandbox.Config{})
@@ -44,7 +45,19 @@ func mustNode(tb testing.TB, change func(*datapath.Config)) *node {
 			n.wantPinned(tb)
 		}
 	})
-	n.Loaded = sandboxtest.MustLoad(tb, s, change)
+	n.Loaded = sandboxtest.MustLoad(tb, s, func(c *datapath.Config) {
+		if !hazard(tb, "no-trampolines") {
+			c.Guards = []string{datapath.GuardSplice}
+		}
+		if change != nil {
+			change(c)
+		}
+	})
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			tb.Logf("counters: %v", n.counts(tb))
+		}
+	})
 	return n
 }
 

@@ -24,7 +24,7 @@ import (
 // spliceNode has the guard against splice, and a connection of two sockets.
 func spliceNode(tb testing.TB) (n *node, c, s *rawSocket, connect func() (c, s *rawSocket)) {
 	tb.Helper()
-	n, connect = mustRawNode(tb, func(c *datapath.Config) { c.Guards = []string{datapath.GuardSplice} })
+	n, connect = mustRawNode(tb, nil)
 	c, s = connect()
 	return n, c, s, connect
 }
