@@ -17,6 +17,7 @@
 #include "leave.h"
 #include "limits.h"
 #include "maps.h"
+#include "piggyback.h"
 #include "trial.h"
 #include "unsupported.h"
 
@@ -135,27 +136,6 @@ static __always_inline bool recount(struct flow *flow, __u32 peer, const struct 
 	/* Splice may have taken the bytes since the caller looked; its guard marks first. */
 	return !(__sync_fetch_and_or((__u32 *)&flow->side[peer & 1].receiving.state, 0) &
 		 READ_UNSUPPORTED);
-}
-
-/*
- * Returns true if the message is to go by TCP to carry the acknowledgement of what the peer has
- * sent that way, and will for longer. On the shortcut there is none, so a peer with Nagle's
- * algorithm would keep its next small message until the timer of delayed acknowledgements ends,
- * after 40 ms. For example, a client whose requests are on trial, while the answers take the
- * shortcut; or one of nginx, which receives by TCP for good (edge_triggered).
- */
-static __always_inline bool carries_ack(const struct flow *flow, __u32 own,
-					const struct tcp_sock *tp)
-{
-	__u32 peer = (own ^ 1) & 1;
-	struct tcp_sock *there = (struct tcp_sock *)flow->sock[peer];
-	enum outcome reason = flow->side[peer].sending.reason;
-
-	if (tp->rcv_nxt == tp->rcv_wup || flow->side[peer].sending.shortcut)
-		return false;
-	if (!lasts(reason) && reason != OUTCOME_TRIAL && reason != OUTCOME_MEMORY)
-		return false;
-	return !(BPF_CORE_READ_BITFIELD_PROBED(there, nonagle) & TCP_NAGLE_OFF);
 }
 
 /* Returns true if this socket has something to read, as far as is counted. */

@@ -5,7 +5,6 @@
 package datapath_test
 
 import (
-	"fmt"
 	"io"
 	"net/netip"
 	"testing"
@@ -295,17 +294,33 @@ func TestTrialOfLargeBursts(t *testing.T) {
 	}
 }
 
-// TestPiggyback: while requests go by TCP, as on trial, answers to a client with Nagle's algorithm
-// acknowledge them, though they could take the shortcut: else the next request would have to wait.
+// TestPiggyback: while requests go by TCP, as on trial, or as the first ones of a connection that has
+// joined late do, answers to a client with Nagle's algorithm acknowledge them, though they could take
+// the shortcut: else the next request would have to wait.
 func TestPiggyback(t *testing.T) {
-	for _, noDelay := range []bool{false, true} {
-		t.Run(fmt.Sprintf("TCP_NODELAY %v", noDelay), func(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		noDelay bool
+		late    bool
+	}{
+		{name: "on trial"},
+		{name: "on trial, TCP_NODELAY", noDelay: true},
+		{name: "joined late", late: true},
+		{name: "joined late, TCP_NODELAY", late: true, noDelay: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if tc.late && noWatch(t) {
+				return
+			}
 			const reads = 32
 			n, c, s := mustRawPair(t, func(c *datapath.Config) {
 				atOnce(c)
 				c.TrialReads = reads
+				if tc.late {
+					c.JoinAfter = joinAfter
+				}
 			})
-			if noDelay {
+			if tc.noDelay {
 				mustNotDelay(t, c)
 			}
 			message := make([]byte, 100)
@@ -317,30 +332,42 @@ func TestPiggyback(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			ask := func(answers int) {
+			ask := func() {
 				pass(c, s)
-				for range answers {
-					pass(s, c)
-				}
+				pass(s, c)
 			}
-			ask(reads) // the client has proved itself, the server has read little
+			if tc.late {
+				for range joinAfter { // from now on the server delays acknowledgements
+					ask()
+				}
+				n.joinWatched(t)
+				waitUntil(t, "the connection to join", func() bool {
+					pass(s, c)
+					return n.counts(t)["connection_paired"] == 1
+				})
+			} else {
+				pass(c, s)
+			}
+			for range reads { // the client has proved itself, the server has read little
+				pass(s, c)
+			}
 			before := n.counts(t)
 			for i := range 10 {
-				ask(1)
+				ask()
 				info, err := unix.GetsockoptTCPInfo(c.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if !noDelay && info.Unacked != 0 {
+				if !tc.noDelay && info.Unacked != 0 {
 					t.Errorf("request %d: it is not acknowledged when its answer has come", i)
 				}
 			}
 			got := n.since(t, before)
-			if (got["message_piggyback"] == 0) != noDelay || (got["message_shortcut"] == 0) == noDelay {
+			if (got["message_piggyback"] == 0) != tc.noDelay || (got["message_shortcut"] == 0) == tc.noDelay {
 				t.Errorf("got %v, want answers by TCP unless the client has TCP_NODELAY", got)
 			}
 			for range reads {
-				ask(1)
+				ask()
 			}
 			n.mustBeShortcut(t, c, s)
 			if err := finish(c, s); err != nil {
