@@ -32,7 +32,6 @@ type oneWay struct {
 // mustOneWay connects when a guard sees splice, or with guard false while none does.
 func mustOneWay(tb testing.TB, guard, blocking bool, change ...func(*datapath.Config)) *oneWay {
 	tb.Helper()
-	refused := hazard(tb, "no-trampolines")
 	n := mustNode(tb, func(c *datapath.Config) {
 		c.Budget, c.AllowBlocking = 4096, blocking
 		if !guard {
@@ -42,7 +41,7 @@ func mustOneWay(tb testing.TB, guard, blocking bool, change ...func(*datapath.Co
 			f(c)
 		}
 	})
-	if guard && refused {
+	if guard && hazard(tb, "no-trampolines") {
 		n.mustPretendGuard(tb)
 	}
 	pods, cookies := n.MustEnrol(tb, "client", "server")
