@@ -36,6 +36,10 @@ func TestVuln(t *testing.T) {
 			"ranges": [{"type": "SEMVER", "events": [{"introduced": "0"}]}],
 			"ecosystem_specific": {"imports": [{"path": "github.com/containernetworking/cni/pkg/skel", "symbols": ["PluginMainFuncs", "PluginMainFuncsWithError"]}]}
 		}]}`
+	// What it needs is downloaded here, if it is not there yet: below, that is out of reach.
+	if out, err := exec.Command("go", "tool", "-modfile=tools/go.mod", "govulncheck", "-version").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	for _, tc := range []struct {
 		name, database, vuln string
 		fails                bool
