@@ -80,12 +80,16 @@ int find_sockets(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;
 	struct open_socket found = {};
+	struct sk_flow *self;
 	struct tcp_sock *tp;
 
 	if (!skc)
 		return 0;
 	tp = bpf_skc_to_tcp_sock(skc);
-	if (!tp || !may_join(tp) || has_flow(bpf_sk_storage_get(&sk_flows, skc, NULL, 0), tp))
+	if (!tp || !may_join(tp))
+		return 0;
+	self = bpf_sk_storage_get(&sk_flows, skc, NULL, 0);
+	if (has_flow(self, tp) || has_options(self))
 		return 0;
 	found.cookie = bpf_get_socket_cookie(skc);
 	found.netns = skc->skc_net.net->net_cookie;

@@ -69,7 +69,7 @@ struct pending {
 
 /* The storage of a socket: its flow and side. */
 struct sk_flow {
-	__u64 flow; /* 0: a server's socket that is not paired, and watched for its mode */
+	__u64 flow; /* 0: none: see watch_mode and has_options */
 	__u32 side;
 	__u32 skip; /* above 0: the socket has left, and skips so many callbacks, and all reads: see may_return */
 };
@@ -204,7 +204,8 @@ enum unsupported {
 	UNSUPPORTED_ZEROCOPY = 128, /* SO_ZEROCOPY */
 	UNSUPPORTED_MPTCP_LISTENER = 256,
 	UNSUPPORTED_BLOCKING = 512, /* a server's socket in blocking mode */
-	UNSUPPORTED_MAX = 10,
+	UNSUPPORTED_TCP_OPTIONS = 1024, /* another program writes options into its segments */
+	UNSUPPORTED_MAX = 11,
 };
 
 #define READS_MAX (1U << 30)
@@ -288,8 +289,7 @@ struct flow {
 	__u16 server_port;
 	__u8 port_in_doubt; /* the server's pod has redirected orig_dst_port to server_port */
 	__u8 watched; /* enum watched of joining.h */
-	__u32 unsupported
-		[SIDE_MAX]; /* enum unsupported, what has been remembered of what the side did */
+	__u32 unsupported[SIDE_MAX]; /* enum unsupported: what is remembered of what the side did */
 	__u32 client_seq;
 	__u32 server_seq;
 

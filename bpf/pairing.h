@@ -18,18 +18,9 @@
 #include "lifetime.h"
 #include "limits.h"
 #include "maps.h"
+#include "neighbour.h"
 #include "owned.h"
 #include "unsupported.h"
-
-/* The callbacks of a watched socket (watch.h) at most, and of one in the SOCKHASH. */
-#define WATCHING (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
-#define CALLBACKS (BPF_SOCK_OPS_STATE_CB_FLAG | WATCHING)
-
-/*
- * Marks the socket that has connected. The kernel calls back for TCP options that it does not
- * know, which nobody sends (bpf_skops_parse_hdr).
- */
-#define WATCHED_CLIENT BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG
 
 /* The initial value of a flow, which is too large for the stack. */
 static const struct flow blank;
@@ -76,15 +67,11 @@ static __always_inline bool joins_later(void)
 	return set && set->join_after;
 }
 
-/*
- * Watches a socket, by one callback for each segment, of which receivers send some, too. One that
- * has been accepted begins with the flags of its listener.
- */
+/* Watches a socket, by one callback for each segment, of which receivers send some, too. */
 static __always_inline void watch(struct bpf_sock_ops *ctx, int mark)
 {
-	int flags = ctx->bpf_sock_ops_cb_flags & ~WATCHED_CLIENT;
-
-	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | mark);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
+					       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | mark);
 }
 
 /* Leaves an entry for the client, before the SYN-ACK is sent. ctx->sk is NULL here. */
@@ -238,7 +225,7 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	struct client_key key;
 	struct syn *syn, copy;
 
-	if (!enrolled(netns))
+	if (!enrolled(netns) || has_options(sk_flow_of(ctx->sk)))
 		return;
 	local_address(ctx, key.addr);
 	complete_client_key(&key, ctx->local_port, netns);

@@ -14,6 +14,7 @@
 #include "leave.h"
 #include "lifetime.h"
 #include "maps.h"
+#include "neighbour.h"
 #include "pairing.h"
 #include "window.h"
 
@@ -59,12 +60,13 @@ static __always_inline void may_return(struct bpf_sock_ops *ctx, const struct tc
 	if (mine->window)
 		return; /* on_transmit restores it */
 	if (!set->join_after) { /* never */
-		stop_callbacks(ctx, WATCHING);
+		stop_flow_callbacks(ctx, flow, own, WATCHING);
 		self->skip = ~0U;
 		return;
 	}
 	if (ctx->op == BPF_SOCK_OPS_RTT_CB)
-		stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG); /* as in on_watched */
+		/* As in on_watched. */
+		stop_flow_callbacks(ctx, flow, own, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 	self->skip = SKIP;
 	refresh_verdict(flow, own, set);
 	allowed = flow->side[own].sending.verdict == VERDICT_ALLOW && may_join(tp);

@@ -5,8 +5,9 @@
  * The object of the shortcut: its maps and its programs. deliver decides about each message
  * (deliver.h), observe counts what is read (observe.h), and track makes flows of handshakes
  * (pairing.h), or watches connections until these have earned it (watch.h), keeps the windows
- * of receivers small (window.h), and ends flows (lifetime.h). find_sockets (find.h) and
- * join_sockets (late.h) make flows of open connections.
+ * of receivers small (window.h), ends flows (lifetime.h), and leaves other programs of the node
+ * their callbacks (neighbour.h). find_sockets (find.h) and join_sockets (late.h) make flows of
+ * open connections.
  */
 
 #include <stdbool.h>
@@ -159,6 +160,7 @@ int track(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		on_reuse(ctx);
+		drop_mark(ctx);
 		on_listen(ctx);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -174,6 +176,14 @@ int track(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_RTT_CB:
 		on_traffic(ctx);
+		break;
+	case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
+		on_tcp_options(ctx, true);
+		break;
+	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
+		/* Who asks for all segments may find nothing of its own in this one. */
+		if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG))
+			on_tcp_options(ctx, false);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == TCP_CLOSE)

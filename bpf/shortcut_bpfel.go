@@ -417,7 +417,8 @@ const (
 	ShortcutUnsupportedUNSUPPORTED_ZEROCOPY       ShortcutUnsupported = 128
 	ShortcutUnsupportedUNSUPPORTED_MPTCP_LISTENER ShortcutUnsupported = 256
 	ShortcutUnsupportedUNSUPPORTED_BLOCKING       ShortcutUnsupported = 512
-	ShortcutUnsupportedUNSUPPORTED_MAX            ShortcutUnsupported = 10
+	ShortcutUnsupportedUNSUPPORTED_TCP_OPTIONS    ShortcutUnsupported = 1024
+	ShortcutUnsupportedUNSUPPORTED_MAX            ShortcutUnsupported = 11
 )
 
 type ShortcutVerdict uint32

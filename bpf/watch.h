@@ -28,6 +28,7 @@
 #include "late.h"
 #include "lifetime.h"
 #include "maps.h"
+#include "neighbour.h"
 #include "pairing.h"
 #include "return.h"
 #include "window.h"
@@ -58,11 +59,6 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 64 << 10); /* a page, which has up to 64 KiB on arm64 */
 } requests SEC(".maps");
-
-static __always_inline void stop_watching(struct bpf_sock_ops *ctx)
-{
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~(CALLBACKS | WATCHED_CLIENT));
-}
 
 /* Makes a socket of a flow a candidate. The second of the two wakes the agent: one alone is no use. */
 static __always_inline void become_candidate(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
@@ -147,6 +143,8 @@ static __always_inline void take_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		offer->step = JOIN_START;
 		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
 	} else if (outcome == OUTCOME_MAX) {
+		if (offer->step == JOIN_READY)
+			return;
 		offer->step = JOIN_READY; /* both are watched until there may be a flow */
 		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
 	} else if (!flow) {
@@ -196,64 +194,65 @@ static __always_inline void on_earned(struct bpf_sock_ops *ctx, struct bpf_sock 
 	}
 }
 
-/* Returns true for a watched socket that has not earned to join: the quickest way to see it. */
-static __always_inline bool is_early(const struct bpf_sock_ops *ctx)
+/* In a stream of large segments, a callback may stand for hundreds, beside which a look is cheap. */
+static __always_inline bool is_bulk(const struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				    __u32 segments)
 {
+	const struct tcp_sock *tp;
+
+	if (2 * (ctx->bytes_acked + ctx->bytes_received) < (__u64)segments * ctx->mss_cache)
+		return false;
+	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	return tp && (tp->data_segs_out < tp->data_segs_in / 16 ||
+		      tp->write_seq - tp->snd_una > tp->mss_cache);
+}
+
+/* Returns true if a watched socket looks for its peer now: the sooner it does not, the less it costs. */
+static __always_inline bool looks(const struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	__u32 segments = ctx->data_segs_in + ctx->data_segs_out;
 	const struct settings *set = get_settings();
 
-	return set && !(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) &&
-	       ctx->data_segs_in + ctx->data_segs_out < set->join_after;
+	if (!set || segments < set->join_after)
+		return false;
+	return !set->join_after || segments_behind(set, segments) < WATCH_EAGER ||
+	       !(bpf_get_prandom_u32() & 15) || is_bulk(ctx, sk, segments);
 }
 
-/*
- * Returns true if segments were at least half full so far: beside them, it costs nothing to look.
- * And one callback may stand for hundreds of them, so that one in 16 would find the peer too late.
- */
-static __always_inline bool is_bulk(const struct tcp_sock *tp, __u32 segments)
-{
-	return 2 * (tp->bytes_acked + tp->bytes_received) >= (__u64)segments * tp->mss_cache;
-}
-
-/* A callback of a socket that has no flow. */
+/* A callback of a socket that has no flow, and looks. */
 static __always_inline void on_watched(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 				       const struct tcp_sock *tp)
 {
+	__u32 segments = data_segments(tp);
 	const struct settings *set = get_settings();
-	__u32 segments = data_segments(tp), after;
-	__u64 netns;
+	__u64 netns = bpf_get_netns_cookie(ctx);
 
-	if (!set || !set->join_after || segments < set->join_after)
-		return;
-	after = set->join_after;
-	for (__u32 i = 0; i < 16 && after <= segments / 2; i++)
-		after *= 2;
-	if (segments - after >= WATCH_EAGER) {
-		/* Who sends bytes is called back for acknowledgements, too: once for a message. */
-		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
-			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
-		else if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_RTT_CB_FLAG))
-			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING);
-		if (!is_bulk(tp, segments) && bpf_get_prandom_u32() & 15)
-			return;
-	}
-	/* Else the callbacks are another program's. */
-	netns = bpf_get_netns_cookie(ctx);
-	if (!enrolled(netns) || !tp->inet_conn.icsk_inet.sk.sk_socket)
+	/* In a pod that takes no part, the callbacks are another program's. */
+	if (!set || !set->join_after || !enrolled(netns) || !tp->inet_conn.icsk_inet.sk.sk_socket)
 		return;
 	if (!may_join(tp)) {
 		stop_watching(ctx);
 		return;
 	}
-	if (!(ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT) &&
-	    segments < joins_after(set, find_learned(0, netns, ctx->local_port)))
-		return;
-	on_earned(ctx, sk, tp, netns, segments - set->join_after >= WATCH_MAX);
+	if (segments_behind(set, segments) >= WATCH_EAGER) {
+		/* Who sends bytes is called back for acknowledgements, too: once for a message. */
+		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
+			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		else if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_RTT_CB_FLAG))
+			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | WATCHING);
+	}
+	if (ctx->bpf_sock_ops_cb_flags & WATCHED_CLIENT ||
+	    segments >= joins_after(set, find_learned(0, netns, ctx->local_port)))
+		on_earned(ctx, sk, tp, netns, segments - set->join_after >= WATCH_MAX);
 }
 
-/* Ends what become_candidate has begun, for a socket whose flow is gone. Nothing was redirected. */
+/*
+ * Undoes become_candidate, as the flow is gone, which nothing was redirected for. It does so before
+ * a segment: if another program writes options into that one, on_tcp_options runs next.
+ */
 static __always_inline void leave_unjoined(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	if (!bpf_sk_storage_get(&candidates, sk, NULL, 0))
+	if (ctx->op == BPF_SOCK_OPS_RTT_CB || !bpf_sk_storage_get(&candidates, sk, NULL, 0))
 		return;
 	remove_socket(sk, bpf_get_socket_cookie(ctx));
 	stop_watching(ctx);
@@ -315,27 +314,29 @@ static __always_inline void on_candidate(struct bpf_sock_ops *ctx, struct bpf_so
 static __always_inline void on_traffic(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	bool may_have_flow = ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG;
 	struct sk_flow *self;
 	struct tcp_sock *tp;
 	struct flow *flow;
 
-	if (!sk || is_early(ctx))
+	if (!sk || (!may_have_flow && !looks(ctx, sk)))
 		return;
 	self = bpf_sk_storage_get(&sk_flows, sk, NULL, 0);
 	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
 	if (!self) {
-		on_watched(ctx, sk, tp);
+		if (!may_have_flow || looks(ctx, sk))
+			on_watched(ctx, sk, tp);
+		return;
+	}
+	if (!self->flow) {
+		if (ctx->op == BPF_SOCK_OPS_RTT_CB && !self->skip)
+			learn_mode(ctx, sk);
 		return;
 	}
 	if (self->skip) {
 		self->skip--;
-		return;
-	}
-	if (!self->flow) {
-		if (ctx->op == BPF_SOCK_OPS_RTT_CB)
-			learn_mode(ctx, sk);
 		return;
 	}
 	flow = flow_of(self, sk);

@@ -21,6 +21,7 @@
 #include "lifetime.h"
 #include "limits.h"
 #include "maps.h"
+#include "neighbour.h"
 
 #define SOL_TCP 6
 
@@ -72,13 +73,6 @@ static __always_inline int window_again(const struct tcp_sock *tp, const struct 
 	return former < room ? room : former;
 }
 
-/* A callback for each segment is dear to those who send many small ones. */
-static __always_inline void stop_callbacks(struct bpf_sock_ops *ctx, __u32 flag)
-{
-	if (ctx->bpf_sock_ops_cb_flags & flag)
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~flag);
-}
-
 /*
  * Runs before a socket of a flow sends a TCP segment, such as an acknowledgement, which
  * tells the peer the window (tcp_established_options). The kernel raises the limit of the
@@ -98,7 +92,7 @@ static __always_inline void on_transmit(struct bpf_sock_ops *ctx, struct flow *f
 	} else {
 		/* An evicted socket stays on TCP, unless it may return. */
 		if (flow->state & FLOW_ANY_EVICTING && !(has_left(flow) && returns()))
-			stop_callbacks(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+			stop_flow_callbacks(ctx, flow, own, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		if (!reader->window)
 			return;
 		if (clamp == WINDOW_SMALL) /* else the kernel or the program has raised it */

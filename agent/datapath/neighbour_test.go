@@ -11,7 +11,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -27,44 +26,15 @@ import (
 // asked for, and returns what detaches it.
 func mustReplaceCallbacks(tb testing.TB, cgroup string) (detach func()) {
 	tb.Helper()
-	const (
-		op                 = 0 // offset of bpf_sock_ops.op
-		activeEstablished  = 4
-		passiveEstablished = 5
-		retransmissions    = 2 // BPF_SOCK_OPS_RETRANS_CB_FLAG
-	)
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.SockOps, License: "GPL",
-		Instructions: asm.Instructions{
-			asm.LoadMem(asm.R2, asm.R1, op, asm.Word),
-			asm.JEq.Imm(asm.R2, activeEstablished, "replace"),
-			asm.JNE.Imm(asm.R2, passiveEstablished, "done"),
-			asm.Mov.Imm(asm.R2, retransmissions).WithSymbol("replace"),
-			asm.FnSockOpsCbFlagsSet.Call(),
-			asm.Mov.Imm(asm.R0, 1).WithSymbol("done"),
-			asm.Return(),
-		},
+	return mustAttachSockOps(tb, cgroup, asm.Instructions{
+		asm.LoadMem(asm.R2, asm.R1, offsetOp, asm.Word),
+		asm.JEq.Imm(asm.R2, opActiveEstablished, "replace"),
+		asm.JNE.Imm(asm.R2, opPassiveEstablished, "done"),
+		asm.Mov.Imm(asm.R2, flagRetransmissions).WithSymbol("replace"),
+		asm.FnSockOpsCbFlagsSet.Call(),
+		asm.Mov.Imm(asm.R0, 1).WithSymbol("done"),
+		asm.Return(),
 	})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer program.Close() // the link holds it
-	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupSockOps, Program: program})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	closed := false
-	detach = func() {
-		if closed {
-			return
-		}
-		closed = true
-		if err := l.Close(); err != nil {
-			tb.Error(err)
-		}
-	}
-	tb.Cleanup(detach)
-	return detach
 }
 
 // TestOtherProgram: another sock_ops program on the cgroup takes our callbacks

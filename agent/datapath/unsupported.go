@@ -37,7 +37,7 @@ const UnsupportedBlocking = "blocking"
 // unsupportedCodes names the bits of enum unsupported, from the lowest on.
 func unsupportedCodes() [bpf.ShortcutUnsupportedUNSUPPORTED_MAX]string {
 	return [...]string{
-		"msg_waitall", "msg_oob", "recv_flags", "so_rcvlowat", "fionread", "splice", "tcp_ulp", "so_zerocopy", "mptcp_listener", UnsupportedBlocking,
+		"msg_waitall", "msg_oob", "recv_flags", "so_rcvlowat", "fionread", "splice", "tcp_ulp", "so_zerocopy", "mptcp_listener", UnsupportedBlocking, "tcp_options",
 	}
 }
 

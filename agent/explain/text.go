@@ -57,6 +57,7 @@ var callNames = map[string]string{
 	"so_zerocopy":    "SO_ZEROCOPY",
 	"mptcp_listener": "MPTCP listener",
 	"blocking":       "a socket in blocking mode",
+	"tcp_options":    "TCP options of another BPF program",
 }
 
 // Calls returns the names of unsupported calls and options, given their codes.
