@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/signal"
 	"regexp"
@@ -150,7 +151,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
-	r := results{compared: map[place]table{}}
+	r := results{compared: map[place]table{}, programs: map[place]ofPrograms{}}
 	noWatch := datapath.CheckWatch()
 	if r.todo, r.partial, err = s.choose(cpus, noWatch != nil); err != nil {
 		return err
@@ -225,10 +226,12 @@ func (b *bench) measureAll(ctx context.Context, r *results, progress func(place)
 			if r.loaded, err = bare(); err != nil {
 				return err
 			}
-			if r.programs, err = b.countRuns(ctx, r.bare(), others); err != nil {
-				return err
-			}
 		}
+		counted, err := b.countRuns(ctx, r.bare(), m, others)
+		if err != nil {
+			return err
+		}
+		maps.Copy(r.programs, counted)
 		if err := b.unload(ctx); err != nil {
 			return err
 		}

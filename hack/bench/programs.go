@@ -32,9 +32,9 @@ func (r *runs) perRun() float64 {
 // ofPrograms are the runs of a place by the program's name.
 type ofPrograms map[string]*runs
 
-// countRuns measures the rows of the last table once more, with the statistics on. These take
-// time themselves, so nothing else is made of that.
-func (b *bench) countRuns(ctx context.Context, places []place, before []ebpf.ProgramID) (_ map[place]ofPrograms, err error) {
+// countRuns measures the rows of a mode among places once more, with the statistics on. These
+// take time themselves, so nothing else is made of that.
+func (b *bench) countRuns(ctx context.Context, places []place, m mode, before []ebpf.ProgramID) (_ map[place]ofPrograms, err error) {
 	stop, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
 	if err != nil {
 		return nil, fmt.Errorf("turn on the statistics of BPF programs: %w", err)
@@ -42,6 +42,9 @@ func (b *bench) countRuns(ctx context.Context, places []place, before []ebpf.Pro
 	defer func() { err = errors.Join(err, stop.Close()) }()
 	all := map[place]ofPrograms{}
 	for _, p := range places {
+		if p.row.mode != m {
+			continue
+		}
 		found := ofPrograms{}
 		for range b.settings.rounds {
 			from, err := programStats(before)
