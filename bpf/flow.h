@@ -22,7 +22,7 @@
  * For that, builds of any number read what is marked FROZEN, by these names: see
  * agent/datapath/contract.go.
  */
-enum layout { LAYOUT = 5 };
+enum layout { LAYOUT = 6 };
 
 /*
  * The client's address and port, as both sides see them. netns is 0 unless the address is a

@@ -51,8 +51,9 @@ struct join_entry {
 	__u32 server_seq;
 	__u32 visits; /* by join_sockets; without one in a round, the socket is gone */
 	__u32 callbacks; /* those that the socket had before */
-	__u32 watched; /* enum watched */
-	__u32 blocking; /* 1 << side for each socket in blocking mode */
+	__u32 generation; /* that of the policy that holds the watched connection: see take_offer */
+	__u16 watched; /* enum watched */
+	__u16 blocking; /* 1 << side for each socket in blocking mode */
 };
 
 /* The two streams of a connection: the sequence numbers of the first byte of each. */

@@ -123,7 +123,7 @@ static __always_inline enum outcome make_flow(const struct join_entry *it)
 	if (!enrolled(client) || !enrolled(server))
 		return OUTCOME_POLICY_REFUSED;
 	outcome = admit(set, client, server, it->server_port, &generation, &policy);
-	if (it->watched && (outcome == OUTCOME_PAIRING_STALE || policy.verdict == VERDICT_HOLD))
+	if (it->watched && policy.verdict == VERDICT_HOLD)
 		return OUTCOME_MAX; /* it is watched for as long */
 	if (outcome != OUTCOME_PAIRED)
 		return outcome;

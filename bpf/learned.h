@@ -85,16 +85,6 @@ static __always_inline __u32 joins_after(const struct settings *set,
 	return after > set->join_after ? after : set->join_after;
 }
 
-/* Returns how many segments a socket is behind join_after, or the last double of it. */
-static __always_inline __u32 segments_behind(const struct settings *set, __u32 segments)
-{
-	__u32 after = set->join_after;
-
-	for (__u32 i = 0; i < 16 && after <= segments / 2; i++)
-		after *= 2;
-	return segments - after;
-}
-
 /*
  * Notes whether a watched connection has earned again what it cost to join. If not, later ones
  * to the port have to earn twice as much before they join. For example, one of 20 requests joins

@@ -201,11 +201,21 @@ static __always_inline bool waits_for_agent(struct bpf_sock *sk)
 	return asks && asks->step == JOIN_START;
 }
 
+/* Returns what the shortcut has saved, in small messages: one of 16 KiB saves as much as two. */
+static __always_inline __u64 saved(const struct flow *flow)
+{
+	const struct side *client = &flow->side[SIDE_CLIENT], *server = &flow->side[SIDE_SERVER];
+
+	return client->receiving.paid + server->receiving.paid +
+	       (client->sending.shortcut_bytes + server->sending.shortcut_bytes) / (16 << 10);
+}
+
 /*
  * A flow ends, as the first of its sockets is closed, perhaps before it has joined. If it has
  * joined at its handshake: had it been watched, would it have joined? If it was watched: has the
- * shortcut paid half as often as it had to earn at least? While it is on trial, or waits for the
- * agent, that says nothing, and without leave_ratio nothing is counted.
+ * shortcut saved what it cost to join? That takes twice as many messages as it had to earn segments
+ * at least. While it is on trial, or waits for the agent, that says nothing, and without leave_ratio
+ * nothing is counted.
  */
 static __always_inline void note_life(const struct flow *flow, struct bpf_sock *sk,
 				      const struct tcp_sock *tp)
@@ -223,7 +233,7 @@ static __always_inline void note_life(const struct flow *flow, struct bpf_sock *
 			note_no_gain(flow);
 	} else if (flow->watched == WATCHED && set->leave_ratio && !waits_for_agent(sk) &&
 		   past_trial(flow, SIDE_CLIENT, set) && past_trial(flow, SIDE_SERVER, set)) {
-		note_join(flow, set, segments, client->paid + server->paid >= set->join_after / 2);
+		note_join(flow, set, segments, saved(flow) >= 2 * set->join_after);
 	}
 }
 

@@ -225,7 +225,10 @@ static __always_inline void on_active(struct bpf_sock_ops *ctx)
 	struct client_key key;
 	struct syn *syn, copy;
 
-	if (!enrolled(netns) || has_options(sk_flow_of(ctx->sk)))
+	if (!enrolled(netns))
+		return;
+	/* Its SYN has them only if another program has asked for callbacks. */
+	if (ctx->bpf_sock_ops_cb_flags && has_options(sk_flow_of(ctx->sk)))
 		return;
 	local_address(ctx, key.addr);
 	complete_client_key(&key, ctx->local_port, netns);

@@ -125,8 +125,9 @@ type ShortcutJoinEntry struct {
 	ServerSeq   uint32
 	Visits      uint32
 	Callbacks   uint32
-	Watched     uint32
-	Blocking    uint32
+	Generation  uint32
+	Watched     uint16
+	Blocking    uint16
 }
 
 type ShortcutJoinStep uint32
@@ -143,7 +144,7 @@ const (
 type ShortcutLayout uint32
 
 const (
-	ShortcutLayoutLAYOUT ShortcutLayout = 5
+	ShortcutLayoutLAYOUT ShortcutLayout = 6
 )
 
 type ShortcutLearnedKey struct {

@@ -27,18 +27,12 @@
 #include "kernel.h"
 #include "late.h"
 #include "lifetime.h"
+#include "looks.h"
 #include "maps.h"
 #include "neighbour.h"
 #include "pairing.h"
 #include "return.h"
 #include "window.h"
-
-/*
- * Behind join_after, and behind twice, four times, ... as many segments, all callbacks look for
- * the peer for so many segments, then one in 16. At these the server's port may let it join. All
- * look if segments are full.
- */
-#define WATCH_EAGER 16
 
 /* Without a peer, as if that is on another node, a socket is not watched for more segments. */
 #define WATCH_MAX 4096
@@ -89,7 +83,7 @@ static __always_inline void fill_offer(struct bpf_sock_ops *ctx, const struct tc
 	offer->cookie[side] = bpf_get_socket_cookie(ctx);
 	offer->netns[side] = netns;
 	offer->blocking &= ~(1U << side);
-	offer->blocking |= (__u32)is_blocking(tp) << side;
+	offer->blocking |= is_blocking(tp) << side;
 }
 
 /* A server's socket has earned to join: it writes the offer, and joins once there is a flow. */
@@ -117,15 +111,24 @@ static __always_inline void make_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		become_candidate(ctx, sk, tp, flow, offer->flow, SIDE_SERVER, true);
 }
 
-/* A client's socket has earned to join: it makes the flow if the server has offered it. */
+/*
+ * A client's socket has earned to join: it makes the flow if the server has offered it. While the
+ * policy holds the connection, or the agent is away, both are watched until there may be a flow:
+ * a policy that has not changed since is not asked again.
+ */
 static __always_inline void take_offer(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 				       const struct tcp_sock *tp, __u64 netns,
 				       const struct numbers *key, struct join_entry *offer)
 {
+	const struct settings *set = get_settings();
 	enum outcome outcome;
 	struct flow *flow;
+	__u32 generation;
 
-	if (!offer->cookie[SIDE_SERVER])
+	if (!set || !offer->cookie[SIDE_SERVER])
+		return;
+	generation = *(volatile __u32 *)&set->generation;
+	if (offer->step == JOIN_READY && offer->generation == generation)
 		return;
 	fill_offer(ctx, tp, netns, SIDE_CLIENT, offer);
 	offer->flow = offer->cookie[SIDE_CLIENT];
@@ -142,10 +145,12 @@ static __always_inline void take_offer(struct bpf_sock_ops *ctx, struct bpf_sock
 		become_candidate(ctx, sk, tp, flow, offer->flow, SIDE_CLIENT, false);
 		offer->step = JOIN_START;
 		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
-	} else if (outcome == OUTCOME_MAX) {
-		if (offer->step == JOIN_READY)
+	} else if (outcome == OUTCOME_MAX || outcome == OUTCOME_PAIRING_STALE) {
+		generation -= outcome == OUTCOME_PAIRING_STALE; /* to ask again */
+		if (offer->step == JOIN_READY && offer->generation == generation)
 			return;
-		offer->step = JOIN_READY; /* both are watched until there may be a flow */
+		offer->step = JOIN_READY;
+		offer->generation = generation;
 		bpf_map_update_elem(&offers, key, offer, BPF_EXIST);
 	} else if (!flow) {
 		offer->step = JOIN_LEAVE;
@@ -192,31 +197,6 @@ static __always_inline void on_earned(struct bpf_sock_ops *ctx, struct bpf_sock 
 	} else {
 		make_offer(ctx, sk, tp, netns, &key, &offer);
 	}
-}
-
-/* In a stream of large segments, a callback may stand for hundreds, beside which a look is cheap. */
-static __always_inline bool is_bulk(const struct bpf_sock_ops *ctx, struct bpf_sock *sk,
-				    __u32 segments)
-{
-	const struct tcp_sock *tp;
-
-	if (2 * (ctx->bytes_acked + ctx->bytes_received) < (__u64)segments * ctx->mss_cache)
-		return false;
-	tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	return tp && (tp->data_segs_out < tp->data_segs_in / 16 ||
-		      tp->write_seq - tp->snd_una > tp->mss_cache);
-}
-
-/* Returns true if a watched socket looks for its peer now: the sooner it does not, the less it costs. */
-static __always_inline bool looks(const struct bpf_sock_ops *ctx, struct bpf_sock *sk)
-{
-	__u32 segments = ctx->data_segs_in + ctx->data_segs_out;
-	const struct settings *set = get_settings();
-
-	if (!set || segments < set->join_after)
-		return false;
-	return !set->join_after || segments_behind(set, segments) < WATCH_EAGER ||
-	       !(bpf_get_prandom_u32() & 15) || is_bulk(ctx, sk, segments);
 }
 
 /* A callback of a socket that has no flow, and looks. */

@@ -108,27 +108,31 @@ func TestEarly(t *testing.T) {
 	}
 }
 
-// TestJoinsLater: when connections end soon after they have joined, later ones to the port have
-// to earn twice as much, until one has lived that long, or some time has passed.
+// TestJoinsLater: when connections end before the shortcut has saved what it cost to join, later
+// ones to the port have to earn twice as much, until one has lived that long, or some time has
+// passed. Few messages are enough if they are large.
 func TestJoinsLater(t *testing.T) {
 	if noWatch(t) {
 		return
 	}
-	const long = 2 * joinAfter
-	type step struct{ messages, joins, after int }
+	const (
+		few, long    = 12, 6 * joinAfter // few are less than twice joinAfter, of which some go by TCP
+		small, large = 100, 32 << 10
+	)
+	type step struct{ messages, size, joins, after int }
 	for name, tc := range map[string]struct {
 		halves time.Duration
 		steps  []step
 	}{
 		"until one lives": {time.Hour, []step{
-			{0, joinAfter, 2 * joinAfter},
-			{0, 2 * joinAfter, 4 * joinAfter},
-			{long, 4 * joinAfter, 2 * joinAfter},
-			{long, 2 * joinAfter, 0},
-			{long, joinAfter, 0},
-			{0, joinAfter, 2 * joinAfter},
+			{0, 0, joinAfter, 2 * joinAfter},
+			{few, small, 2 * joinAfter, 4 * joinAfter},
+			{long, small, 4 * joinAfter, 2 * joinAfter},
+			{few, large, 2 * joinAfter, 0},
+			{long, small, joinAfter, 0},
+			{few, small, joinAfter, 2 * joinAfter},
 		}},
-		"until some time has passed": {time.Nanosecond, []step{{0, joinAfter, 0}, {0, joinAfter, 0}}},
+		"until some time has passed": {time.Nanosecond, []step{{0, 0, joinAfter, 0}, {0, 0, joinAfter, 0}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n, pods, l, address := mustWatchPods(t, leaves, func(c *datapath.Config) {
@@ -146,12 +150,12 @@ func TestJoinsLater(t *testing.T) {
 				}
 			}
 			for _, s := range tc.steps {
-				n.mustJoinAfter(t, pods[0], l, address, s.joins, s.messages)
+				n.mustJoinAfter(t, pods[0], l, address, s.joins, s.messages, s.size)
 				want(uint32(s.after))
 			}
 			n.mustForget(t)
 			want(0)
-			n.mustJoinAfter(t, pods[0], l, address, joinAfter, long)
+			n.mustJoinAfter(t, pods[0], l, address, joinAfter, long, small)
 
 			// One that nobody inserts says nothing.
 			stop()
@@ -179,7 +183,7 @@ func (n *node) mustEarn(t *testing.T, client *sandbox.Pod, l *rawSocket, address
 
 // mustJoinAfter makes a connection, which is to join after so many segments of data and not after
 // twice as many, lets it exchange some more messages, and ends it.
-func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, address netip.AddrPort, joins, messages int) {
+func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, address netip.AddrPort, joins, messages, size int) {
 	t.Helper()
 	before := n.counts(t)
 	c, s, segments := n.mustEarn(t, client, l, address)
@@ -190,8 +194,8 @@ func (n *node) mustJoinAfter(t *testing.T, client *sandbox.Pod, l *rawSocket, ad
 	n.waitInserted(t, 2)
 	n.mustTalkUntilPaired(t, before, c, s)
 	if messages > 0 {
-		n.mustBeShortcut(t, c, s)
-		sandboxtest.MustPing(t, c, s, messages/2, 100)
+		sandboxtest.MustPing(t, c, s, messages/2, size)
+		n.mustHaveRedirected(t)
 	}
 	n.mustEnd(t, c, s)
 }
