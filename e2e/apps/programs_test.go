@@ -94,7 +94,7 @@ func programs() []program {
 		{name: "nginx, sendfile", version: nginx, run: nginxSendfile},
 		{name: "nginx, no sendfile", version: nginx, run: nginxNoSendfile},
 		{name: "nginx, wrk", version: nginx, run: nginxWrk},
-		{name: "nginx, PUT", version: nginx, run: nginxPut, hazards: fionread, pod: "server", annotations: exclude, reason: excluded},
+		{name: "nginx, PUT", version: nginx, run: nginxPut, hazards: fionread, pod: "server", annotations: exclude, reason: excluded, stays: "sendfile"},
 		{name: "nginx, proxy", version: nginx, run: nginxProxy, hazards: fionread, pod: "proxy", annotations: optedOut, reason: notOptedIn},
 		{name: "postgresql", version: version("postgres", "--version"), run: postgres},
 		{name: "haproxy, TCP", version: haproxy, run: haproxyTCP},
