@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
+
 	"github.com/podshunt/podshunt/api"
 	"github.com/podshunt/podshunt/bpf"
 )
@@ -103,6 +105,9 @@ type Config struct {
 	// Guards names the guards to attach while a pod takes part or a flow is
 	// left. A guard that the kernel refuses makes Enrol fail.
 	Guards []string
+	// Types keeps the kernel's types, for those who open one Datapath after the other. If it is
+	// nil, they are read whenever programs are loaded, and not kept.
+	Types *btf.Cache
 	// Tests alone set noMPTCPListeners, which keeps out sockets that an MPTCP listener
 	// has accepted. Open does so in any case on kernels that they would harm.
 	noMPTCPListeners bool

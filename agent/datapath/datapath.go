@@ -5,6 +5,7 @@
 package datapath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"sync"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 
@@ -24,21 +26,19 @@ import (
 // Datapath is the open set of kernel objects. Its methods may be called from several
 // goroutines, except Close, which must be the last call.
 type Datapath struct {
-	cfg      Config
-	log      *slog.Logger
-	observer string
-	objects  *ebpf.Collection
-	links    []link.Link
-	lock     *os.File // of own
-	pins     *os.File // of ownPins
-	joiner   *joiner  // nil for the reason in noJoin
-	noJoin   error
-	noWatch  error // see NoWatch
-	watcher  *watcher
-	// noCallbacks: open connections join, and get no callbacks.
-	noCallbacks bool
-	joinDue     chan struct{}      // of JoinDue
-	step        func(string) error // see at; nil but in tests
+	cfg             Config
+	log             *slog.Logger
+	observer        string
+	objects         *ebpf.Collection
+	links           []link.Link
+	lock, pins      *os.File // of own, and of ownPins
+	joiner          *joiner  // nil for the reason in noJoin
+	watcher         *watcher
+	noJoin, noWatch error              // see NoWatch
+	noCallbacks     bool               // open connections join, and get no callbacks
+	joinDue         chan struct{}      // of JoinDue
+	step            func(string) error // see at; nil but in tests
+	types           *btf.Cache         // as in Config, or only while it opens
 
 	mu     sync.Mutex          // guards what follows, and writes to the policy map
 	policy map[podPair][]entry // what the policy map has, once it was read
@@ -103,21 +103,22 @@ func open(cfg Config, log *slog.Logger, step func(string) error) (*Datapath, err
 		}
 	}
 	d := &Datapath{
-		cfg: cfg, log: log, noWatch: noWatch, guards: map[string]*guard{}, step: step,
+		cfg: cfg, log: log, noWatch: noWatch, guards: map[string]*guard{}, step: step, types: cmp.Or(cfg.Types, btf.NewCache()),
 		duePairs: map[podPair]bool{}, joinDue: make(chan struct{}, 1), noCallbacks: cfg.joinWithoutCallbacks(),
 	}
+	defer func() { d.types = cfg.Types }()
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	if d.other {
 		return d, nil
 	}
-	d.joiner, d.noJoin = newJoiner(d.objects.Maps)
+	d.joiner, d.noJoin = newJoiner(d.objects.Maps, d.types)
 	if d.cfg.JoinAfter == 0 || d.cfg.WatchOnly {
 		return d, nil
 	}
 	var err error
-	if d.watcher, err = newWatcher(d.objects.Maps); err != nil {
+	if d.watcher, err = newWatcher(d.objects.Maps, d.types); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
@@ -294,7 +295,7 @@ func (d *Datapath) load(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, 
 	}
 	var errs []error
 	for _, observer := range candidates {
-		objects, err := loadWith(observer, spec, pinned)
+		objects, err := loadWith(observer, spec, pinned, d.types)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -315,7 +316,7 @@ func observerPrograms() map[string]string {
 }
 
 // loadWith loads everything with one observer.
-func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*ebpf.Collection, error) {
+func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Collection, error) {
 	one := spec.Copy()
 	for name, program := range observerPrograms() {
 		if name != observer {
@@ -326,7 +327,7 @@ func loadWith(observer string, spec *ebpf.CollectionSpec, pinned map[string]*ebp
 		delete(one.Programs, program)
 	}
 	delete(one.Maps, bpf.ShortcutMapJoining)
-	objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned})
+	objects, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: pinned, Cache: types})
 	if err != nil {
 		return nil, fmt.Errorf("load with observer %s: %w", observer, err)
 	}

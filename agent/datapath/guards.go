@@ -5,6 +5,7 @@
 package datapath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -170,7 +171,7 @@ func (d *Datapath) updateGuards() error {
 	if err != nil {
 		return err
 	}
-	cache := btf.NewCache()
+	cache := cmp.Or(d.types, btf.NewCache())
 	for _, name := range GuardNames() {
 		g := d.guards[name]
 		switch wanted := busy && slices.Contains(d.cfg.Guards, name); {

@@ -19,6 +19,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
@@ -52,7 +53,7 @@ func joinPrograms() []string {
 
 // newJoiner loads the iterators. The map joining is not pinned: what an agent that was
 // killed has left in it is found again.
-func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
+func newJoiner(shared map[string]*ebpf.Map, types *btf.Cache) (_ *joiner, err error) {
 	if err := CheckJoin(); err != nil {
 		return nil, err
 	}
@@ -62,7 +63,7 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 			err = errors.Join(err, j.close())
 		}
 	}()
-	if j.objects, err = loadIterators(shared, joinPrograms()); err != nil {
+	if j.objects, err = loadIterators(shared, joinPrograms(), types); err != nil {
 		return nil, err
 	}
 	for name, to := range map[string]**link.Iter{bpf.ShortcutProgFindSockets: &j.find, bpf.ShortcutProgJoinSockets: &j.join} {
@@ -74,7 +75,7 @@ func newJoiner(shared map[string]*ebpf.Map) (_ *joiner, err error) {
 }
 
 // loadIterators loads iterators that use the shared maps.
-func loadIterators(shared map[string]*ebpf.Map, names []string) (*ebpf.Collection, error) {
+func loadIterators(shared map[string]*ebpf.Map, names []string, types *btf.Cache) (*ebpf.Collection, error) {
 	spec, err := bpf.LoadShortcut()
 	if err != nil {
 		return nil, err
@@ -86,7 +87,7 @@ func loadIterators(shared map[string]*ebpf.Map, names []string) (*ebpf.Collectio
 		m.MaxEntries = shared[name].MaxEntries()
 	}
 	spec.Maps[bpf.ShortcutMapJoining].MaxEntries = shared[bpf.ShortcutMapSockets].MaxEntries()
-	objects, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
+	objects, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements, Cache: types})
 	if err != nil {
 		return nil, fmt.Errorf("load the iterators: %w", err)
 	}

@@ -58,7 +58,7 @@ func CheckKernel() error {
 	}
 	var errs []error
 	for observer := range observerPrograms() {
-		objects, err := loadWith(observer, spec, nil)
+		objects, err := loadWith(observer, spec, nil, nil)
 		if err == nil {
 			objects.Close()
 			return nil

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/time/rate"
@@ -53,14 +54,14 @@ func CheckWatch() error {
 // it, and not once they have earned it.
 func (d *Datapath) NoWatch() error { return d.noWatch }
 
-func newWatcher(shared map[string]*ebpf.Map) (_ *watcher, err error) {
+func newWatcher(shared map[string]*ebpf.Map, types *btf.Cache) (_ *watcher, err error) {
 	w := &watcher{limit: rate.NewLimiter(insertRate, insertBurst)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if w.objects, err = loadIterators(shared, []string{bpf.ShortcutProgInsertCandidates}); err != nil {
+	if w.objects, err = loadIterators(shared, []string{bpf.ShortcutProgInsertCandidates}, types); err != nil {
 		return nil, err
 	}
 	w.insert, err = link.AttachIter(link.IterOptions{

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/cilium/ebpf/btf"
+
 	"github.com/podshunt/podshunt/agent/datapath"
 	"github.com/podshunt/podshunt/agent/rule"
 	"github.com/podshunt/podshunt/e2e/sandbox"
@@ -22,13 +24,16 @@ type Loaded struct {
 	Log    *slog.Logger
 }
 
+// types are the kernel's, which take seconds to read where the CPU is emulated.
+var types = btf.NewCache()
+
 // MustLoad opens a datapath, and unloads at the end of the test what is open
 // by then. Unless change says otherwise, connections join at their handshake, and a direction takes the shortcut from its
 // second message on, however long the test takes, and never goes back by itself.
 func MustLoad(tb testing.TB, s *sandbox.Sandbox, change func(*datapath.Config)) *Loaded {
 	tb.Helper()
 	n := &Loaded{Sandbox: s, Config: datapath.DefaultConfig(), Log: slog.New(slog.NewTextHandler(tb.Output(), nil))}
-	n.Config.Cgroup, n.Config.PinDir = s.Cgroup, s.PinDir
+	n.Config.Cgroup, n.Config.PinDir, n.Config.Types = s.Cgroup, s.PinDir, types
 	n.Config.TrialReads, n.Config.TrialBytes, n.Config.TrialDrains, n.Config.RefreshInterval = 1, 0, 0, 0
 	n.Config.JoinAfter, n.Config.LeaveRatio = 0, 0
 	if change != nil {
