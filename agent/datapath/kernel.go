@@ -37,7 +37,8 @@ func CheckKernel() error {
 			missing = append(missing, what)
 		}
 	}
-	types, err := btf.LoadKernelSpec()
+	cache := btf.NewCache()
+	types, err := cache.Kernel()
 	lacks("BTF (CONFIG_DEBUG_INFO_BTF)", err)
 	if err == nil {
 		lacks("recv's flags where the programs look for them (fourth parameter of tcp_bpf_recvmsg, Linux 5.19)", checkRecvmsg(types))
@@ -58,7 +59,7 @@ func CheckKernel() error {
 	}
 	var errs []error
 	for observer := range observerPrograms() {
-		objects, err := loadWith(observer, spec, nil, nil)
+		objects, err := loadWith(observer, spec, nil, cache)
 		if err == nil {
 			objects.Close()
 			return nil
