@@ -97,7 +97,7 @@ func (n *node) mustBeShortcut(tb testing.TB, c, s io.ReadWriter) {
 func (n *node) mustHaveRedirected(tb testing.TB) {
 	tb.Helper()
 	if f := n.mustFlow(tb); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
-		tb.Errorf("got %+v, want both directions on the shortcut", f)
+		tb.Fatalf("got %+v, want both directions on the shortcut", f)
 	}
 }
 
@@ -584,9 +584,7 @@ func TestEvictLate(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if f := n.mustFlow(t); !f.ToServer.Shortcut || !f.ToClient.Shortcut {
-		t.Fatalf("got %+v, want both directions on the shortcut", f)
-	}
+	n.mustHaveRedirected(t)
 	evict()
 	if got := n.counts(t)["socket_evicted"]; got != 0 {
 		t.Fatalf("got %d sockets evicted, want none yet", got)

@@ -45,10 +45,7 @@ func (n *node) unsupported(tb testing.TB) []datapath.UnsupportedPort {
 func (n *node) warmUp(tb testing.TB, c, s net.Conn) {
 	tb.Helper()
 	sandboxtest.MustPing(tb, c, s, 5, 100)
-	flow := n.mustFlow(tb)
-	if !flow.ToServer.Shortcut || !flow.ToClient.Shortcut {
-		tb.Fatalf("got %+v, want the shortcut both ways", flow)
-	}
+	n.mustHaveRedirected(tb)
 }
 
 // TestUnsupported: what a connection uses that is not served puts its direction on
