@@ -108,7 +108,7 @@ static __always_inline int set_callbacks(struct sock_common *skc, int flags)
  * Makes the flow. Returns OUTCOME_PAIRED, or why there is none, or OUTCOME_MAX if there may be
  * one later.
  */
-static __always_inline enum outcome make_flow(const struct join_entry *it)
+static __noinline enum outcome make_flow(const struct join_entry *it)
 {
 	__u64 client = it->netns[SIDE_CLIENT], server = it->netns[SIDE_SERVER];
 	struct settings *set = get_settings();

@@ -21,8 +21,8 @@ static __always_inline struct learned_value *find_learned(__u64 client, __u64 se
  * Returns the entry, which it makes if there is none, or NULL. A pod that has used
  * up its share of the map gets no more entries: that harms only its own connections.
  */
-static __always_inline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
-							 __u32 limit)
+static __noinline struct learned_value *get_learned(__u64 client, __u64 server, __u32 port,
+						    __u32 limit)
 {
 	struct learned_key key = { .server = server, .client = client, .port = port };
 	struct learned_value *known = bpf_map_lookup_elem(&learned, &key);

@@ -59,7 +59,7 @@ static __always_inline void add_share(const struct flow *flow, __u32 flows)
 }
 
 /* Deletes a flow. Its sockets are gone, or have never joined. */
-static __always_inline void delete_flow(struct flow *flow, __u64 id)
+static __noinline void delete_flow(struct flow *flow, __u64 id)
 {
 	uncharge_all(flow, SIDE_CLIENT);
 	uncharge_all(flow, SIDE_SERVER);
@@ -72,7 +72,7 @@ static __always_inline void delete_flow(struct flow *flow, __u64 id)
  * it has not read. First nothing more is redirected to it. Then, in this call or a later
  * one, when deliver is not at work towards it and it has read everything, it is deleted.
  */
-static __always_inline void evict(struct flow *flow, __u32 side)
+static __noinline void evict(struct flow *flow, __u32 side)
 {
 	__u64 evicting = side == SIDE_CLIENT ? FLOW_CLIENT_EVICTING : FLOW_SERVER_EVICTING;
 	__u64 evicted = side == SIDE_CLIENT ? FLOW_CLIENT_EVICTED : FLOW_SERVER_EVICTED;
@@ -152,7 +152,7 @@ static __always_inline void mark_gone(const struct sk_flow *self, const void *sk
 }
 
 /* As mark_gone, for a socket that does not join after all, and lives on. */
-static __always_inline void end_unjoined(__u64 id, __u32 side)
+static __noinline void end_unjoined(__u64 id, __u32 side)
 {
 	struct flow *flow = flow_by_id(id);
 	__u64 state;

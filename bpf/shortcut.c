@@ -8,6 +8,9 @@
  * of receivers small (window.h), ends flows (lifetime.h), and leaves other programs of the node
  * their callbacks (neighbour.h). find_sockets (find.h) and join_sockets (late.h) make flows of
  * open connections.
+ *
+ * All functions are inlined but those that several rare events call: with copies of them track
+ * would be twice as long, and to load a program takes the kernel the square of its length.
  */
 
 #include <stdbool.h>
@@ -116,8 +119,7 @@ static __always_inline void count(enum outcome outcome, __u64 bytes)
 	}
 }
 
-static __always_inline void look_up_policy(__u64 client, __u64 server, __u16 port,
-					   struct policy *policy)
+static __noinline void look_up_policy(__u64 client, __u64 server, __u16 port, struct policy *policy)
 {
 	struct policy_key key = {
 		.prefixlen = POLICY_PREFIX_PORT,
@@ -171,9 +173,9 @@ int track(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
 		/* The kernel also asks before it takes a message, to know how long segments get. */
-		if (ctx->args[0] != BPF_WRITE_HDR_TCP_CURRENT_MSS)
-			on_traffic(ctx);
-		break;
+		if (ctx->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
+			break;
+		/* fallthrough */
 	case BPF_SOCK_OPS_RTT_CB:
 		on_traffic(ctx);
 		break;

@@ -40,8 +40,8 @@ static __always_inline bool is_unsupported(__u64 client, __u64 server, __u32 por
 }
 
 /* Marks a server port unsupported, for all clients, or for one pod if client is not 0. */
-static __always_inline void remember_port(__u64 client, __u64 server, __u32 port,
-					  enum unsupported reason)
+static __noinline void remember_port(__u64 client, __u64 server, __u32 port,
+				     enum unsupported reason)
 {
 	struct settings *set = get_settings();
 	struct learned_value *known;
