@@ -107,8 +107,9 @@ test-chart: ## what the chart makes of its values, and which it refuses (charts/
 	go -C hack/helm test -count=1 ./manifests
 	hack/helm.sh
 
-# Kept out of unit for its time: it makes a release twice, and cosign takes minutes to build the first time.
+# Kept out of unit and verify for its time: it makes a release twice, and cosign takes minutes to build the first time.
 test-release: ## two builds of a release are the same bytes, its signature and its bill of materials hold
+	go -C hack/cosign mod tidy -diff
 	go -C hack/release test -count=1 -timeout 60m -v -run TestRelease $(TESTFLAGS) .
 
 build: ## bin/podshunt (the plugin) and bin/podshunt-agent

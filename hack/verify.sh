@@ -26,7 +26,6 @@ go -C hack/tools mod tidy -diff
 go -C hack/helm mod tidy -diff
 go -C hack/helm4 mod tidy -diff
 go -C hack/release mod tidy -diff
-go -C hack/cosign mod tidy -diff
 go -C e2e/apps mod tidy -diff
 go -C e2e/cluster mod tidy -diff
 go tool -modfile=hack/tools/go.mod golangci-lint fmt --diff
@@ -34,10 +33,7 @@ make lint
 make test-chart
 # helm-unittest makes a snapshot that is not there.
 committed charts/podshunt/tests
-go vet ./...
-go -C hack/release vet .
-go -C hack/helm vet ./manifests
-go -C e2e/apps vet ./...
+# golangci-lint has vetted the rest.
 go -C e2e/cluster vet -tags upgrade . ./peer
 # Last, so that it is seen when the database cannot be reached.
 make vuln
