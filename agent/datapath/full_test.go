@@ -381,7 +381,8 @@ func TestSmallPairsFirst(t *testing.T) {
 
 // TestMapsAreCounted: maps larger than a batch, and the policy map without a look at it.
 func TestMapsAreCounted(t *testing.T) {
-	n := mustNode(t, nil)
+	const syns, others = 5000, 3000
+	n := mustNode(t, func(c *datapath.Config) { c.MaxFlows = 4 * syns })
 	_, cookies := n.MustEnrol(t, "first", "second")
 	open := func(name string) *ebpf.Map {
 		t.Helper()
@@ -392,7 +393,6 @@ func TestMapsAreCounted(t *testing.T) {
 		t.Cleanup(func() { m.Close() })
 		return m
 	}
-	const syns, others = 5000, 3000
 	table := open(bpf.ShortcutMapSyns)
 	for i := range uint32(syns) {
 		if err := table.Put(bpf.ShortcutClientKey{Netns: uint64(i + 1)}, bpf.ShortcutSyn{}); err != nil {

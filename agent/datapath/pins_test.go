@@ -38,6 +38,7 @@ const taskEnv = "PODSHUNT_TEST_TASK"
 type task struct {
 	Unload         bool // otherwise it opens
 	Cgroup, PinDir string
+	MaxFlows       uint32
 	// KillAt is the step before which the process kills itself; 0 never.
 	KillAt int
 }
@@ -77,7 +78,7 @@ func (t task) run() error {
 		return errors.Join(err, d.Close())
 	}
 	cfg := datapath.DefaultConfig()
-	cfg.Cgroup, cfg.PinDir = t.Cgroup, t.PinDir
+	cfg.Cgroup, cfg.PinDir, cfg.MaxFlows = t.Cgroup, t.PinDir, t.MaxFlows
 	d, err := datapath.OpenInSteps(cfg, log, step)
 	if err != nil {
 		return err
@@ -89,7 +90,7 @@ func (t task) run() error {
 // came by. It must be killed at killAt, or end well if that is 0.
 func (n *node) mustRunTask(tb testing.TB, unload bool, killAt int) (steps []string) {
 	tb.Helper()
-	text, err := json.Marshal(task{Unload: unload, Cgroup: n.Config.Cgroup, PinDir: n.Config.PinDir, KillAt: killAt})
+	text, err := json.Marshal(task{Unload: unload, Cgroup: n.Config.Cgroup, PinDir: n.Config.PinDir, MaxFlows: n.Config.MaxFlows, KillAt: killAt})
 	if err != nil {
 		tb.Fatal(err)
 	}
