@@ -5,7 +5,6 @@
 package datapath_test
 
 import (
-	"context"
 	"io"
 	"math/rand/v2"
 	"net/netip"
@@ -317,27 +316,9 @@ func TestWatchUnloads(t *testing.T) {
 		return
 	}
 	n, pods, l, address := mustWatchPods(t)
-	var all []func() error
-	for i := range 32 {
-		c, s := rawPair(t, pods[0], l, address)
-		one := traffic{seed: byte(i), bytes: 1 << 20, maxWrite: 4 << 10, maxRead: 8 << 10, writerPause: 32 << 10}
-		all = append(all, func() error { return exchange(c, s, one, one) })
-	}
-	all = append(all, func() error {
+	n.mustUnloadBusy(t, pods[0], l, address, func() {
 		waitUntil(t, "connections that have earned to join", func() bool { return n.usage(t)["flows"] > 0 })
 		n.joinWatched(t)
 		time.Sleep(time.Duration(rand.IntN(5)) * time.Millisecond)
-		ctx, cancel := context.WithTimeout(t.Context(), deadline)
-		defer cancel()
-		if _, err := n.Unload(ctx); err != nil {
-			t.Error(err)
-		}
-		if got := n.Left(); got != 0 {
-			t.Errorf("got %d sockets left, want none", got)
-		}
-		return nil
 	})
-	if err := together(all...); err != nil {
-		t.Fatal(err)
-	}
 }
