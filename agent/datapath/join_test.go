@@ -811,6 +811,7 @@ func TestJoinUnloads(t *testing.T) {
 	pods, cookies := n.MustEnrol(t, "client", "server")
 	l, address := mustRawListen(t, pods[1].Netns, pods[1].IPv4)
 	var joined sync.WaitGroup
+	defer joined.Wait()
 	n.mustUnloadBusy(t, pods[0], l, address, func() {
 		n.MustSetPolicy(t, sandbox.Between(rule.Allow, cookies...))
 		joined.Go(func() {
@@ -820,7 +821,6 @@ func TestJoinUnloads(t *testing.T) {
 		})
 		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond)
 	})
-	joined.Wait()
 }
 
 // mustUnloadBusy unloads, once prepare is done, while connections are busy. All sockets have to

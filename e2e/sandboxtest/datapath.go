@@ -36,7 +36,7 @@ func MustLoad(tb testing.TB, s *sandbox.Sandbox, change func(*datapath.Config)) 
 	n.Config.Cgroup, n.Config.PinDir, n.Config.Types = s.Cgroup, s.PinDir, types
 	n.Config.TrialReads, n.Config.TrialBytes, n.Config.TrialDrains, n.Config.RefreshInterval = 1, 0, 0, 0
 	n.Config.JoinAfter, n.Config.LeaveRatio = 0, 0
-	n.Config.MaxFlows = 4096 // of the default, the kernel prepares 50 MB each time
+	n.Config.MaxFlows = 4096 // of the default, the kernel prepares 22 MiB each time
 	if change != nil {
 		change(&n.Config)
 	}
