@@ -21,12 +21,13 @@ import (
 // must go on to wait. A plain close is not counted as a socket that leaves.
 func TestBlockingHalfClose(t *testing.T) {
 	n := mustTwoPods(t, func(c *datapath.Config) { c.AllowBlocking = true })
-	const connections, warm = 20, 5
-	var ends []func() error
+	const connections, warm = 10, 5
+	// One after another: with more threads that read at a time, a preemptible kernel may miss a read,
+	// and then keeps the socket (docs/limits.md).
 	for i := range connections {
 		c, s := n.connect(t)
 		socket := blocking(t, c)
-		ends = append(ends, onThread(func() error {
+		if err := together(onThread(func() error {
 			p := make([]byte, 100)
 			for range warm {
 				if _, err := socket.Write(p); err != nil {
@@ -68,10 +69,9 @@ func TestBlockingHalfClose(t *testing.T) {
 				return err
 			}
 			return s.Close()
-		})
-	}
-	if err := together(ends...); err != nil {
-		t.Error(err)
+		}); err != nil {
+			t.Error(err)
+		}
 	}
 	if got := n.counts(t); got["socket_evicted"] != connections || got["message_shortcut"] < connections*warm {
 		t.Errorf("got %v, want %d sockets that have left, and messages on the shortcut before", got, connections)

