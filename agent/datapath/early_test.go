@@ -167,6 +167,44 @@ func TestJoinsLater(t *testing.T) {
 	}
 }
 
+// TestJoinsLaterDefaults: with the agent's settings, too, connections of 40 requests soon stay on
+// TCP, where they end before they have earned what it costs to join.
+func TestJoinsLaterDefaults(t *testing.T) {
+	if noWatch(t) {
+		return
+	}
+	const requests = 40
+	n, pods, l, address := mustWatchPods(t, leaves, onTrial, func(c *datapath.Config) {
+		c.JoinAfter = datapath.DefaultConfig().JoinAfter
+		c.SetJoinHalves(time.Hour)
+	})
+	n.joinWatched(t)
+	request := func() {
+		t.Helper()
+		c, s := rawPair(t, pods[0], l, address)
+		sandboxtest.MustPing(t, c, s, requests, 1)
+		n.mustEnd(t, c, s)
+	}
+	connections := 0
+	waitUntil(t, "connections that stay on TCP", func() bool {
+		request()
+		connections++
+		ports := n.joinPorts(t)
+		return len(ports) == 1 && ports[0].JoinAfter > 2*requests
+	})
+	got := n.counts(t)
+	t.Logf("after %d connections: %v", connections, got)
+	if got["connection_paired"] == 0 {
+		t.Errorf("got %v, want connections that have joined before", got)
+	}
+	for range 10 {
+		request()
+	}
+	if since := n.since(t, got); since["connection_paired"] != 0 {
+		t.Errorf("got %v, want no more connections that join", since)
+	}
+}
+
 // mustEarn returns the ends of a connection that has just earned to join, and after how many
 // segments of data it has.
 func (n *node) mustEarn(t *testing.T, client *sandbox.Pod, l *rawSocket, address netip.AddrPort) (c, s *rawSocket, segments int) {

@@ -84,6 +84,8 @@ type Result struct {
 	P50, P99 time.Duration
 	// Count is how many round trips, bytes or connections Rate is made from.
 	Count int
+	// Requests is how often Connect has sent a byte each way, in the warm-up, too.
+	Requests int
 }
 
 // grace bounds what a measurement takes besides its own time.

@@ -72,6 +72,9 @@ func TestRun(t *testing.T) {
 				if hasTimes := got.P50 > 0 && got.P99 >= got.P50; hasTimes == tc.kind.countsBytes() {
 					t.Errorf("round trips: got %v and %v", got.P50, got.P99)
 				}
+				if whole := got.Requests%spec.Requests == 0; !whole || got.Requests/spec.Requests < got.Count && tc.kind == Connect {
+					t.Errorf("got %d requests of %d connections, want %d of each, and those of the warm-up", got.Requests, got.Count, spec.Requests)
+				}
 			})
 		}
 	}

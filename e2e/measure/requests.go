@@ -97,6 +97,7 @@ func greet(accept func() (socket, error), conn socket) error {
 
 func (c child) connections(dial func() (socket, error)) (Result, error) {
 	letter := make([]byte, 1)
+	requests := 0
 	times, err := c.repeat(func() error {
 		conn, err := dial()
 		if err != nil {
@@ -109,6 +110,7 @@ func (c child) connections(dial func() (socket, error)) (Result, error) {
 			if err := conn.readFull(letter); err != nil {
 				return err
 			}
+			requests++
 		}
 		return conn.close()
 	})
@@ -121,6 +123,7 @@ func (c child) connections(dial func() (socket, error)) (Result, error) {
 	}
 	result := percentiles(times)
 	result.Rate = float64(result.Count) / total.Seconds()
+	result.Requests = requests
 	last, err := dial()
 	if err != nil {
 		return Result{}, err
