@@ -196,6 +196,17 @@ static __always_inline void next_window(struct compare *c, const struct settings
 }
 
 /*
+ * Returns true if TCP is to take a message of a side that does not compare, as the peer does, and
+ * has TCP's turn: a flow that leaves is on TCP in both directions. If one stayed on the shortcut,
+ * TCP would seem slower to the other than it is.
+ */
+static __always_inline bool follows(const struct compare *peer, __u32 window)
+{
+	return peer->comparing && window - peer->window <= WINDOWS_IDLE &&
+	       (window >> peer->longer) % TURNS == TURN_TCP;
+}
+
+/*
  * Notes a message that might take the shortcut. Returns true if TCP is to take it, to compare.
  * overlaps says that something sent in either direction is unread. The time from one message to
  * the next counts for the turn of the first, unless it is so long that the sender was idle.
@@ -205,6 +216,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 {
 	const struct sending *dir = &flow->side[own & 1].sending;
 	const struct sending *other = &flow->side[(own ^ 1) & 1].sending;
+	const struct compare *peer = &flow->side[(own ^ 1) & 1].compare;
 	struct compare *c = &flow->side[own & 1].compare;
 	enum turn turn = TURN_SHORTCUT;
 	struct pace *pace;
@@ -223,7 +235,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 		c->overlaps -= c->overlaps > 0;
 	else if (c->overlaps < OVERLAP_MAX)
 		c->overlaps += OVERLAP_STEP;
-	if (flow->side[(own ^ 1) & 1].compare.cpu == (__u16)bpf_get_smp_processor_id())
+	if (peer->cpu == (__u16)bpf_get_smp_processor_id())
 		c->apart -= c->apart > -APART;
 	else
 		c->apart += c->apart < APART;
@@ -231,7 +243,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	if (!in_stream(flow, own) || sent(dir) < sent(other) / 2) {
 		if (c->comparing)
 			rest(c, c->window);
-		return false;
+		return peer->comparing && follows(peer, bpf_ktime_get_ns() >> WINDOW_SHIFT);
 	}
 	now = bpf_ktime_get_ns();
 	window = now >> WINDOW_SHIFT;
@@ -244,6 +256,8 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 		next_window(c, set, needed(c, set, tp, size), size, dir->shortcut, window);
 	if (c->comparing)
 		turn = (window >> c->longer) % TURNS;
+	else if (follows(peer, window))
+		turn = TURN_TCP;
 	c->turn = turn;
 	c->window = window;
 	c->last_ns = now;

@@ -101,3 +101,34 @@ func TestCompare(t *testing.T) {
 		})
 	}
 }
+
+// TestCompareBoth: while a stream goes by TCP to be compared, so do its answers, as they would if
+// the flow left. By the shortcut they would make TCP look slower than it is.
+func TestCompareBoth(t *testing.T) {
+	n, c, s := mustRawPair(t, func(c *datapath.Config) {
+		atOnce(c)
+		c.LeaveRatio = leaveRatio
+		c.SetCompare(1, time.Second)
+	})
+	n.mustBeShortcut(t, c, s)
+	const messages, size = 8, 2000
+	message, got := make([]byte, size), make([]byte, messages*size)
+	waitUntil(t, "an answer by TCP", func() bool {
+		for range 100 {
+			for range messages {
+				if _, err := c.Write(message); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := io.ReadFull(s, got); err != nil {
+				t.Fatal(err)
+			}
+			mustWrite(t, s, "answer")
+			mustRead(t, c, "answer")
+		}
+		return n.mustFlow(t).ToClient.Reason == "compared"
+	})
+	if f := n.mustFlow(t); f.ToServer.Reason != "compared" {
+		t.Errorf("got reason %q, want that the stream was compared", f.ToServer.Reason)
+	}
+}
