@@ -231,10 +231,13 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	} else if (c->row < ROW) {
 		c->row++;
 	}
-	if (!overlaps && c->row < ROW)
-		c->overlaps -= c->overlaps > 0;
-	else if (c->overlaps < OVERLAP_MAX)
-		c->overlaps += OVERLAP_STEP;
+	/* By TCP a stream may overlap less, and is compared all the same. */
+	if (c->turn != TURN_TCP) {
+		if (!overlaps && c->row < ROW)
+			c->overlaps -= c->overlaps > 0;
+		else if (c->overlaps < OVERLAP_MAX)
+			c->overlaps += OVERLAP_STEP;
+	}
 	if (peer->cpu == (__u16)bpf_get_smp_processor_id())
 		c->apart -= c->apart > -APART;
 	else
@@ -243,6 +246,7 @@ static __always_inline bool take_turns(struct flow *flow, __u32 own, const struc
 	if (!in_stream(flow, own) || sent(dir) < sent(other) / 2) {
 		if (c->comparing)
 			rest(c, c->window);
+		c->turn = TURN_SHORTCUT;
 		return peer->comparing && follows(peer, bpf_ktime_get_ns() >> WINDOW_SHIFT);
 	}
 	now = bpf_ktime_get_ns();
