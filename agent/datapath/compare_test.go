@@ -15,10 +15,44 @@ import (
 	"github.com/podshunt/podshunt/e2e/sandboxtest"
 )
 
+// tooMuch is how many eighths of TCP's speed are more than the shortcut can have.
+const tooMuch = 1000
+
+// compares has streams compared: see SetCompare.
+func compares(eighths uint32, busy time.Duration) func(*datapath.Config) {
+	return func(c *datapath.Config) {
+		atOnce(c)
+		c.LeaveRatio = leaveRatio
+		c.SetCompare(eighths, busy)
+	}
+}
+
+// mustStream sends messages of 2000 bytes in a row, and then wants them to be read.
+func mustStream(tb testing.TB, c, s io.ReadWriter, messages int) {
+	tb.Helper()
+	message := make([]byte, 2000)
+	for i := range message {
+		message[i] = byte(i)
+	}
+	for range messages {
+		if _, err := c.Write(message); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	got := make([]byte, messages*len(message))
+	if _, err := io.ReadFull(s, got); err != nil {
+		tb.Fatal(err)
+	}
+	for i, b := range got {
+		if b != message[i%len(message)] {
+			tb.Fatalf("byte %d: got %d, want %d", i, b, message[i%len(message)])
+		}
+	}
+}
+
 // TestCompare: a stream goes by TCP now and then, and leaves if the shortcut is slower than was
 // asked for; requests and answers are not compared.
 func TestCompare(t *testing.T) {
-	const asked = 1000 // more than the shortcut can be
 	for _, tc := range []struct {
 		name     string
 		eighths  uint32
@@ -28,40 +62,20 @@ func TestCompare(t *testing.T) {
 		compared bool
 		leaves   bool
 	}{
-		{name: "slower", eighths: asked, busy: time.Second, messages: 8, compared: true, leaves: true},
+		{name: "slower", eighths: tooMuch, busy: time.Second, messages: 8, compared: true, leaves: true},
 		{name: "faster", eighths: 1, busy: time.Second, messages: 8, compared: true},
-		{name: "the program sets the pace", eighths: asked, messages: 8, pause: time.Millisecond, compared: true},
-		{name: "requests and answers", eighths: asked, busy: time.Second, messages: 1},
+		{name: "the program sets the pace", eighths: tooMuch, messages: 8, pause: time.Millisecond, compared: true},
+		{name: "requests and answers", eighths: tooMuch, busy: time.Second, messages: 1},
 		{name: "not compared", eighths: 0, messages: 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n, c, s := mustRawPair(t, func(c *datapath.Config) {
-				atOnce(c)
-				c.LeaveRatio = leaveRatio
-				c.SetCompare(tc.eighths, tc.busy)
-			})
+			n, c, s := mustRawPair(t, compares(tc.eighths, tc.busy))
 			n.mustBeShortcut(t, c, s)
 			before := n.counts(t)
-			message, got := make([]byte, 2000), make([]byte, 2000*tc.messages)
-			for i := range message {
-				message[i] = byte(i)
-			}
 			talk := func(rounds int) {
 				t.Helper()
 				for range rounds {
-					for range tc.messages {
-						if _, err := c.Write(message); err != nil {
-							t.Fatal(err)
-						}
-					}
-					if _, err := io.ReadFull(s, got); err != nil {
-						t.Fatal(err)
-					}
-					for i, b := range got {
-						if b != message[i%len(message)] {
-							t.Fatalf("byte %d: got %d, want %d", i, b, message[i%len(message)])
-						}
-					}
+					mustStream(t, c, s, tc.messages)
 					if tc.messages == 1 {
 						sandboxtest.MustPing(t, s, c, 1, 100)
 					}
@@ -107,25 +121,12 @@ func TestCompare(t *testing.T) {
 // TestCompareBoth: while a stream goes by TCP to be compared, so do its answers, as they would if
 // the flow left. By the shortcut they would make TCP look slower than it is.
 func TestCompareBoth(t *testing.T) {
-	n, c, s := mustRawPair(t, func(c *datapath.Config) {
-		atOnce(c)
-		c.LeaveRatio = leaveRatio
-		c.SetCompare(1, time.Second)
-	})
+	n, c, s := mustRawPair(t, compares(1, time.Second))
 	n.mustBeShortcut(t, c, s)
-	const messages, size = 8, 2000
-	message, got := make([]byte, size), make([]byte, messages*size)
 	before := n.mustFlow(t).ToClient.TCPBytes
 	waitUntil(t, "an answer by TCP", func() bool {
 		for range 100 {
-			for range messages {
-				if _, err := c.Write(message); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if _, err := io.ReadFull(s, got); err != nil {
-				t.Fatal(err)
-			}
+			mustStream(t, c, s, 8)
 			mustWrite(t, s, "answer")
 			mustRead(t, c, "answer")
 		}
@@ -135,14 +136,8 @@ func TestCompareBoth(t *testing.T) {
 
 // TestCompareCalm: a stream whose reader keeps up with it by TCP is compared to the end.
 func TestCompareCalm(t *testing.T) {
-	n, c, s := mustRawPair(t, func(c *datapath.Config) {
-		atOnce(c)
-		c.LeaveRatio = leaveRatio
-		c.SetCompare(1000, time.Second) // more than the shortcut can be
-	})
+	n, c, s := mustRawPair(t, compares(tooMuch, time.Second))
 	n.mustBeShortcut(t, c, s)
-	const messages, size = 8, 2000
-	message, got := make([]byte, size), make([]byte, messages*size)
 	// TCP has the second of three turns (bpf/compare.h). Both ends run on one CPU, so they are long ones.
 	turn := func() int64 {
 		var now unix.Timespec
@@ -154,16 +149,9 @@ func TestCompareCalm(t *testing.T) {
 	waitUntil(t, "the flow to leave", func() bool {
 		for range 1000 {
 			if turn() == 1 {
-				sandboxtest.MustPing(t, c, s, 1, size)
-				continue
-			}
-			for range messages {
-				if _, err := c.Write(message); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if _, err := io.ReadFull(s, got); err != nil {
-				t.Fatal(err)
+				sandboxtest.MustPing(t, c, s, 1, 2000)
+			} else {
+				mustStream(t, c, s, 8)
 			}
 		}
 		return n.usage(t)["sockets"] == 0
